@@ -1,0 +1,256 @@
+"""Tells the rule where each forward pass of a prepared model stands.
+
+`generate` knows where the prompt ends, and only there: what follows may be one pass or many, hold
+draft tokens, go through an assistant model or rearrange beams. So the prompt's length is recorded at
+the outermost `generate`, and each pass is told by the tokens already cached plus the offset in the
+pass. Outside `generate` the user says the phase, with `phase`.
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import nn
+
+from mixquant.phase import (
+    PhasePlan,
+    Thresholds,
+    enter_pass,
+    everything_quantized,
+    leave_pass,
+    plan_pass,
+)
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """The prompts of a batch. They end at the same column, and shorter ones begin with padding."""
+
+    columns: int
+    padding: np.ndarray  # [sequences], columns of padding on the left
+
+    @classmethod
+    def from_mask(cls, mask: torch.Tensor) -> Prompts:
+        """The prompts of an attention mask ``[sequences, columns]``."""
+        leading = (mask != 0).cumsum(dim=1) == 0
+        return cls(mask.shape[1], leading.sum(dim=1).cpu().numpy())
+
+
+@dataclass
+class _Generation:
+    """One call of `generate` on a prepared model, or one block in which the user said the phase."""
+
+    model: weakref.ref[nn.Module] | None  # None: whichever prepared model runs inside
+    prompts: Prompts | None = None
+    # For caches that keep their length in a tensor, which would have to be fetched from the device.
+    columns_seen: int | None = None
+
+
+@dataclass
+class _Said(_Generation):
+    """A phase that the user said, for direct calls of `forward`."""
+
+    said: Literal["prefill", "decode"] = "decode"
+    prompt_lengths: np.ndarray | None = None  # [sequences] or [1]; None: the prompt ends with the pass
+
+
+_current: ContextVar[_Generation | None] = ContextVar("mixquant_generation", default=None)
+_quantize_everything: ContextVar[bool] = ContextVar("mixquant_quantize_everything", default=False)
+
+
+@contextmanager
+def phase(
+    name: Literal["prefill", "decode"], prompt_length: int | Sequence[int] | None = None
+) -> Iterator[None]:
+    """Says the phase of direct calls of a prepared model's `forward` inside the block.
+
+    Without it such a call is decode: all its rows are precise. `generate` needs no telling.
+
+    Args:
+        name: ``prefill``: the rows of the calls inside are prompt tokens up to the prompt's length;
+            ``decode``: none is.
+        prompt_length: for ``prefill``, in tokens, padding left out: of every sequence, or of each.
+            Give it where a prompt is read in several calls, so that only the last one ends it.
+            None: each call ends the prompt.
+
+    Raises:
+        ValueError: another phase, a negative length, or a length without ``prefill``.
+    """
+    if name not in ("prefill", "decode"):
+        raise ValueError(f"unknown phase {name!r}; expected 'prefill' or 'decode'")
+    lengths = None
+    if prompt_length is not None:
+        lengths = np.atleast_1d(np.asarray(prompt_length, dtype=np.int64))
+        if name != "prefill" or (lengths < 0).any() or lengths.ndim != 1:
+            raise ValueError(
+                "prompt_length goes with phase 'prefill' and is a number of tokens, or one per "
+                f"sequence; got {prompt_length!r} with phase {name!r}"
+            )
+    token = _current.set(_Said(None, said=name, prompt_lengths=lengths))
+    try:
+        yield
+    finally:
+        _current.reset(token)
+
+
+@contextmanager
+def everything_in_prefill_format() -> Iterator[None]:
+    """Quantizes every row of both phases inside the block: the arm that mixquant is compared with."""
+    token = _quantize_everything.set(True)
+    try:
+        yield
+    finally:
+        _quantize_everything.reset(token)
+
+
+def watch(model: nn.Module, thresholds: Thresholds) -> None:
+    """Makes every forward pass of a prepared model run under its plan."""
+
+    def begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        enter_pass(_plan(module, thresholds, args, kwargs))
+
+    def end(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        leave_pass()
+
+    # Traced hooks would be replayed with the plan of the pass that was compiled.
+    model.register_forward_pre_hook(torch.compiler.disable(begin), with_kwargs=True, prepend=True)
+    model.register_forward_hook(torch.compiler.disable(end), with_kwargs=True, always_call=True)
+    _replace(model, "generate", _generate)
+    _replace(model, "_prepare_cache_for_generation", _prepare_cache)
+    for name in ("generate_batch", "init_continuous_batching", "continuous_batching_context_manager"):
+        if hasattr(model, name):
+            _replace(model, name, _refuse_continuous_batching)
+
+
+def _replace(model: nn.Module, name: str, replacement: Callable[..., Any]) -> None:
+    """Puts a method in front of a method of this one instance; it gets the class's own first."""
+    original = getattr(type(model), name)
+
+    @functools.wraps(original)
+    def method(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return replacement(functools.partial(original, self), self, *args, **kwargs)
+
+    setattr(model, name, types.MethodType(method, model))
+
+
+def _generate(original: Callable[..., Any], model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    config = kwargs.get("generation_config", args[1] if len(args) > 1 else None)
+    drafting = bool(getattr(config, "is_assistant", None))
+    outer = _current.get()
+    if outer is not None and outer.model is not None and outer.model() is model and not drafting:
+        return original(*args, **kwargs)  # a decoding method that calls `generate` itself
+    generation = _Generation(weakref.ref(model))
+    # An assistant is asked to generate once a round, with all that was accepted so far as its
+    # prompt. Its configuration lives as long as the rounds do and its first prompt is the real one.
+    if drafting:
+        generation.prompts = getattr(config, "_mixquant_prompts", None)
+    token = _current.set(generation)
+    try:
+        return original(*args, **kwargs)
+    finally:
+        _current.reset(token)
+        if drafting:
+            config._mixquant_prompts = generation.prompts
+
+
+def _prepare_cache(
+    original: Callable[..., Any],
+    model: nn.Module,
+    generation_config: Any,
+    model_kwargs: dict[str, Any],
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    """Records the prompts. Every decoding method of `generate` comes by here, its mask complete."""
+    generation = _current.get()
+    cache = model_kwargs.get("past_key_values")
+    if (
+        generation_config.prefill_chunk_size is not None
+        and cache is not None
+        and int(cache.get_seq_length()) > 0
+    ):
+        raise ValueError(
+            "prefill_chunk_size cannot be combined with past_key_values that already hold tokens: "
+            "Transformers reads the cached tokens a second time. Leave out prefill_chunk_size."
+        )
+    if generation is not None and generation.prompts is None:
+        mask = model_kwargs.get("attention_mask")
+        if isinstance(mask, torch.Tensor) and mask.ndim == 2:
+            generation.prompts = Prompts.from_mask(mask)
+        elif (columns := getattr(generation_config, "_mask_length", None)) is not None:
+            generation.prompts = Prompts(columns, np.zeros(1, dtype=np.int64))
+    return original(generation_config, model_kwargs, *args, **kwargs)
+
+
+def _refuse_continuous_batching(*args: Any, **kwargs: Any) -> Any:
+    raise NotImplementedError(
+        "continuous batching (generate_batch, cache_implementation='paged') does not tell prompt "
+        "lengths to mixquant; call generate with a left-padded batch, or serve the model with vLLM"
+    )
+
+
+def _plan(
+    model: nn.Module, thresholds: Thresholds, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> PhasePlan | None:
+    inputs = kwargs.get("input_ids", args[0] if args else None)
+    if inputs is None:
+        inputs = kwargs.get("inputs_embeds")
+    if inputs is None:
+        return None
+    sequences, columns = inputs.shape[:2]
+    if _quantize_everything.get():
+        return everything_quantized(sequences * columns)
+    generation = _current.get()
+    if generation is None or (generation.model is not None and generation.model() is not model):
+        return None
+
+    cached = _columns_cached(generation, kwargs.get("past_key_values"), columns)
+    if isinstance(generation, _Said):
+        if generation.said == "decode":
+            return None
+        mask = kwargs.get("attention_mask")
+        padding = np.zeros(sequences, dtype=np.int64)
+        lengths = generation.prompt_lengths
+        if isinstance(mask, torch.Tensor) and mask.ndim == 2:
+            padding = Prompts.from_mask(mask).padding
+            tokens = (mask != 0).sum(dim=1).cpu().numpy()
+        else:
+            tokens = np.full(sequences, cached + columns)
+        if lengths is None:
+            lengths = tokens
+        elif len(lengths) not in (1, sequences):
+            raise ValueError(
+                f"phase('prefill') was given {len(lengths)} prompt lengths for {sequences} sequences"
+            )
+        lengths = np.broadcast_to(lengths, (sequences,))
+    else:
+        prompts = generation.prompts
+        if prompts is None or sequences % len(prompts.padding):
+            return None
+        # Beams and returned sequences stand next to each other, and share their prompt's padding.
+        padding = np.repeat(prompts.padding, sequences // len(prompts.padding))
+        lengths = prompts.columns - padding
+    plan = plan_pass(thresholds, cached - padding, np.full(sequences, columns), lengths)
+    return plan if plan.quantized else None
+
+
+def _columns_cached(generation: _Generation, cache: Any, columns: int) -> int:
+    if cache is None:
+        return 0
+    if generation.columns_seen is None:
+        length = cache.get_seq_length()
+        if not isinstance(length, torch.Tensor):
+            return int(length)
+        generation.columns_seen = int(length)
+    cached = generation.columns_seen
+    generation.columns_seen += columns
+    return cached

@@ -1,0 +1,245 @@
+"""`prepare`: makes a loaded Transformers model phase-aware, in place."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.utils import logging as hf_logging
+
+from mixquant.engines.transformers.module import PhaseLinear, quantize_parts
+from mixquant.engines.transformers.passes import watch
+from mixquant.engines.transformers.summary import IGNORED, Layer, Summary
+from mixquant.formats import BY_NAME, native_formats
+from mixquant.linear import Part
+from mixquant.phase import Range, Thresholds
+from mixquant.recipe import FUSED_PROJECTIONS, Recipe
+
+Layout = tuple[tuple[Range, str, dict[str, Any]], ...]
+
+# Which expert a token meets is a decision, and an error in it is no longer small. The layers are
+# tiny, too.
+_ROUTER = re.compile(r"(^|\.)(router|gate|shared_expert_gate)(\.|$)")
+_EXPERTS = re.compile(r"(^|\.)experts(\.|$)")
+
+
+class PrepareError(ValueError):
+    """A model that cannot be prepared. The message is one line and says what to do."""
+
+
+def prepare(
+    model: PreTrainedModel, recipe: Recipe | dict[str, Any] | str = "balanced"
+) -> PreTrainedModel:
+    """Makes a loaded model run prefill in the recipe's format and decode in its own precision.
+
+    Afterwards `generate` applies the rule by itself; around direct calls of the model say the phase
+    with `mixquant.phase`. The weights stay as they are; the quantized copy comes on top
+    (`mixquant.summary` says how large it is). Nothing is changed if an error is raised.
+
+    Args:
+        model: a decoder-only model with `generate`, its weights in BF16, FP16 or FP32 on a device.
+        recipe: a `Recipe`, its fields as a dict, or what `Recipe.load` takes (``balanced``, ...).
+
+    Returns:
+        The same model.
+
+    Raises:
+        RecipeError: an invalid recipe.
+        PrepareError: a model that is prepared or quantized already, is not decoder-only, is not on
+            a device, or has a NaN or an infinity in a weight (the message names the layer).
+    """
+    recipe = as_recipe(recipe)
+    _check(model)
+    decoder = model.get_decoder()
+    device = decoder.device
+    resolved = recipe.resolved(native_formats(device))
+
+    plans: list[tuple[nn.Linear, Layout, tuple[Part, ...]]] = []
+    layers: list[Layer] = []
+    candidates = list(_linears(model, decoder))
+    described = f"Quantizing the prefill copy ({', '.join(_formats_used(resolved))})"
+    for name, linear in hf_logging.tqdm(candidates, desc=described, leave=False):
+        layout, why = _layout(name, linear, resolved, model)
+        if all(fmt == "bf16" for _, fmt, _ in layout):
+            layers.append(_layer(name, linear.weight.shape, Part((0, 0), "bf16", None), why))
+            continue
+        if not torch.isfinite(linear.weight).all():
+            raise PrepareError(
+                f"the weight of {name} holds NaN or infinity; the checkpoint is damaged"
+            )
+        parts = quantize_parts(linear.weight, layout)
+        plans.append((linear, layout, parts))
+        labels = FUSED_PROJECTIONS.get(name.rpartition(".")[2], ()) if len(parts) > 1 else ()
+        for index, part in enumerate(parts):
+            label = f"{name}.{labels[index]}" if labels else name
+            shape = (part.features[1] - part.features[0], linear.weight.shape[1])
+            layers.append(_layer(label, shape, part, "the recipe" if part.weight is None else None))
+    layers.extend(_experts(decoder, model))
+
+    for linear, layout, parts in plans:
+        PhaseLinear.adopt(linear, layout).hold(parts)
+    watch(
+        model,
+        Thresholds(
+            min_prefill_tokens=_decided(resolved.min_prefill_tokens),
+            precise_head=_decided(resolved.precise_head),
+            precise_tail=resolved.precise_tail,
+        ),
+    )
+    model.mixquant_summary = Summary(resolved, tuple(layers))  # type: ignore[assignment]
+    from mixquant.engines.transformers.quantizer import attach
+
+    attach(model, recipe)
+    return model
+
+
+def summary(model: nn.Module) -> Summary:
+    """What `prepare` did to each layer: format, kernel, extra memory. Prints as a table.
+
+    Raises:
+        PrepareError: the model is not prepared.
+    """
+    found = getattr(model, "mixquant_summary", None)
+    if not isinstance(found, Summary):
+        raise PrepareError(
+            f"this {type(model).__name__} is not prepared; call mixquant.prepare(model)"
+        )
+    return found
+
+
+def as_recipe(recipe: Recipe | dict[str, Any] | str) -> Recipe:
+    """A recipe from whatever stands for one. Raises RecipeError."""
+    if isinstance(recipe, Recipe):
+        return recipe
+    return Recipe.load(recipe) if isinstance(recipe, str) else Recipe.from_dict(recipe)
+
+
+def _check(model: PreTrainedModel) -> None:
+    kind = type(model).__name__
+    if not isinstance(model, PreTrainedModel) or not hasattr(model, "generate"):
+        raise PrepareError(
+            f"expected a Transformers model with generate (AutoModelForCausalLM), got {kind}"
+        )
+    if isinstance(getattr(model, "mixquant_summary", None), Summary):
+        raise PrepareError(f"this {kind} is prepared already; load it again to change the recipe")
+    if (other := getattr(model, "hf_quantizer", None)) is not None and not _is_ours(other):
+        method = other.quantization_config.quant_method
+        raise PrepareError(
+            f"this {kind} is quantized already ({getattr(method, 'value', method)}); "
+            "mixquant needs the BF16 checkpoint"
+        )
+    if model.config.is_encoder_decoder:
+        raise PrepareError(f"{kind} is an encoder-decoder model; mixquant handles decoder-only ones")
+    for name, parameter in model.named_parameters():
+        if parameter.device.type == "meta":
+            raise PrepareError(
+                f"the weight {name} is not in memory (offloaded); load the model without offloading"
+            )
+
+
+def _is_ours(quantizer: Any) -> bool:
+    return getattr(quantizer.quantization_config, "quant_method", None) == "mixquant"
+
+
+def _linears(model: PreTrainedModel, decoder: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
+    """The linear layers that token rows go through: the text decoder's and the output head's.
+
+    A vision or audio tower has rows of its own; its products are precise whatever the plan.
+    """
+    inside = {id(module) for module in decoder.modules()}
+    head = model.get_output_embeddings()
+    for name, module in model.named_modules():
+        if type(module) is nn.Linear and (id(module) in inside or module is head):
+            yield name, module
+
+
+def _layout(
+    name: str, linear: nn.Linear, recipe: Recipe, model: PreTrainedModel
+) -> tuple[Layout, str | None]:
+    """The parts of a layer and their formats, and if it stays BF16, why."""
+    out_features, in_features = linear.weight.shape
+    whole = (0, out_features)
+    precise: Layout = ((whole, "bf16", {}),)
+    if recipe.ignores(name):
+        return precise, IGNORED
+    if _ROUTER.search(name):
+        return precise, "an expert router"
+    if _EXPERTS.search(name):
+        return precise, "experts see rows in an order of their own"
+
+    formats = recipe.formats_of_fused(name)
+    boundaries = _boundaries(name, out_features, model) if formats else None
+    if formats is None or len(set(formats)) == 1:
+        pieces = [(whole, recipe.format_of(name) if formats is None else formats[0])]
+    elif boundaries is None:
+        # Where the projections lie is not known: the whole layer as precise as its most precise one.
+        order = ("bf16", "fp8", "int8", "nvfp4")
+        pieces = [(whole, min(formats, key=order.index))]
+    else:
+        pieces = list(zip(boundaries, formats, strict=True))
+
+    layout: Layout = ()
+    reasons: list[str] = []
+    for (start, stop), fmt in pieces:
+        options: dict[str, Any] = {"block_scale": recipe.block_scale} if fmt == "nvfp4" else {}
+        if fmt != "bf16":
+            kernel = BY_NAME[fmt].kernel(linear.weight.device)
+            reason = BY_NAME[fmt].why_not(stop - start, in_features, kernel)
+            if reason is not None:
+                reasons.append(f"{fmt} cannot hold it: {reason}")
+                fmt, options = "bf16", {}
+        layout += (((start, stop), fmt, options),)
+    return layout, "; ".join(dict.fromkeys(reasons)) or "the recipe"
+
+
+def _boundaries(name: str, out_features: int, model: PreTrainedModel) -> list[Range] | None:
+    """Where in a fused layer's output its projections lie, or None if that is not known."""
+    if name.endswith("gate_up_proj"):
+        return [(0, out_features // 2), (out_features // 2, out_features)]
+    config = model.config.get_text_config()
+    queries = config.num_attention_heads
+    keys = getattr(config, "num_key_value_heads", None) or queries
+    size = out_features // (queries + 2 * keys)
+    if size * (queries + 2 * keys) != out_features:
+        return None
+    ends = [0, queries * size, (queries + keys) * size, out_features]
+    return list(zip(ends, ends[1:], strict=False))
+
+
+def _experts(decoder: nn.Module, model: nn.Module) -> Iterator[Layer]:
+    """Weights of experts, which are stacked in parameters of three dimensions and are no Linear."""
+    for name, module in model.named_modules():
+        if not _EXPERTS.search(name) or isinstance(module, nn.Linear):
+            continue
+        for key, parameter in module.named_parameters(recurse=False):
+            if parameter.ndim == 3:
+                note = Part((0, 0), "bf16", None)
+                why = "experts are not linear layers in Transformers"
+                yield _layer(f"{name}.{key}", parameter.shape, note, why)
+
+
+def _layer(name: str, shape: Any, part: Part, why: str | None) -> Layer:
+    weight = part.weight
+    return Layer(
+        name=name,
+        shape=tuple(shape),
+        format=part.format,
+        kernel=weight.kernel.name if weight else "torch",
+        native=weight.kernel.native if weight else True,
+        nbytes=weight.nbytes if weight else 0,
+        why_precise=None if weight else why,
+    )
+
+
+def _formats_used(recipe: Recipe) -> list[str]:
+    assert isinstance(recipe.format, dict)
+    return sorted(set(recipe.format.values()))
+
+
+def _decided(value: int | None) -> int:
+    assert value is not None, "a resolved recipe has no open thresholds"
+    return value

@@ -1,0 +1,72 @@
+"""Mixquant as a Transformers quantization method: `from_pretrained` and `save_pretrained`.
+
+The checkpoint stays a BF16 one; its config.json carries the recipe besides. Transformers looks the
+method up by name, so `mixquant` must have been imported when such a checkpoint is loaded. Without
+it Transformers warns of an unknown quantization type and loads the plain BF16 model.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import PreTrainedModel
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from mixquant.engines.transformers.prepare import as_recipe, prepare
+from mixquant.recipe import Recipe
+
+METHOD = "mixquant"
+
+
+@register_quantization_config(METHOD)
+class MixQuantConfig(QuantizationConfigMixin):  # type: ignore[misc]
+    """`from_pretrained(..., quantization_config=MixQuantConfig("fast"))`.
+
+    Args:
+        recipe: a `Recipe`, its fields as a dict, or what `Recipe.load` takes. Keyword arguments
+            are fields of the recipe and come on top.
+
+    Raises:
+        RecipeError: an invalid recipe.
+    """
+
+    def __init__(self, recipe: Recipe | dict[str, Any] | str = "balanced", **fields: Any) -> None:
+        self.quant_method = METHOD
+        fields.pop("quant_method", None)
+        self.recipe = Recipe.from_dict({**as_recipe(recipe).to_dict(), **fields})
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"quant_method": METHOD, "recipe": self.recipe.to_dict()}
+
+
+@register_quantizer(METHOD)
+class MixQuantHfQuantizer(HfQuantizer):  # type: ignore[misc]
+    """Prepares the model once Transformers has loaded its weights."""
+
+    requires_calibration = False
+    quantization_config: MixQuantConfig
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> Any:
+        return prepare(model, self.quantization_config.recipe)
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return False
+
+    @property
+    def is_compileable(self) -> bool:
+        return False  # a compiled forward pass would keep the plan it was traced with
+
+
+def attach(model: PreTrainedModel, recipe: Recipe) -> None:
+    """Makes Transformers see a prepared model as quantized, so that it is saved with its recipe."""
+    config = MixQuantConfig(recipe)
+    model.config.quantization_config = config
+    model.hf_quantizer = MixQuantHfQuantizer(config, pre_quantized=False)
+    model.is_quantized = True
+    model.quantization_method = METHOD

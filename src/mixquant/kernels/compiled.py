@@ -1,0 +1,71 @@
+"""Fusion by torch.compile, with plain PyTorch where there is no C++ compiler.
+
+On a CPU a chain of elementwise operations costs one pass over memory each, and next to an INT8
+product on VNNI or AMX that is most of the time. TorchInductor turns the chain into one loop.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+logger = logging.getLogger(__name__)
+
+# Guards and dispatch cost some 20 us a call, as much as the plain chain on this many rows; and a
+# row count of 1 would be compiled a second time, because dynamo specializes on 0 and 1.
+FEW_ROWS = 16
+
+_lock = threading.Lock()
+_failure: str | None = None
+
+
+def why_not_fused() -> str | None:
+    """Why this process runs the plain chains, or None while fusion works (or was not tried yet)."""
+    return _failure
+
+
+def fused(chain: Callable[..., Any]) -> Callable[..., Any]:
+    """Compiles a chain of tensor operations for any shape, on its first call with many rows.
+
+    The first tensor argument is ``[rows, ...]``. Where compiling fails, for want of a C++ compiler
+    above all, the chain runs as written, and a warning says so once.
+    """
+    compiled = torch.compile(chain, dynamic=True)
+
+    @functools.wraps(chain)
+    def run(x: torch.Tensor, *rest: Any) -> Any:
+        if x.shape[0] <= FEW_ROWS or _failure is not None:
+            return chain(x, *rest)
+        # One thread at a time: two compiling the same chain would race in dynamo's caches.
+        try:
+            with _lock, torch.no_grad():
+                return compiled(x, *rest)
+        except Exception as error:
+            if not _is_compile_error(error):
+                raise
+            _give_up(error)
+            return chain(x, *rest)
+
+    return run
+
+
+def _is_compile_error(error: Exception) -> bool:
+    from torch._dynamo.exc import TorchDynamoException
+    from torch._inductor.exc import CppCompileError, InvalidCxxCompiler
+
+    return isinstance(error, (TorchDynamoException, CppCompileError, InvalidCxxCompiler))
+
+
+def _give_up(error: Exception) -> None:
+    global _failure
+    _failure = str(error).strip().splitlines()[0]
+    logger.warning(
+        "mixquant: cannot compile its fused kernels (%s); activations are quantized by plain "
+        "PyTorch instead, more slowly. Install a C++ compiler (Debian: g++) to mend this.",
+        _failure,
+    )

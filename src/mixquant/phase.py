@@ -1,0 +1,160 @@
+"""The rule: which rows of a forward pass are quantized, and the plan in force while it runs.
+
+A row is quantized if and only if all of this holds:
+
+1. it is a prompt token: its position lies below the prompt length given at submission;
+2. it is neither among the first ``precise_head`` tokens of its prompt nor among the last
+   ``precise_tail``;
+3. its pass holds at least ``min_prefill_tokens`` rows that 1 and 2 allow;
+4. its pass cannot replay a captured CUDA graph.
+
+Everything else is precise, and so is any product whose row count is not the plan's, and any pass
+without a plan. Padding rows carry no token: they count toward nothing, and nobody reads their
+products, so they are in neither group.
+
+Engines say where each sequence stands; they never decide about a row themselves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+Range = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Thresholds:
+    """The numbers of the rule, all in tokens."""
+
+    min_prefill_tokens: int = 0
+    precise_head: int = 0
+    precise_tail: int = 1
+
+
+@dataclass(frozen=True)
+class PhasePlan:
+    """For one forward pass: which rows are quantized and which are precise.
+
+    ``quantized`` and ``precise`` are ranges ``(start, stop)`` of row numbers: ascending, disjoint,
+    none empty, no two adjacent. Rows in neither are padding. ``memo`` is scratch space that lives
+    as long as the plan; callers of the rule keep there what they derive from it.
+    """
+
+    rows: int
+    quantized: tuple[Range, ...]
+    precise: tuple[Range, ...]
+    memo: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
+
+    @property
+    def quantized_rows(self) -> int:
+        return sum(stop - start for start, stop in self.quantized)
+
+    @property
+    def precise_rows(self) -> int:
+        return sum(stop - start for start, stop in self.precise)
+
+
+def plan_pass(
+    thresholds: Thresholds,
+    first_positions: Sequence[int] | np.ndarray,
+    row_counts: Sequence[int] | np.ndarray,
+    prompt_lengths: Sequence[int] | np.ndarray,
+    *,
+    may_replay_graph: bool = False,
+) -> PhasePlan:
+    """Applies the rule to one forward pass.
+
+    The rows of the pass are those of its sequences, one after the other; within a sequence they
+    are consecutive tokens.
+
+    Args:
+        first_positions: ``[sequences]``, the position of each sequence's first row. Negative where
+            the sequence begins with padding: the row at position 0 is its first token.
+        row_counts: ``[sequences]``, how many rows each sequence has in this pass.
+        prompt_lengths: ``[sequences]``, in tokens, padding left out, as given at submission.
+        may_replay_graph: the pass may replay a captured CUDA graph, which holds precise products.
+
+    Raises:
+        ValueError: the three do not have the same length, or a count or length is negative.
+    """
+    first = np.asarray(first_positions, dtype=np.int64)
+    count = np.asarray(row_counts, dtype=np.int64)
+    prompt = np.asarray(prompt_lengths, dtype=np.int64)
+    if not first.shape == count.shape == prompt.shape or first.ndim != 1:
+        raise ValueError(
+            "first_positions, row_counts and prompt_lengths need one entry per sequence, got "
+            f"{first.shape}, {count.shape} and {prompt.shape}"
+        )
+    if (count < 0).any() or (prompt < 0).any():
+        raise ValueError("row_counts and prompt_lengths cannot be negative")
+
+    row_stop = np.cumsum(count)
+    row_start = row_stop - count
+    rows = int(row_stop[-1]) if len(row_stop) else 0
+    token_start = np.minimum(row_start + np.maximum(-first, 0), row_stop)
+
+    # A sequence's rows in ascending position: [padding | head | quantizable | tail | generated].
+    low = np.clip(row_start + thresholds.precise_head - first, token_start, row_stop)
+    high = np.clip(row_start + prompt - thresholds.precise_tail - first, low, row_stop)
+    if may_replay_graph or int((high - low).sum()) < thresholds.min_prefill_tokens:
+        high = low
+    quantized = _merged(zip(low, high, strict=True))
+    precise = _merged(
+        piece
+        for start, a, b, stop in zip(token_start, low, high, row_stop, strict=True)
+        for piece in ((start, a), (b, stop))
+    )
+    return PhasePlan(rows, quantized, precise)
+
+
+def everything_quantized(rows: int) -> PhasePlan:
+    """The plan of the arm that quantizes both phases; for comparisons, never for serving."""
+    return PhasePlan(rows, ((0, rows),) if rows else (), ())
+
+
+def _merged(ranges: Any) -> tuple[Range, ...]:
+    merged: list[Range] = []
+    for start, stop in ranges:
+        if start >= stop:
+            continue
+        if merged and merged[-1][1] == start:
+            merged[-1] = (merged[-1][0], int(stop))
+        else:
+            merged.append((int(start), int(stop)))
+    return tuple(merged)
+
+
+# A stack, because passes nest: an assistant model drafts inside the generation of another.
+_plans: ContextVar[tuple[PhasePlan | None, ...]] = ContextVar("mixquant_phase_plans", default=())
+
+
+def plan_in_force() -> PhasePlan | None:
+    """The plan of the forward pass that is running, or None: then every row is precise."""
+    plans = _plans.get()
+    return plans[-1] if plans else None
+
+
+def enter_pass(plan: PhasePlan | None) -> None:
+    """Puts a plan in force for the forward pass that begins; `leave_pass` must follow."""
+    _plans.set((*_plans.get(), plan))
+
+
+def leave_pass() -> None:
+    """Ends the forward pass that began last, and its plan with it."""
+    _plans.set(_plans.get()[:-1])
+
+
+@contextmanager
+def in_force(plan: PhasePlan | None) -> Iterator[None]:
+    """Puts a plan in force for the forward pass inside the block."""
+    enter_pass(plan)
+    try:
+        yield
+    finally:
+        leave_pass()

@@ -1,0 +1,237 @@
+"""What the user chooses: formats, thresholds, and the layers that stay BF16."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, fields, replace
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
+
+FormatName = Literal["nvfp4", "fp8", "int8", "bf16"]
+PresetName = Literal["fast", "balanced", "exact"]
+
+FORMATS: tuple[FormatName, ...] = ("nvfp4", "fp8", "int8", "bf16")
+PRESETS: tuple[PresetName, ...] = ("fast", "balanced", "exact")
+
+# What writes the KV cache or the recurrent state: the product of prefill, so where precision pays.
+# Attention's keys and values, latent attention's (MLA), and the inputs of gated delta nets.
+STATE_WRITERS = (
+    "k_proj",
+    "v_proj",
+    "kv_a_proj_with_mqa",
+    "kv_b_proj",
+    "in_proj_qkv",
+    "in_proj_qkvz",
+    "in_proj_ba",
+    "in_proj_a",
+    "in_proj_b",
+)
+
+# Layers that some checkpoints or engines fuse out of several projections, stacked along the output.
+FUSED_PROJECTIONS: dict[str, tuple[str, ...]] = {
+    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
+    "gate_up_proj": ("gate_proj", "up_proj"),
+}
+
+_PRECISE_HEAD: dict[str, int] = {"nvfp4": 4, "fp8": 0, "int8": 0, "bf16": 0}
+# Below this many rows a product is bound by reading its weights, and BF16 costs nothing extra.
+# On a GPU that is peak arithmetic over bandwidth (H200: 690 TFLOP/s over 4 TB/s, some 170 rows per
+# two-byte weight); a CPU computes so much less per byte that a few rows suffice.
+_MIN_PREFILL_TOKENS: dict[str, int] = {"nvfp4": 128, "fp8": 128, "int8": 16, "bf16": 0}
+
+
+class RecipeError(ValueError):
+    """A recipe that cannot be used. The message is one line and names the offending key."""
+
+
+@dataclass(frozen=True, config=ConfigDict(extra="forbid"))
+class Recipe:
+    """How a model is run: which rows and layers are quantized, and to what.
+
+    Attributes:
+        preset: what ``format``, if it is a single name, means per projection. ``fast``: every
+            projection in that format. ``balanced``: the same, but under nvfp4 whatever writes the
+            KV cache or the recurrent state one step more precise (fp8 where it is native, bf16
+            elsewhere). ``exact``: nothing is quantized.
+        format: ``nvfp4``, ``fp8``, ``int8``, ``bf16``; ``auto`` (the fastest that the device
+            multiplies natively); or a mapping from projection names or glob patterns to formats,
+            with ``default`` for the rest, which is then taken as it stands, whatever the preset.
+        min_prefill_tokens: a pass with fewer quantizable rows is all precise. None: by format.
+        precise_head: tokens at the start of a prompt that stay precise. None: by format.
+        precise_tail: tokens at the end of a prompt that stay precise.
+        block_scale: how NVFP4 picks block scales: ``6`` (the block's largest value becomes 6, the
+            largest code) or ``4/6`` (per block, 6 or 4, whichever errs less; arXiv 2512.02010).
+        ignore: names or glob patterns of layers that stay BF16.
+
+    Raises:
+        pydantic.ValidationError: (a ValueError) a value of the wrong type or range. The
+            constructors from text raise `RecipeError` instead.
+    """
+
+    preset: PresetName = "balanced"
+    format: FormatName | Literal["auto"] | dict[str, FormatName] = "auto"
+    min_prefill_tokens: Annotated[int, Field(ge=0, strict=True)] | None = None
+    precise_head: Annotated[int, Field(ge=0, strict=True)] | None = None
+    precise_tail: Annotated[int, Field(ge=0, strict=True)] = 1
+    block_scale: Literal["6", "4/6"] = "6"
+    ignore: tuple[str, ...] = ("lm_head",)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Recipe:
+        """The recipe with these values; absent keys take their defaults.
+
+        Raises:
+            RecipeError: an unknown key, or a value of the wrong type or range.
+        """
+        if not isinstance(values, Mapping):
+            raise RecipeError(
+                f"a recipe is a JSON object with the keys {_known_keys()}, not {values!r}"
+            )
+        unknown = [key for key in values if key not in {f.name for f in fields(cls)}]
+        if unknown:
+            raise RecipeError(
+                f"unknown recipe key {unknown[0]!r}; the keys of a recipe are {_known_keys()}"
+            )
+        if isinstance(values.get("format"), str) and values["format"] not in (*FORMATS, "auto"):
+            raise RecipeError(
+                f"unknown format {values['format']!r}; "
+                f"expected auto, {', '.join(FORMATS)}, or a mapping from projections to formats"
+            )
+        try:
+            return TypeAdapter(cls).validate_python(dict(values))
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"][:1])
+            raise RecipeError(
+                f"recipe key {where!r}: {first['msg']}, got {values.get(where)!r}"
+            ) from None
+
+    @classmethod
+    def from_json(cls, text: str) -> Recipe:
+        """The recipe that a JSON object describes.
+
+        Raises:
+            RecipeError: no JSON, or not that of a recipe.
+        """
+        try:
+            values = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise RecipeError(f"the recipe is not JSON: {error}") from None
+        return cls.from_dict(values)
+
+    @classmethod
+    def load(cls, source: str | Path) -> Recipe:
+        """The recipe that a preset's name, a JSON text, or the path of a JSON file stands for.
+
+        Raises:
+            RecipeError: none of these, or a file that cannot be read.
+        """
+        text = str(source)
+        if text in PRESETS:
+            return cls.from_dict({"preset": text})
+        if text.lstrip().startswith("{"):
+            return cls.from_json(text)
+        path = Path(text)
+        if not path.is_file():
+            raise RecipeError(
+                f"unknown recipe {text!r}: expected a preset ({', '.join(PRESETS)}), "
+                "a JSON object, or the path of a JSON file"
+            )
+        try:
+            return cls.from_json(path.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError) as error:
+            raise RecipeError(f"cannot read the recipe {text}: {error}") from None
+        except RecipeError as error:
+            raise RecipeError(f"{text}: {error}") from None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every field, as JSON types; `from_dict` takes it back."""
+        return {**asdict(self), "ignore": list(self.ignore)}
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict(), indent=2)
+
+    def resolved(self, native: frozenset[str]) -> Recipe:
+        """This recipe with everything decided, for a device that multiplies ``native`` formats.
+
+        In the result ``format`` is a mapping with a ``default`` and no threshold is None.
+        Resolving a second time changes nothing.
+
+        Raises:
+            RecipeError: a mapping of formats without a ``default``.
+        """
+        if self.preset == "exact":
+            by_projection: dict[str, FormatName] = {"default": "bf16"}
+        elif isinstance(self.format, dict):
+            if "default" not in self.format:
+                raise RecipeError(
+                    "recipe key 'format': a mapping needs 'default', the format of the other layers"
+                )
+            by_projection = dict(self.format)
+        else:
+            name = fastest(native) if self.format == "auto" else self.format
+            by_projection = {"default": name}
+            if self.preset == "balanced" and name == "nvfp4":
+                milder: FormatName = "fp8" if "fp8" in native else "bf16"
+                by_projection |= dict.fromkeys(STATE_WRITERS, milder)
+        used = by_projection.values()
+        head, least = self.precise_head, self.min_prefill_tokens
+        return replace(
+            self,
+            format=by_projection,
+            precise_head=max(_PRECISE_HEAD[f] for f in used) if head is None else head,
+            min_prefill_tokens=max(_MIN_PREFILL_TOKENS[f] for f in used)
+            if least is None
+            else least,
+        )
+
+    def ignores(self, layer: str) -> bool:
+        """Whether the layer of this full dotted name is to stay BF16."""
+        return any(_matches(pattern, layer) for pattern in self.ignore)
+
+    def format_of(self, layer: str) -> FormatName:
+        """The format of the layer of this full dotted name, of a resolved recipe.
+
+        A key of ``format`` is a glob pattern for the full name or for its last component; the
+        first that matches counts. Layers that ``ignore`` names are ``bf16``.
+        """
+        assert isinstance(self.format, dict), "resolve the recipe first"
+        if self.ignores(layer):
+            return "bf16"
+        for pattern, name in self.format.items():
+            if pattern != "default" and _matches(pattern, layer):
+                return name
+        return self.format["default"]
+
+    def formats_of_fused(self, layer: str) -> tuple[FormatName, ...] | None:
+        """The formats of the projections that the layer of this name is fused from, in order.
+
+        None if it is not one of `FUSED_PROJECTIONS`, or the recipe speaks of the fused layer itself.
+        """
+        assert isinstance(self.format, dict), "resolve the recipe first"
+        path, _, last = layer.rpartition(".")
+        parts = FUSED_PROJECTIONS.get(last)
+        if parts is None or self.ignores(layer):
+            return None
+        if any(key != "default" and _matches(key, layer) for key in self.format):
+            return None
+        return tuple(self.format_of(f"{path}.{part}" if path else part) for part in parts)
+
+
+def fastest(native: frozenset[str]) -> FormatName:
+    """The fastest of the formats that a device multiplies natively; int8 if there is none."""
+    order: tuple[FormatName, ...] = ("nvfp4", "fp8", "int8")
+    return next((name for name in order if name in native), "int8")
+
+
+def _matches(pattern: str, layer: str) -> bool:
+    return fnmatchcase(layer, pattern) or fnmatchcase(layer.rpartition(".")[2], pattern)
+
+
+def _known_keys() -> str:
+    return ", ".join(f.name for f in fields(Recipe))
