@@ -28,8 +28,13 @@ EMULATION = Kernel("emulation", native=False)
 class QuantizedWeight(Protocol):
     """A weight matrix in a format, laid out for one kernel."""
 
-    kernel: Kernel
-    shape: tuple[int, int]  # (out_features N, in_features K)
+    @property
+    def kernel(self) -> Kernel: ...
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out_features N, in_features K)."""
+        ...
 
     @property
     def nbytes(self) -> int:
@@ -40,11 +45,13 @@ class QuantizedWeight(Protocol):
 class Format(Protocol):
     """A number format. One module of this package holds one, as a stateless singleton.
 
+    The quantizers may take options of their own after the kernel (NVFP4: ``block_scale``).
     Rows are quantized one by one: what a row's codes and scales are never depends on the other
     rows of its batch.
     """
 
-    name: str
+    @property
+    def name(self) -> str: ...
 
     def why_not(self, out_features: int, in_features: int, kernel: Kernel) -> str | None:
         """Why a weight of this shape cannot be held or multiplied, or None if it can."""
@@ -54,7 +61,7 @@ class Format(Protocol):
         """The kernel that this process uses on this device; chosen once, then remembered."""
         ...
 
-    def quantize_weight(self, weight: Tensor, kernel: Kernel, **options: Any) -> Any:
+    def quantize_weight(self, weight: Tensor, kernel: Kernel, *args: Any, **kwargs: Any) -> Any:
         """Quantizes a weight ``[N, K]`` (BF16, FP16 or FP32), laid out for ``kernel``."""
         ...
 
@@ -62,7 +69,7 @@ class Format(Protocol):
         """The FP32 matrix ``[N, K]`` that a quantized weight stands for."""
         ...
 
-    def quantize_rows(self, x: Tensor, kernel: Kernel, **options: Any) -> Any:
+    def quantize_rows(self, x: Tensor, kernel: Kernel, *args: Any, **kwargs: Any) -> Any:
         """Quantizes activation rows ``[M, K]``, each by itself."""
         ...
 

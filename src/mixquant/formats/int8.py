@@ -79,8 +79,10 @@ class Int8Weight:
     @property
     def nbytes(self) -> int:
         # The packed copy is opaque; oneDNN adds one INT32 per channel to make up for the zero point.
-        return self.shape[0] * self.shape[1] + self.scale.nbytes + (
-            4 * self.shape[0] if self.kernel == ONEDNN else 0
+        return (
+            self.shape[0] * self.shape[1]
+            + self.scale.nbytes
+            + (4 * self.shape[0] if self.kernel == ONEDNN else 0)
         )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Int8Weight:

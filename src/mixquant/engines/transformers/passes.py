@@ -60,7 +60,9 @@ class _Said(_Generation):
     """A phase that the user said, for direct calls of `forward`."""
 
     said: Literal["prefill", "decode"] = "decode"
-    prompt_lengths: np.ndarray | None = None  # [sequences] or [1]; None: the prompt ends with the pass
+    prompt_lengths: np.ndarray | None = (
+        None  # [sequences] or [1]; None: the prompt ends with the pass
+    )
 
 
 _current: ContextVar[_Generation | None] = ContextVar("mixquant_generation", default=None)
@@ -126,7 +128,11 @@ def watch(model: nn.Module, thresholds: Thresholds) -> None:
     model.register_forward_hook(torch.compiler.disable(end), with_kwargs=True, always_call=True)
     _replace(model, "generate", _generate)
     _replace(model, "_prepare_cache_for_generation", _prepare_cache)
-    for name in ("generate_batch", "init_continuous_batching", "continuous_batching_context_manager"):
+    for name in (
+        "generate_batch",
+        "init_continuous_batching",
+        "continuous_batching_context_manager",
+    ):
         if hasattr(model, name):
             _replace(model, name, _refuse_continuous_batching)
 
@@ -158,7 +164,7 @@ def _generate(original: Callable[..., Any], model: nn.Module, *args: Any, **kwar
         return original(*args, **kwargs)
     finally:
         _current.reset(token)
-        if drafting:
+        if config is not None and drafting:
             config._mixquant_prompts = generation.prompts
 
 

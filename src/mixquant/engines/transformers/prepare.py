@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -133,7 +134,9 @@ def _check(model: PreTrainedModel) -> None:
             "mixquant needs the BF16 checkpoint"
         )
     if model.config.is_encoder_decoder:
-        raise PrepareError(f"{kind} is an encoder-decoder model; mixquant handles decoder-only ones")
+        raise PrepareError(
+            f"{kind} is an encoder-decoder model; mixquant handles decoder-only ones"
+        )
     for name, parameter in model.named_parameters():
         if parameter.device.type == "meta":
             raise PrepareError(
@@ -207,7 +210,7 @@ def _boundaries(name: str, out_features: int, model: PreTrainedModel) -> list[Ra
     if size * (queries + 2 * keys) != out_features:
         return None
     ends = [0, queries * size, (queries + keys) * size, out_features]
-    return list(zip(ends, ends[1:], strict=False))
+    return list(pairwise(ends))
 
 
 def _experts(decoder: nn.Module, model: nn.Module) -> Iterator[Layer]:
