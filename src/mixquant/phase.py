@@ -17,8 +17,7 @@ Engines say where each sequence stands; they never decide about a row themselves
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
@@ -130,31 +129,25 @@ def _merged(ranges: Any) -> tuple[Range, ...]:
     return tuple(merged)
 
 
-# A stack, because passes nest: an assistant model drafts inside the generation of another.
-_plans: ContextVar[tuple[PhasePlan | None, ...]] = ContextVar("mixquant_phase_plans", default=())
+_in_force: ContextVar[PhasePlan | None] = ContextVar("mixquant_phase_plan", default=None)
 
 
 def plan_in_force() -> PhasePlan | None:
     """The plan of the forward pass that is running, or None: then every row is precise."""
-    plans = _plans.get()
-    return plans[-1] if plans else None
+    return _in_force.get()
 
 
-def enter_pass(plan: PhasePlan | None) -> None:
-    """Puts a plan in force for the forward pass that begins; `leave_pass` must follow."""
-    _plans.set((*_plans.get(), plan))
+class in_force:
+    """Puts a plan in force for the forward pass inside the block.
 
+    A class, because torch.compile does not trace generators that set context variables.
+    """
 
-def leave_pass() -> None:
-    """Ends the forward pass that began last, and its plan with it."""
-    _plans.set(_plans.get()[:-1])
+    def __init__(self, plan: PhasePlan | None) -> None:
+        self.plan = plan
 
+    def __enter__(self) -> None:
+        self.token = _in_force.set(self.plan)
 
-@contextmanager
-def in_force(plan: PhasePlan | None) -> Iterator[None]:
-    """Puts a plan in force for the forward pass inside the block."""
-    enter_pass(plan)
-    try:
-        yield
-    finally:
-        leave_pass()
+    def __exit__(self, *exception: object) -> None:
+        _in_force.reset(self.token)

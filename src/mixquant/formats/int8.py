@@ -78,12 +78,11 @@ class Int8Weight:
 
     @property
     def nbytes(self) -> int:
-        # The packed copy is opaque; oneDNN adds one INT32 per channel to make up for the zero point.
-        return (
-            self.shape[0] * self.shape[1]
-            + self.scale.nbytes
-            + (4 * self.shape[0] if self.kernel == ONEDNN else 0)
-        )
+        # The packed copy is larger than its codes: blocks are padded, and there is one INT32 per
+        # channel to make up for the zero point.
+        packed = self.codes.is_mkldnn
+        codes = torch.ops.mkldnn._nbytes(self.codes) if packed else self.codes.nbytes
+        return int(codes) + self.scale.nbytes
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Int8Weight:
         return self  # immutable, and oneDNN's packed tensors cannot be copied

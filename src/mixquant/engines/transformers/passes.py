@@ -9,7 +9,7 @@ pass. Outside `generate` the user says the phase, with `phase`.
 from __future__ import annotations
 
 import functools
-import types
+import inspect
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -24,9 +24,8 @@ from torch import nn
 from mixquant.phase import (
     PhasePlan,
     Thresholds,
-    enter_pass,
     everything_quantized,
-    leave_pass,
+    in_force,
     plan_pass,
 )
 
@@ -116,36 +115,52 @@ def everything_in_prefill_format() -> Iterator[None]:
 
 def watch(model: nn.Module, thresholds: Thresholds) -> None:
     """Makes every forward pass of a prepared model run under its plan."""
-
-    def begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        enter_pass(_plan(module, thresholds, args, kwargs))
-
-    def end(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        leave_pass()
-
-    # Traced hooks would be replayed with the plan of the pass that was compiled.
-    model.register_forward_pre_hook(torch.compiler.disable(begin), with_kwargs=True, prepend=True)
-    model.register_forward_hook(torch.compiler.disable(end), with_kwargs=True, always_call=True)
-    _replace(model, "generate", _generate)
-    _replace(model, "_prepare_cache_for_generation", _prepare_cache)
+    model.mixquant_thresholds = thresholds  # type: ignore[assignment]
+    _put_in_front(model, "forward", _forward)
+    _put_in_front(model, "generate", _generate)
+    _put_in_front(model, "_prepare_cache_for_generation", _prepare_cache)
     for name in (
         "generate_batch",
         "init_continuous_batching",
         "continuous_batching_context_manager",
     ):
         if hasattr(model, name):
-            _replace(model, name, _refuse_continuous_batching)
+            _put_in_front(model, name, _refuse_continuous_batching)
 
 
-def _replace(model: nn.Module, name: str, replacement: Callable[..., Any]) -> None:
-    """Puts a method in front of a method of this one instance; it gets the class's own first."""
-    original = getattr(type(model), name)
+class _Method:
+    """A method of one model, in front of its class's own, which it gets as its first argument.
 
-    @functools.wraps(original)
-    def method(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return replacement(functools.partial(original, self), self, *args, **kwargs)
+    An object and not a closure, so that a prepared model can be copied and pickled.
+    """
 
-    setattr(model, name, types.MethodType(method, model))
+    def __init__(self, model: nn.Module, name: str, replacement: Callable[..., Any]) -> None:
+        self.model = model
+        self.name = name
+        self.replacement = replacement
+        self.earlier = vars(model).get(name)  # another library's, on this instance
+
+    @property
+    def original(self) -> Callable[..., Any]:
+        return self.earlier or functools.partial(getattr(type(self.model), self.name), self.model)
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(self.original)  # Transformers asks which arguments forward takes
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.replacement(self.original, self.model, *args, **kwargs)
+
+
+def _put_in_front(model: nn.Module, name: str, replacement: Callable[..., Any]) -> None:
+    setattr(model, name, _Method(model, name, replacement))
+
+
+def _forward(original: Callable[..., Any], model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    # Not traced: compiled code would keep the plan of the pass that it was compiled in.
+    plan = _untraced_plan(model, inspect.signature(original) if args else None, args, kwargs)
+    with in_force(plan):
+        return original(*args, **kwargs)
 
 
 def _generate(original: Callable[..., Any], model: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -204,10 +219,20 @@ def _refuse_continuous_batching(*args: Any, **kwargs: Any) -> Any:
     )
 
 
-def _plan(
-    model: nn.Module, thresholds: Thresholds, args: tuple[Any, ...], kwargs: dict[str, Any]
+@torch.compiler.disable
+def _untraced_plan(
+    model: nn.Module,
+    signature: inspect.Signature | None,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
 ) -> PhasePlan | None:
-    inputs = kwargs.get("input_ids", args[0] if args else None)
+    if signature is not None:
+        kwargs = {**dict(zip(signature.parameters, args, strict=False)), **kwargs}
+    return _plan(model, kwargs)
+
+
+def _plan(model: nn.Module, kwargs: dict[str, Any]) -> PhasePlan | None:
+    inputs = kwargs.get("input_ids")
     if inputs is None:
         inputs = kwargs.get("inputs_embeds")
     if inputs is None:
@@ -245,6 +270,8 @@ def _plan(
         # Beams and returned sequences stand next to each other, and share their prompt's padding.
         padding = np.repeat(prompts.padding, sequences // len(prompts.padding))
         lengths = prompts.columns - padding
+    thresholds = model.mixquant_thresholds
+    assert isinstance(thresholds, Thresholds)
     plan = plan_pass(thresholds, cached - padding, np.full(sequences, columns), lengths)
     return plan if plan.quantized else None
 

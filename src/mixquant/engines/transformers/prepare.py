@@ -79,7 +79,7 @@ def prepare(
             label = f"{name}.{labels[index]}" if labels else name
             shape = (part.features[1] - part.features[0], linear.weight.shape[1])
             layers.append(_layer(label, shape, part, "the recipe" if part.weight is None else None))
-    layers.extend(_experts(decoder, model))
+    layers.extend(_left_alone(model))
 
     for linear, layout, parts in plans:
         PhaseLinear.adopt(linear, layout).hold(parts)
@@ -213,16 +213,18 @@ def _boundaries(name: str, out_features: int, model: PreTrainedModel) -> list[Ra
     return list(pairwise(ends))
 
 
-def _experts(decoder: nn.Module, model: nn.Module) -> Iterator[Layer]:
-    """Weights of experts, which are stacked in parameters of three dimensions and are no Linear."""
+def _left_alone(model: nn.Module) -> Iterator[Layer]:
+    """Matrices that rows are multiplied with outside linear layers: stacked experts, and routers."""
+    precise = Part((0, 0), "bf16", None)
     for name, module in model.named_modules():
-        if not _EXPERTS.search(name) or isinstance(module, nn.Linear):
+        if isinstance(module, nn.Linear):
             continue
         for key, parameter in module.named_parameters(recurse=False):
-            if parameter.ndim == 3:
-                note = Part((0, 0), "bf16", None)
+            if _EXPERTS.search(name) and parameter.ndim == 3:
                 why = "experts are not linear layers in Transformers"
-                yield _layer(f"{name}.{key}", parameter.shape, note, why)
+                yield _layer(f"{name}.{key}", parameter.shape, precise, why)
+            elif _ROUTER.search(name) and parameter.ndim == 2:
+                yield _layer(name, parameter.shape, precise, "an expert router")
 
 
 def _layer(name: str, shape: Any, part: Part, why: str | None) -> Layer:

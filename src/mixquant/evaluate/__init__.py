@@ -1,0 +1,1 @@
+"""Fidelity and speed on real workloads, arms side by side."""

