@@ -343,18 +343,32 @@ def test_prompt_lookup(recorder: Recorder) -> None:
     assert distance(plain.logits[0], result.logits[0]) < 0.01
 
 
-def test_prompt_lookup_on_top_of_a_cache(recorder: Recorder) -> None:
+@pytest.mark.parametrize("drafts", ["lookup", "assistant"])
+def test_drafts_on_top_of_a_cache(recorder: Recorder, drafts: str) -> None:
     model = watched(recorder)
+    kwargs: dict[str, Any] = {"prompt_lookup_num_tokens": 4}
+    if drafts == "assistant":
+        kwargs = {"assistant_model": watched(recorder, name="assistant", seed=1)}
     cache = DynamicCache(config=model.config)
     prompt = tokens(12).repeat(1, 3)
-    sequences = model.generate(prompt, past_key_values=cache, **GREEDY).sequences
+    text = model.generate(prompt, past_key_values=cache, **GREEDY).sequences
     recorder.take()
     length = cache.get_seq_length()
-    text = torch.cat([sequences, tokens(12)], dim=1)
-    model.generate(text, past_key_values=cache, prompt_lookup_num_tokens=4, **GREEDY)
+    text = torch.cat([text, tokens(12)], dim=1)
+    new = {"input_ids": text[:, length:], "attention_mask": torch.ones_like(text)}
+
+    # Transformers 5.19 reads tokens that are cached a second time when it is given them again
+    # (the cache ends up 100 columns long in place of 59), as it does with prefill_chunk_size.
+    with pytest.raises(ValueError, match="past_key_values"):
+        model.generate(text, past_key_values=copy.deepcopy(cache), **kwargs, **GREEDY)
+    assert recorder.take() == []
+
+    model.generate(**new, past_key_values=cache, **kwargs, **GREEDY)
     passes = recorder.take()
     check(passes, allowed(text, length))
     assert passes[0].rows > text.shape[1] - length
+    if drafts == "assistant":  # which has no cache yet, and is given the new tokens only
+        check(recorder.take("assistant"), allowed(text[:, length:]))
 
 
 @pytest.mark.parametrize("which", ["both", "main", "assistant"])
@@ -388,21 +402,6 @@ def test_assisted_by_itself(recorder: Recorder) -> None:
         verified = next(i for i, each in enumerate(passes) if i and each.rows > prompt.shape[1])
         for i, each in enumerate(passes):
             assert each.quantized == (allowed(prompt) if i in (0, verified) else [])
-
-
-def test_assisted_on_top_of_a_cache(recorder: Recorder) -> None:
-    main, assistant = build("llama"), build("llama", seed=1, num_hidden_layers=1)
-    for model, name in ((main, "main"), (assistant, "assistant")):
-        recorder.watch(model, name)
-        mixquant.prepare(model, RECIPE)
-    cache = DynamicCache(config=main.config)
-    first = main.generate(tokens(20), past_key_values=cache, **GREEDY).sequences
-    length = cache.get_seq_length()
-    text = torch.cat([first, tokens(12, seed=8)], dim=1)
-    recorder.take()
-    main.generate(text, past_key_values=cache, assistant_model=assistant, **GREEDY)
-    check(recorder.take("main"), allowed(text, length))
-    check(recorder.take("assistant"), allowed(text))
 
 
 def test_a_generation_inside_another_of_another_model(recorder: Recorder) -> None:
@@ -521,8 +520,8 @@ def test_smollm2(recorder: Recorder, smollm2_path: Path) -> None:
     plain = AutoModelForCausalLM.from_pretrained(smollm2_path, dtype=torch.bfloat16)
     order = torch.randperm(40000, generator=torch.Generator().manual_seed(0)) + 100
     prompts = [order[None, :60], order[None, 60:100]]
-    # What it might answer is not known; rows that are not will fail the test.
-    recorder.watch(plain, known=torch.cat([order[:100], torch.arange(20)]))
+    # Its answer is not among the known tokens: it would be missed as "no row of the first layer".
+    recorder.watch(plain, known=order[:100])
     model = mixquant.prepare(plain, RECIPE)
     batch = left_padded(prompts)
     greedy = {**GREEDY, "max_new_tokens": 3}

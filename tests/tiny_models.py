@@ -201,7 +201,11 @@ def _bits(row: Tensor) -> bytes:
 def _first_rows(model: PreTrainedModel, known: Tensor) -> dict[bytes, int]:
     """For each known token, the row with which it enters the first layer's projections."""
     layer = model.get_decoder().layers[0]
-    first = next(module for module in layer.modules() if isinstance(module, nn.Linear))
+    first = next(
+        module
+        for name, module in layer.named_modules()
+        if name.rpartition(".")[2] in ("q_proj", "qkv_proj", "in_proj_qkv")
+    )
     entered: list[Tensor] = []
     hook = first.register_forward_pre_hook(lambda _, args: entered.append(args[0].flatten(0, -2)))
     with torch.no_grad():

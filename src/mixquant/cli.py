@@ -196,9 +196,13 @@ def compare(
         _check_writable(json_file)
     checkpoint = find(model, _say)
 
+    from transformers.utils import logging
+
     from mixquant.evaluate.compare import compare as run
     from mixquant.evaluate.report import answers, table
     from mixquant.evaluate.workload import agent_workload
+
+    logging.disable_progress_bar()  # ours tells the same
 
     chosen = chosen or _saved_recipe(checkpoint)
     workload = agent_workload(load_tokenizer(checkpoint), text)
@@ -209,6 +213,7 @@ def compare(
         TimeElapsedColumn(),
         console=err,
         transient=True,
+        disable=not err.is_terminal,
     ) as bar:
         task = bar.add_task("Starting", total=1.0)
         result = run(
@@ -451,7 +456,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if isinstance(error, (InputError, ModelError, PrepareError, RecipeError)):
             _print_error(str(error))
             return 2
-        if hasattr(error, "format_message"):  # typer's, of a class that its versions place elsewhere
+        if hasattr(
+            error, "format_message"
+        ):  # typer's, of a class that its versions place elsewhere
             _print_error(f"{error.format_message()} (mixquant --help)")
             return 2
         _print_error(f"{type(error).__name__}: {error} (MIXQUANT_TRACEBACK=1 shows where)")

@@ -141,10 +141,13 @@ def load_model(checkpoint: Checkpoint, dtype: Any = "bfloat16", device: Any = No
         model = model.to(device).eval()
     except Exception as error:
         raise _cannot_load(checkpoint, "the model", error) from error
-    if missing := sorted(set(info["missing_keys"]) & {name for name, _ in model.named_parameters()}):
+    if missing := sorted(
+        set(info["missing_keys"]) & {name for name, _ in model.named_parameters()}
+    ):
         # Transformers would go on with random weights.
         raise ModelError(
-            f"cannot load {checkpoint.name}: its files lack {len(missing)} weights, {missing[0]} first"
+            f"cannot load {checkpoint.name}: {len(missing)} weights are missing from its files, "
+            f"{missing[0]} first"
         )
     return model
 
@@ -183,6 +186,7 @@ def smollm2(say: Callable[[str], None] = lambda message: None) -> Path:
     if converted.is_dir():
         return converted
     try:
+        _check_space(cache)
         cache.mkdir(parents=True, exist_ok=True)
         with FileLock(cache / f"{converted.name}.lock"):
             if not converted.is_dir():
@@ -197,11 +201,6 @@ def _convert_into(converted: Path, gguf: Path, say: Callable[[str], None]) -> No
     cache = converted.parent
     for left_behind in cache.glob(f"{converted.name}.*.partial"):
         shutil.rmtree(left_behind, ignore_errors=True)
-    if (free := shutil.disk_usage(cache).free) < _SMOLLM2_BYTES:
-        raise ModelError(
-            f"no disk space to convert {SMOLLM2}: {cache} has {free / 1e6:.0f} MB free, "
-            f"{_SMOLLM2_BYTES / 1e6:.0f} MB are needed; make room or set MIXQUANT_CACHE"
-        )
     say(f"Converting {gguf.stem} to BF16, once, into {converted}")
     partial = Path(tempfile.mkdtemp(prefix=f"{converted.name}.", suffix=".partial", dir=cache))
     try:
@@ -215,6 +214,15 @@ def _convert_into(converted: Path, gguf: Path, say: Callable[[str], None]) -> No
         raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _check_space(cache: Path) -> None:
+    existing = next(folder for folder in (cache, *cache.absolute().parents) if folder.exists())
+    if (free := shutil.disk_usage(existing).free) < _SMOLLM2_BYTES:
+        raise ModelError(
+            f"no disk space to convert {SMOLLM2}: {cache} has {free / 1e6:.0f} MB free, "
+            f"{_SMOLLM2_BYTES / 1e6:.0f} MB are needed; make room or set MIXQUANT_CACHE"
+        )
 
 
 def _convert(gguf: Path, into: Path) -> None:
@@ -264,7 +272,9 @@ def _is_out_of_space(error: Exception) -> bool:
 
 def _cannot_convert(cache: Path, error: Exception) -> ModelError:
     why = "no disk space left" if _is_out_of_space(error) else _one_line(error)
-    return ModelError(f"cannot convert {SMOLLM2} into {cache}: {why}; MIXQUANT_CACHE moves the cache")
+    return ModelError(
+        f"cannot convert {SMOLLM2} into {cache}: {why}; MIXQUANT_CACHE moves the cache"
+    )
 
 
 def _cannot_load(checkpoint: Checkpoint, what: str, error: Exception) -> ModelError:

@@ -317,7 +317,11 @@ def _play(
             done = 0.7 + 0.3 * number / len(players)
             progress(f"Turn {turn + 1}: writing, {player.name}", begin + share * done)
             if turn == workload.turns - 1:
-                own = answer if player is reference else _greedy(player, first[number], limit, ends)[0]
+                own = (
+                    answer
+                    if player is reference
+                    else _greedy(player, first[number], limit, ends)[0]
+                )
                 player.own_answer = own
             _, steps, logits_forced = player.write(first[number], answer, limit, ends)
             player.steps += steps
@@ -339,10 +343,7 @@ def _greedy(
 
 def _result(player: _Player, wanted: list[Tensor], workload: Workload, prepared: Any) -> Arm:
     kl, agrees = zip(
-        *(
-            divergence(reference, own)
-            for reference, own in zip(wanted, player.logits, strict=True)
-        ),
+        *(divergence(reference, own) for reference, own in zip(wanted, player.logits, strict=True)),
         strict=True,
     )
     per_turn = tuple(median(seconds) for seconds in player.ttft)

@@ -6,6 +6,8 @@ from rich.table import Table
 
 from mixquant.evaluate.compare import Comparison
 
+_SHORT = {"bfloat16": "bf16", "float32": "fp32"}
+
 
 def table(result: Comparison) -> Table:
     """The arms, one a line, with what was measured where underneath."""
@@ -21,24 +23,24 @@ def table(result: Comparison) -> Table:
         + _baseline(result),
         caption_justify="left",
     )
-    table.add_column("arm")
+    table.add_column("\narm")
     for heading in (
-        "computes in",
-        "prefill tok/s",
-        "speed-up",
-        "TTFT s",
-        "TPOT ms",
-        "KL nats/tok",
-        "top-1",
-        "extra MiB",
+        "computes\nin",
+        "prefill\ntok/s",
+        "speed\nup",
+        "TTFT\ns",
+        "TPOT\nms",
+        "KL\nnats/tok",
+        "\ntop-1",
+        "extra\nMiB",
     ):
-        table.add_column(heading, justify="right")
+        table.add_column(heading, justify="right", no_wrap=True)
     baseline = next((arm for arm in result.arms if arm.name == "bf16"), None)
     for arm in result.arms:
         gain = arm.prefill_tokens_per_s / baseline.prefill_tokens_per_s if baseline else None
         table.add_row(
             arm.name,
-            arm.compute_dtype,
+            _SHORT.get(arm.compute_dtype, arm.compute_dtype),
             f"{arm.prefill_tokens_per_s:.0f}",
             "-" if gain is None else f"{gain:.2f}x",
             f"{arm.ttft_s:.2f}",

@@ -35,7 +35,13 @@ def fused(chain: Callable[..., Any]) -> Callable[..., Any]:
     The first tensor argument is ``[rows, ...]``. Where compiling fails, for want of a C++ compiler
     above all, the chain runs as written, and a warning says so once.
     """
-    compiled = torch.compile(chain, dynamic=True)
+
+    @functools.cache
+    def compiled() -> Callable[..., Any]:
+        # Each chain meets a handful of types, layouts and gradient modes. dynamo's limit of eight
+        # would send a process that meets them all back to the plain chain, for good.
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+        return torch.compile(chain, dynamic=True)
 
     @functools.wraps(chain)
     def run(x: torch.Tensor, *rest: Any) -> Any:
@@ -44,7 +50,7 @@ def fused(chain: Callable[..., Any]) -> Callable[..., Any]:
         # One thread at a time: two compiling the same chain would race in dynamo's caches.
         try:
             with _lock, torch.no_grad():
-                return compiled(x, *rest)
+                return compiled()(x, *rest)
         except Exception as error:
             if not _is_compile_error(error):
                 raise

@@ -20,6 +20,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch import nn
+from transformers.generation.configuration_utils import GenerationMode
 
 from mixquant.phase import (
     PhasePlan,
@@ -52,6 +53,7 @@ class _Generation:
     prompts: Prompts | None = None
     # For caches that keep their length in a tensor, which would have to be fetched from the device.
     columns_seen: int | None = None
+    columns_given: int | None = None  # to `generate`, cached ones among them or not
 
 
 @dataclass
@@ -169,7 +171,11 @@ def _generate(original: Callable[..., Any], model: nn.Module, *args: Any, **kwar
     outer = _current.get()
     if outer is not None and outer.model is not None and outer.model() is model and not drafting:
         return original(*args, **kwargs)  # a decoding method that calls `generate` itself
-    generation = _Generation(weakref.ref(model))
+    given = kwargs.get("inputs_embeds")
+    if given is None:
+        given = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
+    columns = given.shape[1] if isinstance(given, torch.Tensor) and given.ndim > 1 else None
+    generation = _Generation(weakref.ref(model), columns_given=columns)
     # An assistant is asked to generate once a round, with all that was accepted so far as its
     # prompt. Its configuration lives as long as the rounds do and its first prompt is the real one.
     if drafting:
@@ -188,28 +194,40 @@ def _prepare_cache(
     model: nn.Module,
     generation_config: Any,
     model_kwargs: dict[str, Any],
+    generation_mode: Any,
     *args: Any,
     **kwargs: Any,
 ) -> Any:
     """Records the prompts. Every decoding method of `generate` comes by here, its mask complete."""
     generation = _current.get()
+    mask = model_kwargs.get("attention_mask")
+    if isinstance(mask, torch.Tensor) and mask.ndim == 2:
+        prompts = Prompts.from_mask(mask)
+    elif (columns := getattr(generation_config, "_mask_length", None)) is not None:
+        prompts = Prompts(columns, np.zeros(1, dtype=np.int64))
+    else:
+        prompts = None
     cache = model_kwargs.get("past_key_values")
-    if (
-        generation_config.prefill_chunk_size is not None
-        and cache is not None
-        and int(cache.get_seq_length()) > 0
-    ):
-        raise ValueError(
-            "prefill_chunk_size cannot be combined with past_key_values that already hold tokens: "
-            "Transformers reads the cached tokens a second time. Leave out prefill_chunk_size."
-        )
+    if cache is not None and int(cache.get_seq_length()) > 0:
+        if generation_config.prefill_chunk_size is not None:
+            raise ValueError(
+                "prefill_chunk_size cannot be combined with past_key_values that hold tokens: "
+                "Transformers reads those a second time. Leave out prefill_chunk_size."
+            )
+        if (
+            generation_mode == GenerationMode.ASSISTED_GENERATION
+            and generation is not None
+            and prompts is not None
+            and generation.columns_given == prompts.columns
+        ):
+            raise ValueError(
+                "assisted and prompt-lookup decoding cannot be given tokens that past_key_values "
+                "hold already: Transformers reads those a second time. Pass the new tokens only, "
+                "with the attention mask of all."
+            )
     if generation is not None and generation.prompts is None:
-        mask = model_kwargs.get("attention_mask")
-        if isinstance(mask, torch.Tensor) and mask.ndim == 2:
-            generation.prompts = Prompts.from_mask(mask)
-        elif (columns := getattr(generation_config, "_mask_length", None)) is not None:
-            generation.prompts = Prompts(columns, np.zeros(1, dtype=np.int64))
-    return original(generation_config, model_kwargs, *args, **kwargs)
+        generation.prompts = prompts
+    return original(generation_config, model_kwargs, generation_mode, *args, **kwargs)
 
 
 def _refuse_continuous_batching(*args: Any, **kwargs: Any) -> Any:
