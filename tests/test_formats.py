@@ -18,7 +18,7 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 
 from mixquant.formats import BY_NAME, EMULATION, Format, Kernel, fp8, int8, native_formats
-from mixquant.kernels import compiled
+from mixquant.kernels import compiled, int8_cpu
 
 CPU = torch.device("cpu")
 FORMATS = tuple(BY_NAME)
@@ -533,18 +533,19 @@ def test_compiled_and_plain_chains_agree_bit_for_bit(
         found: list[Tensor] = []
         for columns in (1000, 7, 64):
             x = awkward_rows(columns, dtype)
-            codes, scale = int8._codes_plus_128(x)
+            codes, scale = int8_cpu.quantize(x)
             found += [codes, scale]
             wide = random(x.shape[0], 40, seed=4) * 1e3
-            for product_ in (wide, wide.bfloat16()):
+            # oneDNN's product comes in BF16 where that is the output, else in FP32.
+            for product_ in (wide, wide.bfloat16()) if dtype == torch.bfloat16 else (wide,):
                 for bias in (None, random(1, 40, dtype, seed=5)[0]):
                     out = torch.empty(x.shape[0], 40, dtype=dtype)
-                    int8._rescale(product_, scale, bias, out)
+                    int8_cpu.rescale(product_, scale, bias, out)
                     found.append(out)
         outputs.append(found)
     if compiled.why_not_fused() is not None:
         pytest.skip(f"nothing is compiled here: {compiled.why_not_fused()}")
-    assert counters["stats"]["unique_graphs"] >= graphs + 1 + 4
+    assert counters["stats"]["unique_graphs"] >= graphs + 1 + 2
     assert all(map(same, *outputs))
 
 

@@ -15,6 +15,7 @@ import pickle
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,9 +38,13 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*causal_conv1d")
 
 
 @pytest.fixture(autouse=True)
-def _no_grad() -> Any:
+def _inference() -> Iterator[None]:
+    """No gradients; and one thread, because tiny products only wait for a second one."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     with torch.no_grad():
         yield
+    torch.set_num_threads(threads)
 
 
 def prepared(model: PreTrainedModel, recipe: Any = FAST) -> PreTrainedModel:
@@ -183,6 +188,7 @@ def test_a_fused_model_answers_as_its_projections_would() -> None:
 
 
 def test_smollm2_keeps_its_answer(smollm2_path: Path) -> None:
+    torch.set_num_threads(os.cpu_count() or 1)
     plain = AutoModelForCausalLM.from_pretrained(smollm2_path, dtype=torch.bfloat16)
     ids = torch.randint(100, 40000, (1, 96), generator=torch.Generator().manual_seed(0))
     reference = plain(ids).logits
@@ -681,18 +687,13 @@ def test_saved_and_loaded_in_a_fresh_process(tmp_path: Path, with_mixquant: str)
     assert done.returncode == 0, done.stderr
     found = torch.load(out, weights_only=False)
 
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        reference = (model if with_mixquant == "yes" else plain).generate(
-            PROMPT,
-            max_new_tokens=3,
-            do_sample=False,
-            output_logits=True,
-            return_dict_in_generate=True,
-        )
-    finally:
-        torch.set_num_threads(threads)
+    reference = (model if with_mixquant == "yes" else plain).generate(
+        PROMPT,
+        max_new_tokens=3,
+        do_sample=False,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
     assert torch.equal(found["logits"], torch.stack(reference.logits))
     if with_mixquant == "yes":
         assert found["mlp"] == "PhaseLinear"

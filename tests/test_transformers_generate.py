@@ -7,6 +7,7 @@ with prompts cut by hand: the code that decides is not asked.
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -42,9 +43,13 @@ GREEDY: dict[str, Any] = {
 
 
 @pytest.fixture(autouse=True)
-def _no_grad() -> Iterator[None]:
+def _inference() -> Iterator[None]:
+    """No gradients; and one thread, because tiny products only wait for a second one."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     with torch.no_grad():
         yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture
@@ -517,6 +522,7 @@ def test_continuous_batching_is_refused(recorder: Recorder) -> None:
 
 
 def test_smollm2(recorder: Recorder, smollm2_path: Path) -> None:
+    torch.set_num_threads(os.cpu_count() or 1)
     plain = AutoModelForCausalLM.from_pretrained(smollm2_path, dtype=torch.bfloat16)
     order = torch.randperm(40000, generator=torch.Generator().manual_seed(0)) + 100
     prompts = [order[None, :60], order[None, 60:100]]

@@ -11,9 +11,11 @@ import pytest
 import torch
 import transformers
 from torch import Tensor, nn
+from torch.nn.functional import normalize
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from mixquant.formats import BY_NAME
+from mixquant.formats import EMULATION
+from mixquant.formats.int8 import INT8
 
 VOCABULARY = 256
 PAD = 0  # prompts hold no token below 3
@@ -124,47 +126,50 @@ class Pass:
 
 
 class Recorder:
-    """Records which token rows reach quantized products, from the formats' side.
+    """Records which token rows reach quantized products, at the products themselves.
 
-    It asks nothing of the code that decides: a row that enters the first layer is a function of its
-    token and of nothing else (embedding, then norm), so the row itself says which token it is. Rows
-    of deeper layers are counted.
+    It asks nothing of the code that decides. A row that enters the first layer is a function of its
+    token and of nothing else (embedding, then norm), so the direction of its INT8 codes says which
+    token it is. Rows of deeper layers, which point elsewhere, are counted.
     """
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self._tables: dict[str, dict[bytes, int]] = {}
+        self._tables: dict[str, tuple[Tensor, Tensor]] = {}
         self._passes: list[Pass] = []
         self._running = threading.local()
-        for fmt in BY_NAME.values():
-            self._wrap(type(fmt), monkeypatch)
+        # Whatever the code in between: this operation, or the emulation, is what multiplies.
+        onednn, linear = torch.ops.onednn.qlinear_pointwise, type(INT8).linear
 
-    def _wrap(self, kind: type, monkeypatch: pytest.MonkeyPatch) -> None:
-        quantize_rows, linear = kind.quantize_rows, kind.linear  # type: ignore[attr-defined]
-        seen: dict[int, tuple[Any, Tensor]] = {}
+        class Recorded:
+            def __call__(_, codes_plus_128: Tensor, *args: Any) -> Tensor:  # noqa: N805
+                self._product(codes_plus_128)
+                return onednn(codes_plus_128, *args)
 
-        def record_rows(fmt: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-            rows = quantize_rows(fmt, x, *args, **kwargs)
-            seen[id(rows)] = (rows, x.detach().clone())  # kept, so that no id comes again
-            return rows
+            def __getattr__(_, name: str) -> Any:  # noqa: N805
+                return getattr(onednn, name)  # TorchInductor looks at its overloads
 
-        def record_product(fmt: Any, rows: Any, weight: Any, bias: Any, out: Tensor) -> None:
-            source = seen[id(rows)][1]
-            assert source.shape[0] == out.shape[0]
-            self._product(source)
-            linear(fmt, rows, weight, bias, out)
+        def record_emulation(fmt: Any, rows: Any, weight: Any, *args: Any) -> None:
+            if weight.kernel == EMULATION:
+                self._product(rows.codes_plus_128)
+            linear(fmt, rows, weight, *args)
 
-        monkeypatch.setattr(kind, "quantize_rows", record_rows)
-        monkeypatch.setattr(kind, "linear", record_product)
+        monkeypatch.setattr(torch.ops.onednn, "qlinear_pointwise", Recorded())
+        monkeypatch.setattr(type(INT8), "linear", record_emulation)
 
-    def _product(self, rows: Tensor) -> None:
-        running: Pass = self._running.stack[-1]
-        running.products += 1
-        running.counts.add(rows.shape[0])
-        table = self._tables[running.model]
-        found = [table.get(_bits(row)) for row in rows]
-        if found and found[0] is not None:
-            assert None not in found, "rows of the first layer mixed with others"
-            running.identified.append([token for token in found if token is not None])
+    def _product(self, codes_plus_128: Tensor) -> None:
+        running: list[Pass] = getattr(self._running, "stack", [])
+        if not running:
+            return  # the library trying its kernel out
+        current = running[-1]
+        current.products += 1
+        current.counts.add(codes_plus_128.shape[0])
+        tokens, directions = self._tables[current.model]
+        if codes_plus_128.shape[1] != directions.shape[1]:
+            return
+        codes = normalize(codes_plus_128.float() - 128)
+        alike, nearest = (codes @ directions.T).max(dim=1)
+        if bool((alike > 0.9995).all()):
+            current.identified.append(tokens[nearest].tolist())
 
     def watch(
         self, model: PreTrainedModel, name: str = "main", known: Tensor | None = None
@@ -194,12 +199,8 @@ class Recorder:
         return taken
 
 
-def _bits(row: Tensor) -> bytes:
-    return row.contiguous().view(torch.uint8).numpy().tobytes()
-
-
-def _first_rows(model: PreTrainedModel, known: Tensor) -> dict[bytes, int]:
-    """For each known token, the row with which it enters the first layer's projections."""
+def _first_rows(model: PreTrainedModel, known: Tensor) -> tuple[Tensor, Tensor]:
+    """The known tokens, and the directions in which they enter the first layer's projections."""
     layer = model.get_decoder().layers[0]
     first = next(
         module
@@ -211,6 +212,7 @@ def _first_rows(model: PreTrainedModel, known: Tensor) -> dict[bytes, int]:
     with torch.no_grad():
         model(known[:, None], use_cache=False)
     hook.remove()
-    table = {_bits(row): int(token) for token, row in zip(known, entered[0], strict=True)}
-    assert len(table) == len(entered[0]), "two tokens enter the first layer alike"
-    return table
+    directions = normalize(entered[0].float())
+    alike = directions @ directions.T - 2 * torch.eye(len(known))
+    assert alike.max() < 0.99, "two tokens enter the first layer alike"
+    return known, directions

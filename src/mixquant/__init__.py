@@ -1,8 +1,8 @@
 """Phase-aware quantized inference for LLM agents: low-precision prefill, BF16 decode.
 
-    model = mixquant.prepare(model)              # a loaded Transformers model, in place
-    print(mixquant.summary(model))               # layers, formats, kernels, extra memory
-    model.generate(**inputs)                     # applies the rule by itself
+model = mixquant.prepare(model)              # a loaded Transformers model, in place
+print(mixquant.summary(model))               # layers, formats, kernels, extra memory
+model.generate(**inputs)                     # applies the rule by itself
 """
 
 # Importing the engine registers the quantization method with Transformers, which has no entry

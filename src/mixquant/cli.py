@@ -9,6 +9,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -136,7 +137,7 @@ def chat(
     One line of standard input is one message. /reset forgets the conversation, /exit, the end of
     the input and Ctrl-C end it.
     """
-    from mixquant.conversation import opening, reply
+    from mixquant.conversation import opening
 
     chosen = _recipe(recipe, format)
     checkpoint = find(model, _say)
@@ -146,6 +147,19 @@ def chat(
     speaker = _Speaker(checkpoint, tokenizer, chosen, max_new_tokens, temperature, seed)
     if sys.stdin.isatty():
         err.print("[dim]/reset forgets the conversation, /exit ends it[/dim]")
+
+    with suppress(KeyboardInterrupt):
+        _converse(speaker, tokenizer, checkpoint, before, max_new_tokens)
+
+
+def _converse(
+    speaker: _Speaker,
+    tokenizer: Any,
+    checkpoint: Checkpoint,
+    before: list[dict[str, Any]],
+    max_new_tokens: int,
+) -> None:
+    from mixquant.conversation import opening, reply
 
     while (message := _next_message()) is not None:
         if message == "/exit":
@@ -445,7 +459,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         code = app(args=list(arguments) or ["--help"], prog_name="mixquant", standalone_mode=False)
         return code if isinstance(code, int) else 0
     except (KeyboardInterrupt, typer.Abort):
-        return 0 if arguments and arguments[0] == "chat" else 130
+        return 130
     except BrokenPipeError:
         # Who read our output has gone; Python would complain once more when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

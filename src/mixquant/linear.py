@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mixquant.formats import BY_NAME, QuantizedWeight
+from mixquant.formats import BY_NAME, Kernel, QuantizedWeight
 from mixquant.phase import PhasePlan, Range
 
 
@@ -47,66 +48,80 @@ def phase_linear(
     if plan is None or plan.rows != rows or not plan.quantized:
         return F.linear(x, weight, bias)
 
-    flat = x.reshape(rows, x.shape[-1])
-    out = flat.new_empty(rows, weight.shape[0])
-    if plan.quantized_rows + plan.precise_rows < rows:
+    def quantized(out: Tensor) -> None:
+        for part in parts:
+            first, last = part.features
+            part_bias = None if bias is None else bias[first:last]
+            if part.weight is None:
+                some = select(x.reshape(rows, -1), plan, "quantized")
+                out[:, first:last] = F.linear(some, weight[first:last], part_bias)
+            else:
+                codes = quantize_once(x, plan, part.format, part.weight.kernel, part.options)
+                BY_NAME[part.format].linear(codes, part.weight, part_bias, out[:, first:last])
+
+    return by_phase(x, weight.shape[0], plan, lambda some: F.linear(some, weight, bias), quantized)
+
+
+def by_phase(
+    x: Tensor,
+    features: int,
+    plan: PhasePlan,
+    precise: Callable[[Tensor], Tensor],
+    quantized: Callable[[Tensor], None],
+) -> Tensor:
+    """A function of rows that is computed in one way for precise rows, in another for quantized ones.
+
+    Args:
+        x: ``[..., K]``, as many rows as the plan has.
+        features: of the result.
+        precise: from the precise rows ``[M, K]`` to their results ``[M, features]``.
+        quantized: writes the results of the quantized rows into the tensor that it is given.
+
+    Returns:
+        ``[..., features]`` in the type of ``x``. Padding rows are zero.
+    """
+    flat = x.reshape(plan.rows, x.shape[-1])
+    out = flat.new_empty(plan.rows, features)
+    if plan.quantized_rows + plan.precise_rows < plan.rows:
         out.zero_()
     if plan.precise:
-        some = _select(flat, plan, "precise")
-        _put(F.linear(some, weight, bias), out, plan, "precise")
-
+        _put(precise(select(flat, plan, "precise")), out, plan, "precise")
     if len(plan.quantized) == 1:
         start, stop = plan.quantized[0]
-        _quantized_product(x, flat, weight, bias, parts, plan, out[start:stop])
+        quantized(out[start:stop])
     else:
-        gathered = flat.new_empty(plan.quantized_rows, weight.shape[0])
-        _quantized_product(x, flat, weight, bias, parts, plan, gathered)
+        gathered = flat.new_empty(plan.quantized_rows, features)
+        quantized(gathered)
         _put(gathered, out, plan, "quantized")
-    return out.reshape(*x.shape[:-1], weight.shape[0])
+    return out.reshape(*x.shape[:-1], features)
 
 
-def _quantized_product(
-    x: Tensor,
-    flat: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    parts: tuple[Part, ...],
-    plan: PhasePlan,
-    out: Tensor,
-) -> None:
-    for part in parts:
-        first, last = part.features
-        part_bias = None if bias is None else bias[first:last]
-        if part.weight is None:
-            some = _select(flat, plan, "quantized")
-            out[:, first:last] = F.linear(some, weight[first:last], part_bias)
-        else:
-            quantized = _quantize_once(x, flat, part, part.weight, plan)
-            BY_NAME[part.format].linear(quantized, part.weight, part_bias, out[:, first:last])
-
-
-def _quantize_once(
-    x: Tensor, flat: Tensor, part: Part, weight: QuantizedWeight, plan: PhasePlan
+def quantize_once(
+    x: Tensor, plan: PhasePlan, fmt: str, kernel: Kernel, options: Mapping[str, Any]
 ) -> Any:
-    """The quantized rows of ``x``, which the next layer may read as well (q, k and v, say).
-
-    Only the latest activation is kept. A tensor that was written to since is another activation;
-    an inference tensor does not tell, so it is quantized each time.
-    """
-    tracked = not x.is_inference()
-    key = ("quantized rows", part.format, weight.kernel)
-    if tracked and key in plan.memo:
-        of, version, quantized = plan.memo[key]
+    """The quantized rows of ``x``, which the next layer may read as well (q, k and v, say)."""
+    key = ("quantized rows", fmt, kernel)
+    if key in plan.memo:
+        of, version, rows = plan.memo[key]
         if of is x and version == x._version:
-            return quantized
-    some = _select(flat, plan, "quantized")
-    quantized = BY_NAME[part.format].quantize_rows(some, weight.kernel, **part.options)
-    if tracked:
-        plan.memo[key] = (x, x._version, quantized)
-    return quantized
+            return rows
+    some = select(x.reshape(plan.rows, x.shape[-1]), plan, "quantized")
+    rows = BY_NAME[fmt].quantize_rows(some, kernel, **options)
+    remember_quantized(x, plan, fmt, kernel, rows)
+    return rows
 
 
-def _select(flat: Tensor, plan: PhasePlan, group: str) -> Tensor:
+def remember_quantized(x: Tensor, plan: PhasePlan, fmt: str, kernel: Kernel, rows: Any) -> None:
+    """Keeps the quantized rows of ``x`` for `quantize_once`, in place of those before.
+
+    A tensor that was written to since is another activation; an inference tensor does not tell
+    whether it was, so its rows are not kept.
+    """
+    if not x.is_inference():
+        plan.memo["quantized rows", fmt, kernel] = (x, x._version, rows)
+
+
+def select(flat: Tensor, plan: PhasePlan, group: str) -> Tensor:
     """The rows of a group; a view if they are consecutive."""
     ranges: tuple[Range, ...] = getattr(plan, group)
     if len(ranges) == 1:

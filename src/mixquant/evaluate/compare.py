@@ -348,19 +348,21 @@ def _result(player: _Player, wanted: list[Tensor], workload: Workload, prepared:
     )
     per_turn = tuple(median(seconds) for seconds in player.ttft)
     tokens = sum(player.prompt_tokens)
+    extra_bytes = summary(prepared).extra_bytes if player.model is prepared else 0
     return Arm(
         name=player.name,
         device=player.model.device.type,
         compute_dtype=_type_name(player.model.dtype),
         prefill_tokens=tokens,
-        quantized_prefill_tokens=sum(player.quantized_per_turn),
+        # The plan knows rows, not layers: it allows rows that a recipe leaves precise in all layers.
+        quantized_prefill_tokens=sum(player.quantized_per_turn) if extra_bytes else 0,
         ttft_s=sum(per_turn),
         ttft_s_per_turn=per_turn,
         prefill_tokens_per_s=tokens / sum(per_turn),
         tpot_s=median(player.steps) if player.steps else None,
         kl_mean=float(torch.cat(kl).mean()),
         top1_agreement=float(torch.cat(agrees).double().mean()),
-        extra_bytes=summary(prepared).extra_bytes if player.model is prepared else 0,
+        extra_bytes=extra_bytes,
         text=_text(workload, player.own_answer),
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from rich import box
 from rich.table import Table
 
 from mixquant.evaluate.compare import Comparison
@@ -19,18 +20,19 @@ def table(result: Comparison) -> Table:
         caption=f"{result.workload}: {turns} prompt tokens, "
         f"{sum(result.answer_tokens_per_turn)} answer tokens, on {result.device_name}, "
         f"{result.threads} threads. TTFT: sum over the turns, each the median of "
-        f"{result.prefill_rounds}. KL and top-1: from the bf16 arm, teacher-forced on its answers."
+        f"{result.prefill_rounds}. KL (per token) and top-1: from the bf16 arm, teacher-forced on its answers."
         + _baseline(result),
         caption_justify="left",
+        box=box.SIMPLE_HEAD,
     )
-    table.add_column("\narm")
+    table.add_column("\narm", no_wrap=True)
     for heading in (
-        "computes\nin",
+        "\nin",
         "prefill\ntok/s",
         "speed\nup",
         "TTFT\ns",
         "TPOT\nms",
-        "KL\nnats/tok",
+        "KL\nnats",
         "\ntop-1",
         "extra\nMiB",
     ):
@@ -54,8 +56,10 @@ def table(result: Comparison) -> Table:
 
 def answers(result: Comparison) -> Table:
     """What each arm itself answers to the last question."""
-    table = Table(title="Their own answers to the last question", title_justify="left")
-    table.add_column("arm")
+    table = Table(
+        title="Their own answers to the last question", title_justify="left", box=box.SIMPLE_HEAD
+    )
+    table.add_column("arm", no_wrap=True)
     table.add_column("answer")
     for arm in result.arms:
         table.add_row(arm.name, arm.text)

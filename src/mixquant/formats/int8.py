@@ -14,9 +14,8 @@ import torch
 from torch import Tensor
 
 from mixquant.formats.base import EMULATION, Kernel
-from mixquant.kernels.compiled import fused
-
-QMAX = 127  # -128 is left out: codes are symmetric
+from mixquant.kernels import int8_cpu
+from mixquant.kernels.int8_cpu import QMAX
 
 ONEDNN = Kernel("oneDNN", native=True)
 INT_MM = Kernel("torch._int_mm", native=True)
@@ -34,29 +33,13 @@ def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         Codes ``[M, K]`` INT8 and scales ``[M, 1]`` FP32.
     """
-    unsigned, scale = _codes_plus_128(x)
+    unsigned, scale = int8_cpu.quantize(x)
     return (unsigned.to(torch.int16) - 128).to(torch.int8), scale
 
 
 def dequantize(codes: Tensor, scale: Tensor) -> Tensor:
     """The FP32 matrix ``[M, K]`` that codes ``[M, K]`` and scales ``[M, 1]`` stand for."""
     return codes.float() * scale
-
-
-# oneDNN's fast path on VNNI takes unsigned activations, with a zero point it compensates for. Adding
-# it as a float keeps the conversion to bytes vectorized (3.5 times as fast as by way of INT32).
-@fused
-def _codes_plus_128(x: Tensor) -> tuple[Tensor, Tensor]:
-    largest = x.abs().amax(dim=1, keepdim=True).float()
-    # Below this the reciprocal overflows; such a row holds nothing that BF16 could tell from zero.
-    scale = torch.where(largest < 1e-35, 1.0, largest / QMAX)
-    return (torch.round(x.float() * (1.0 / scale)) + 128.0).to(torch.uint8), scale
-
-
-@fused
-def _rescale(product: Tensor, row_scale: Tensor, bias: Tensor | None, out: Tensor) -> None:
-    scaled = product * row_scale
-    out.copy_(scaled if bias is None else scaled + bias)
 
 
 @dataclass(frozen=True)
@@ -115,29 +98,34 @@ class _Int8:
             return dequantize(weight.codes, weight.scale[:, None])
         # A packed weight is opaque: read it back as its product with the identity.
         unit = torch.eye(weight.shape[1]).to(torch.uint8) + 128
-        columns = _onednn_product(unit, weight, torch.float32)  # [K, N]
+        columns = onednn_product(unit, weight, torch.float32)  # [K, N]
         return columns.T.contiguous()
 
     def quantize_rows(self, x: Tensor, kernel: Kernel) -> Int8Rows:
-        return Int8Rows(*_codes_plus_128(x))
+        return Int8Rows(*int8_cpu.quantize(x))
 
     def linear(self, rows: Int8Rows, weight: Int8Weight, bias: Tensor | None, out: Tensor) -> None:
         if weight.kernel == ONEDNN:
             # Straight to BF16 where that is wanted: the FP32 product would be twice the memory to write
             # and read again. The second rounding, after the row scale, is far below INT8's own error.
             wide = torch.bfloat16 if out.dtype == torch.bfloat16 else torch.float32
-            product = _onednn_product(rows.codes_plus_128, weight, wide)
+            product = onednn_product(rows.codes_plus_128, weight, wide)
         else:
             codes = (rows.codes_plus_128.to(torch.int16) - 128).to(torch.int8)
             multiply = _int_mm if weight.kernel == INT_MM else _exact_product
             product = multiply(codes, weight.codes).float() * weight.scale
-        _rescale(product, rows.scale, bias, out)
+        int8_cpu.rescale(product, rows.scale, bias, out)
 
 
 INT8 = _Int8()
 
 
-def _onednn_product(codes_plus_128: Tensor, weight: Int8Weight, dtype: torch.dtype) -> Tensor:
+def onednn_product(codes_plus_128: Tensor, weight: Int8Weight, dtype: torch.dtype) -> Tensor:
+    """The product of rows ``[M, K]`` (codes plus 128) with a weight packed for oneDNN.
+
+    Returns:
+        ``[M, N]`` in ``dtype``, the weight's scales applied, the rows' not.
+    """
     zero_points = torch.zeros(1, dtype=torch.int32)
     return torch.ops.onednn.qlinear_pointwise(
         codes_plus_128,
@@ -181,7 +169,7 @@ def _onednn_multiplies() -> bool:
         packed = torch.ops.onednn.qlinear_prepack(codes, None)
         weight = Int8Weight(packed, torch.ones(32), ONEDNN, (32, 64))
         unsigned = (codes.to(torch.int16) + 128).to(torch.uint8)
-        product = _onednn_product(unsigned, weight, torch.float32)
+        product = onednn_product(unsigned, weight, torch.float32)
     except (RuntimeError, AttributeError, NotImplementedError):
         return False
     return bool((product == QMAX * QMAX * 64).all())

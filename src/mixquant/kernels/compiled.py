@@ -29,23 +29,36 @@ def why_not_fused() -> str | None:
     return _failure
 
 
-def fused(chain: Callable[..., Any]) -> Callable[..., Any]:
+def fused(
+    *, few_rows: int = FEW_ROWS, options: dict[str, Any] | None = None
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Compiles a chain of tensor operations for any shape, on its first call with many rows.
 
     The first tensor argument is ``[rows, ...]``. Where compiling fails, for want of a C++ compiler
     above all, the chain runs as written, and a warning says so once.
+
+    Args:
+        few_rows: up to so many rows the chain runs as written. Only for chains that give the same
+            bits either way: a row must not depend on how many others there are.
+        options: of TorchInductor.
     """
+    return functools.partial(_fused, few_rows=few_rows, options=options)
+
+
+def _fused(
+    chain: Callable[..., Any], few_rows: int, options: dict[str, Any] | None
+) -> Callable[..., Any]:
 
     @functools.cache
     def compiled() -> Callable[..., Any]:
         # Each chain meets a handful of types, layouts and gradient modes. dynamo's limit of eight
         # would send a process that meets them all back to the plain chain, for good.
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
-        return torch.compile(chain, dynamic=True)
+        return torch.compile(chain, dynamic=True, options=options)
 
     @functools.wraps(chain)
     def run(x: torch.Tensor, *rest: Any) -> Any:
-        if x.shape[0] <= FEW_ROWS or _failure is not None:
+        if x.shape[0] <= few_rows or _failure is not None:
             return chain(x, *rest)
         # One thread at a time: two compiling the same chain would race in dynamo's caches.
         try:
@@ -54,8 +67,9 @@ def fused(chain: Callable[..., Any]) -> Callable[..., Any]:
         except Exception as error:
             if not _is_compile_error(error):
                 raise
+            result = chain(x, *rest)  # what is wrong with the arguments is raised here again
             _give_up(error)
-            return chain(x, *rest)
+            return result
 
     return run
 

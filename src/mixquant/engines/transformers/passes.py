@@ -8,7 +8,6 @@ pass. Outside `generate` the user says the phase, with `phase`.
 
 from __future__ import annotations
 
-import functools
 import inspect
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -22,6 +21,7 @@ import torch
 from torch import nn
 from transformers.generation.configuration_utils import GenerationMode
 
+from mixquant.engines.transformers.methods import put_in_front
 from mixquant.phase import (
     PhasePlan,
     Thresholds,
@@ -118,44 +118,16 @@ def everything_in_prefill_format() -> Iterator[None]:
 def watch(model: nn.Module, thresholds: Thresholds) -> None:
     """Makes every forward pass of a prepared model run under its plan."""
     model.mixquant_thresholds = thresholds  # type: ignore[assignment]
-    _put_in_front(model, "forward", _forward)
-    _put_in_front(model, "generate", _generate)
-    _put_in_front(model, "_prepare_cache_for_generation", _prepare_cache)
+    put_in_front(model, "forward", _forward)
+    put_in_front(model, "generate", _generate)
+    put_in_front(model, "_prepare_cache_for_generation", _prepare_cache)
     for name in (
         "generate_batch",
         "init_continuous_batching",
         "continuous_batching_context_manager",
     ):
         if hasattr(model, name):
-            _put_in_front(model, name, _refuse_continuous_batching)
-
-
-class _Method:
-    """A method of one model, in front of its class's own, which it gets as its first argument.
-
-    An object and not a closure, so that a prepared model can be copied and pickled.
-    """
-
-    def __init__(self, model: nn.Module, name: str, replacement: Callable[..., Any]) -> None:
-        self.model = model
-        self.name = name
-        self.replacement = replacement
-        self.earlier = vars(model).get(name)  # another library's, on this instance
-
-    @property
-    def original(self) -> Callable[..., Any]:
-        return self.earlier or functools.partial(getattr(type(self.model), self.name), self.model)
-
-    @property
-    def __signature__(self) -> inspect.Signature:
-        return inspect.signature(self.original)  # Transformers asks which arguments forward takes
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.replacement(self.original, self.model, *args, **kwargs)
-
-
-def _put_in_front(model: nn.Module, name: str, replacement: Callable[..., Any]) -> None:
-    setattr(model, name, _Method(model, name, replacement))
+            put_in_front(model, name, _refuse_continuous_batching)
 
 
 def _forward(original: Callable[..., Any], model: nn.Module, *args: Any, **kwargs: Any) -> Any:

@@ -12,6 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import logging as hf_logging
 
+from mixquant.engines.transformers.fusion import fuse
 from mixquant.engines.transformers.module import PhaseLinear, quantize_parts
 from mixquant.engines.transformers.passes import watch
 from mixquant.engines.transformers.summary import IGNORED, Layer, Summary
@@ -83,6 +84,7 @@ def prepare(
 
     for linear, layout, parts in plans:
         PhaseLinear.adopt(linear, layout).hold(parts)
+    fuse(model)
     watch(
         model,
         Thresholds(

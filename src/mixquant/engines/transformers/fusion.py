@@ -1,0 +1,145 @@
+"""Fuses the quantization of activations into what produces them, for INT8 on a CPU.
+
+Next to a product on VNNI or AMX the normalization in front of it, done as Transformers writes it, in
+seven passes over memory, takes longer than the product. In a pass that quantizes, it becomes one
+loop with the quantization of its result; so do the activation and the multiplication in front of
+an MLP's last layer. Passes that quantize nothing run the modules' own code.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable, Iterator
+from typing import Any, TypeGuard
+
+import torch
+from torch import Tensor, nn
+
+from mixquant.engines.transformers.methods import put_in_front
+from mixquant.engines.transformers.module import PhaseLinear
+from mixquant.formats.int8 import INT8, ONEDNN, Int8Rows, Int8Weight, onednn_product
+from mixquant.kernels import int8_cpu
+from mixquant.linear import by_phase, quantize_once, remember_quantized, select
+from mixquant.phase import PhasePlan, in_force, plan_in_force
+
+# Which norm of a decoder layer feeds which of its projections. A wrong guess costs time, nothing
+# else: the rows are only used by a layer that is given this very norm's output.
+_FEEDS = (
+    ("input_layernorm", ("self_attn.q_proj", "linear_attn.in_proj_qkv", "self_attn.qkv_proj")),
+    ("pre_feedforward_layernorm", ("mlp.gate_proj", "mlp.gate_up_proj")),
+    ("post_attention_layernorm", ("mlp.gate_proj", "mlp.gate_up_proj")),
+)
+_MLP = "returnself.down_proj(self.act_fn(self.gate_proj(x))*self.up_proj(x))"
+
+
+def fuse(model: nn.Module) -> None:
+    """Fuses what can be fused in a model whose linear layers are `PhaseLinear` already."""
+    for layer in model.modules():
+        for norm in _norms_before_int8(layer):
+            put_in_front(norm, "forward", _norm)
+        mlp = getattr(layer, "mlp", None)
+        if isinstance(mlp, nn.Module) and _is_gated_mlp(mlp):
+            put_in_front(mlp, "forward", _gated_mlp)
+
+
+def _norms_before_int8(layer: nn.Module) -> Iterator[nn.Module]:
+    fed: set[str] = set()
+    for name, projections in _FEEDS:
+        norm = getattr(layer, name, None)
+        for projection in projections:
+            linear: Any = layer
+            for part in projection.split("."):
+                linear = getattr(linear, part, None)
+            if projection not in fed and _int8_weight(linear) is not None and _is_rms_norm(norm):
+                fed.add(projection)
+                yield norm
+
+
+def _is_rms_norm(norm: Any) -> TypeGuard[nn.Module]:
+    """Whether a module computes what `int8_cpu.rms_norm_quantize` does: some scale by 1 + weight."""
+    weight, eps = getattr(norm, "weight", None), getattr(norm, "variance_epsilon", None)
+    if not isinstance(weight, nn.Parameter) or eps is None or "forward" in vars(norm):
+        return False
+    x = torch.linspace(-3, 3, 4 * weight.numel(), dtype=weight.dtype).view(4, -1)
+    with torch.no_grad():
+        return torch.allclose(
+            norm(x), int8_cpu.rms_norm_quantize(x, weight, eps)[0], rtol=0.02, atol=0.02
+        )
+
+
+def _is_gated_mlp(mlp: nn.Module) -> bool:
+    names = ("gate_proj", "up_proj", "down_proj")
+    linears = [getattr(mlp, name, None) for name in names]
+    if any(_int8_weight(linear) is None for linear in linears) or "forward" in vars(mlp):
+        return False
+    body = re.sub(r"\s+", "", inspect.getsource(type(mlp).forward))
+    body = body.replace("down_proj=self.down_proj", "returnself.down_proj", 1)
+    return _MLP in body and _fused_activation(mlp) is not None
+
+
+def _fused_activation(mlp: nn.Module) -> Callable[..., tuple[Tensor, Tensor]] | None:
+    kind = type(mlp.act_fn).__name__
+    if kind in ("SiLU", "SiLUActivation"):
+        return int8_cpu.silu_mul_quantize
+    if kind in ("GELUTanh", "PytorchGELUTanh"):
+        return int8_cpu.gelu_mul_quantize
+    return None
+
+
+def _int8_weight(linear: Any) -> Int8Weight | None:
+    """The quantized weight of a layer that is all INT8 in oneDNN and has no bias, or None."""
+    if not isinstance(linear, PhaseLinear) or linear.bias is not None or len(linear.layout) != 1:
+        return None
+    watched = linear._forward_hooks or linear._forward_pre_hooks or "forward" in vars(linear)
+    if linear.layout[0][1] != "int8" or watched:
+        return None  # somebody wants to see the layer called
+    weight = linear.parts[0].weight
+    return weight if isinstance(weight, Int8Weight) and weight.kernel == ONEDNN else None
+
+
+def _plan_for(x: Tensor) -> PhasePlan | None:
+    plan = plan_in_force()
+    quantizes = plan is not None and plan.quantized and plan.rows == x.numel() // x.shape[-1]
+    return plan if quantizes and x.device.type == "cpu" else None
+
+
+@torch.compiler.disable
+def _norm(original: Callable[..., Tensor], norm: Any, x: Tensor) -> Tensor:
+    plan = _plan_for(x)
+    if plan is None:
+        return original(x)
+    with torch.no_grad():
+        flat = x.reshape(plan.rows, x.shape[-1])
+        y, codes, scale = int8_cpu.rms_norm_quantize(flat, norm.weight, norm.variance_epsilon)
+        y = y.view(x.shape)
+        quantized = (select(part, plan, "quantized") for part in (codes, scale))
+        remember_quantized(y, plan, "int8", ONEDNN, Int8Rows(*quantized))
+    return y
+
+
+@torch.compiler.disable
+def _gated_mlp(original: Callable[..., Tensor], mlp: Any, x: Tensor) -> Tensor:
+    plan, activate = _plan_for(x), _fused_activation(mlp)
+    gate, up, down = map(_int8_weight, (mlp.gate_proj, mlp.up_proj, mlp.down_proj))
+    if plan is None or activate is None or gate is None or up is None or down is None:
+        return original(x)
+
+    def precise(some: Tensor) -> Tensor:
+        with in_force(None):
+            return original(some)
+
+    def quantized(out: Tensor) -> None:
+        rows = quantize_once(x, plan, "int8", ONEDNN, {})
+        wide = out.dtype if out.dtype == torch.bfloat16 else torch.float32
+        inner = Int8Rows(
+            *activate(
+                onednn_product(rows.codes_plus_128, gate, wide),
+                onednn_product(rows.codes_plus_128, up, wide),
+                rows.scale,
+            )
+        )
+        INT8.linear(inner, down, None, out)
+
+    with torch.no_grad():
+        return by_phase(x, down.shape[0], plan, precise, quantized)
