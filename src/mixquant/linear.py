@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -100,25 +101,36 @@ def quantize_once(
     x: Tensor, plan: PhasePlan, fmt: str, kernel: Kernel, options: Mapping[str, Any]
 ) -> Any:
     """The quantized rows of ``x``, which the next layer may read as well (q, k and v, say)."""
-    key = ("quantized rows", fmt, kernel)
+    key = _rows_key(fmt, kernel, options)
     if key in plan.memo:
         of, version, rows = plan.memo[key]
         if of is x and version == x._version:
             return rows
     some = select(x.reshape(plan.rows, x.shape[-1]), plan, "quantized")
     rows = BY_NAME[fmt].quantize_rows(some, kernel, **options)
-    remember_quantized(x, plan, fmt, kernel, rows)
+    remember_quantized(x, plan, fmt, kernel, rows, options)
     return rows
 
 
-def remember_quantized(x: Tensor, plan: PhasePlan, fmt: str, kernel: Kernel, rows: Any) -> None:
+def remember_quantized(
+    x: Tensor,
+    plan: PhasePlan,
+    fmt: str,
+    kernel: Kernel,
+    rows: Any,
+    options: Mapping[str, Any] = MappingProxyType({}),
+) -> None:
     """Keeps the quantized rows of ``x`` for `quantize_once`, in place of those before.
 
     A tensor that was written to since is another activation; an inference tensor does not tell
     whether it was, so its rows are not kept.
     """
     if not x.is_inference():
-        plan.memo["quantized rows", fmt, kernel] = (x, x._version, rows)
+        plan.memo[_rows_key(fmt, kernel, options)] = (x, x._version, rows)
+
+
+def _rows_key(fmt: str, kernel: Kernel, options: Mapping[str, Any]) -> tuple[Any, ...]:
+    return ("quantized rows", fmt, kernel, *sorted(options.items()))
 
 
 def select(flat: Tensor, plan: PhasePlan, group: str) -> Tensor:
