@@ -138,9 +138,7 @@ def test_int8_differs_from_compressed_tensors_by_the_code_of_minus_128() -> None
 
     x = random(200, 96)
     args = ct.QuantizationArgs(num_bits=8, type="int", symmetric=True, strategy="channel")
-    theirs_scale, zero = calculate_qparams(
-        x.amin(1, keepdim=True), x.amax(1, keepdim=True), args
-    )
+    theirs_scale, zero = calculate_qparams(x.amin(1, keepdim=True), x.amax(1, keepdim=True), args)
     theirs = quantize(x, theirs_scale, zero, args, dtype=torch.int8)
     codes, scale = int8.quantize(x)
     torch.testing.assert_close(scale / theirs_scale, torch.full((200, 1), 127.5 / 127))
@@ -508,9 +506,7 @@ def test_int8_products_of_a_row_are_those_it_has_alone(
 
 @pytest.mark.parametrize("kernel", INT8_KERNELS, ids=lambda kernel: kernel.name)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_int8_weights_are_read_back_from_any_layout(
-    kernel: Kernel, shape: tuple[int, int]
-) -> None:
+def test_int8_weights_are_read_back_from_any_layout(kernel: Kernel, shape: tuple[int, int]) -> None:
     source = random(*shape, torch.bfloat16)
     source[0] = 0
     weight = int8.INT8.quantize_weight(source, kernel)

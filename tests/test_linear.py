@@ -86,9 +86,7 @@ def assert_rows(out: Tensor, wanted: Tensor, kinds: str) -> None:
 
 @given(
     kinds=st.text(alphabet="qp.", min_size=1, max_size=40),
-    pieces=st.lists(
-        st.tuples(st.integers(1, 5), st.sampled_from(FORMATS)), min_size=1, max_size=3
-    ),
+    pieces=st.lists(st.tuples(st.integers(1, 5), st.sampled_from(FORMATS)), min_size=1, max_size=3),
     biased=st.booleans(),
     seed=st.integers(0, 2**31),
 )

@@ -298,9 +298,7 @@ def test_patterns() -> None:
 
 
 def test_ignored_layers() -> None:
-    recipe = Recipe(
-        format="int8", ignore=("lm_head", "*.layers.[01].*", "down_proj")
-    ).resolved(CPU)
+    recipe = Recipe(format="int8", ignore=("lm_head", "*.layers.[01].*", "down_proj")).resolved(CPU)
     for layer in ("lm_head", "model.lm_head", "model.layers.1.mlp.up_proj", "a.b.down_proj"):
         assert recipe.ignores(layer)
         assert recipe.format_of(layer) == "bf16"

@@ -487,9 +487,7 @@ def test_ignored_layers_and_shapes_a_format_cannot_hold_stay_bf16() -> None:
     recipe = Recipe(
         preset="fast", format="nvfp4", min_prefill_tokens=0, ignore=("lm_head", "*.layers.0.*")
     )
-    layers = {
-        layer.name: layer for layer in mixquant.summary(prepared(plain, recipe)).layers
-    }
+    layers = {layer.name: layer for layer in mixquant.summary(prepared(plain, recipe)).layers}
     assert layers["model.layers.0.self_attn.q_proj"].format == "bf16"
     assert "ignore" in (layers["model.layers.0.self_attn.q_proj"].why_precise or "")
     assert layers["model.layers.1.self_attn.q_proj"].format == "nvfp4"

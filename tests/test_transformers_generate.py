@@ -201,9 +201,7 @@ def test_several_answers_to_a_prompt(recorder: Recorder) -> None:
     prompts = [tokens(30, seed=1), tokens(20, seed=2)]
     model = watched(recorder)
     torch.manual_seed(0)
-    model.generate(
-        **left_padded(prompts), max_new_tokens=4, do_sample=True, num_return_sequences=3
-    )
+    model.generate(**left_padded(prompts), max_new_tokens=4, do_sample=True, num_return_sequences=3)
     check(recorder.take(), allowed(prompts[0]) * 3 + allowed(prompts[1]) * 3)
 
 
@@ -480,9 +478,7 @@ def test_direct_calls_of_a_padded_batch(recorder: Recorder) -> None:
     flipped = {key: value.flip(1) for key, value in batch.items()}
     with mixquant.phase("prefill"):
         model(**flipped)
-    assert recorder.take()[0].quantized == allowed(prompts[0].flip(1)) + allowed(
-        prompts[1].flip(1)
-    )
+    assert recorder.take()[0].quantized == allowed(prompts[0].flip(1)) + allowed(prompts[1].flip(1))
 
 
 def test_two_caches_in_one_block(recorder: Recorder) -> None:

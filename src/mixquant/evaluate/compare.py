@@ -124,7 +124,7 @@ def compare(
         prepared = prepare(load_model(checkpoint, torch.bfloat16), recipe)
         players += [
             _Player(name, prepared, quantize_all=name == "quantized")
-            for name in ARMS[1:]
+            for name in ("mixquant", "quantized")
             if name in arms
         ]
         for number, player in enumerate(players[1:]):
@@ -188,39 +188,37 @@ class _Player:
         with self._counted(), phase("prefill"):
             return self._forward(tokens)
 
-    def write(
-        self, first: Tensor, answer: list[int] | None, limit: int, ends: frozenset[int]
-    ) -> tuple[list[int], list[float], Tensor]:
-        """Decodes token by token, teacher-forced on ``answer``, or greedily if it is None.
+    def step(self, token: int) -> tuple[float, Tensor]:
+        """Decodes one token; returns seconds and the next token's logits ``[V]``."""
+        return self._forward([token])
+
+    def answer(self, first: Tensor, limit: int, ends: frozenset[int]) -> tuple[list[int], Tensor]:
+        """Answers greedily, and then stands where it stood before.
 
         Args:
             first: ``[V]``, the logits of the first token.
-            limit: of a greedy answer, in tokens.
-            ends: the tokens that end a greedy answer.
+            limit: of the answer, in tokens.
+            ends: the tokens that end an answer.
 
         Returns:
-            The answer, the seconds of each step, and the logits ``[len(answer), V]``. The last
-            token is not fed: as in any engine, it is read with the next prompt.
+            The answer, and the logits ``[len(answer), V]`` that its tokens were taken from.
         """
-        written: list[int] = []
-        seconds: list[float] = []
+        before = self.cache
+        self.cache = copy.deepcopy(before)
         logits = [first]
-        while True:
-            token = int(logits[-1].argmax()) if answer is None else answer[len(written)]
-            written.append(token)
-            if len(written) == (limit if answer is None else len(answer)):
-                break
-            if answer is None and token in ends:
-                break
-            took, following = self._forward([token])
-            seconds.append(took)
+        written = [int(first.argmax())]
+        while len(written) < limit and written[-1] not in ends:
+            _, following = self.step(written[-1])
             logits.append(following)
-        return written, seconds, torch.stack(logits).cpu()
+            written.append(int(following.argmax()))
+        self.cache = before
+        return written, torch.stack(logits).cpu()
 
     def warm_up(self, tokens: list[int]) -> None:
         """Compiles, allocates and fills caches: what only the first passes pay."""
-        _, logits = self.read(tokens[:_WARM_UP_TOKENS])
-        self.write(logits, tokens[: _WARM_UP_STEPS + 1], 0, frozenset())
+        self.read(tokens[:_WARM_UP_TOKENS])
+        for token in tokens[:_WARM_UP_STEPS]:
+            self.step(token)
         self.cache = None
 
     def _forward(self, tokens: list[int]) -> tuple[float, Tensor]:
@@ -310,35 +308,33 @@ def _play(
         del before
 
         progress(f"Turn {turn + 1}: writing the reference", begin + share * 0.6)
-        answer, logits_written = _greedy(reference, first[0], limit, ends)
+        answer, logits_written = reference.answer(first[0], limit, ends)
         wanted.append(logits_written)
         answers.append(answer)
-        for number, player in enumerate(players):
-            done = 0.7 + 0.3 * number / len(players)
-            progress(f"Turn {turn + 1}: writing, {player.name}", begin + share * done)
-            if turn == workload.turns - 1:
-                own = (
-                    answer
-                    if player is reference
-                    else _greedy(player, first[number], limit, ends)[0]
-                )
-                player.own_answer = own
-            _, steps, logits_forced = player.write(first[number], answer, limit, ends)
-            player.steps += steps
-            player.logits.append(logits_forced)
+        reference.own_answer = answer
+        if turn == workload.turns - 1:
+            progress("Writing the other arms' own answers", begin + share * 0.7)
+            for player, logits in zip(players[1:], first[1:], strict=True):
+                player.own_answer, _ = player.answer(logits, limit, ends)
+        progress(f"Turn {turn + 1}: writing, teacher-forced", begin + share * 0.8)
+        _force(players, first, answer)
     progress("Done", 1.0)
     return answers, wanted
 
 
-def _greedy(
-    player: _Player, first: Tensor, limit: int, ends: frozenset[int]
-) -> tuple[list[int], Tensor]:
-    """An arm's own answer, after which it stands where it stood."""
-    before = player.cache
-    player.cache = copy.deepcopy(before)
-    answer, _, logits = player.write(first, None, limit, ends)
-    player.cache = before
-    return answer, logits
+def _force(players: list[_Player], first: list[Tensor], answer: list[int]) -> None:
+    """Makes all arms write an answer, token by token in turns, so that they meet the same noise.
+
+    The last token is not fed: as in any engine, it is read with the next prompt.
+    """
+    logits = [[its_first] for its_first in first]
+    for token in answer[:-1]:
+        for player, its_logits in zip(players, logits, strict=True):
+            took, following = player.step(token)
+            player.steps.append(took)
+            its_logits.append(following)
+    for player, its_logits in zip(players, logits, strict=True):
+        player.logits.append(torch.stack(its_logits).cpu())
 
 
 def _result(player: _Player, wanted: list[Tensor], workload: Workload, prepared: Any) -> Arm:
