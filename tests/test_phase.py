@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 from dataclasses import dataclass, replace
 
@@ -103,7 +104,7 @@ def test_ranges_are_ascending_apart_and_merged(
         for start, stop in ranges:
             assert 0 <= start < stop <= plan.rows
             assert type(start) is type(stop) is int  # no numpy, which JSON and hashing would meet
-        for (_, stop), (start, _) in zip(ranges, ranges[1:], strict=False):
+        for (_, stop), (start, _) in itertools.pairwise(ranges):
             assert stop < start  # equal would be two that should be one
 
 

@@ -141,11 +141,11 @@ class Recorder:
         onednn, linear = torch.ops.onednn.qlinear_pointwise, type(INT8).linear
 
         class Recorded:
-            def __call__(_, codes_plus_128: Tensor, *args: Any) -> Tensor:  # noqa: N805
+            def __call__(_, codes_plus_128: Tensor, *args: Any) -> Tensor:
                 self._product(codes_plus_128)
                 return onednn(codes_plus_128, *args)
 
-            def __getattr__(_, name: str) -> Any:  # noqa: N805
+            def __getattr__(_, name: str) -> Any:
                 return getattr(onednn, name)  # TorchInductor looks at its overloads
 
         def record_emulation(fmt: Any, rows: Any, weight: Any, *args: Any) -> None:
