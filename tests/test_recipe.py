@@ -33,7 +33,7 @@ recipes = st.builds(
     | st.dictionaries(names, st.sampled_from(FORMATS), max_size=4).map(
         lambda mapping: {**mapping, "default": "int8"}
     ),
-    min_prefill_tokens=st.none() | st.integers(0, 10**6),
+    min_prefill_tokens=st.integers(0, 10**6),
     precise_head=st.none() | st.integers(0, 10**6),
     precise_tail=st.integers(0, 10**6),
     block_scale=st.sampled_from(("6", "4/6")),
@@ -173,7 +173,7 @@ def test_resolving_leaves_the_recipe_as_it_was() -> None:
     resolved.format["v_proj"] = "bf16"  # type: ignore[index]
     assert mapping == {"default": "nvfp4", "k_proj": "bf16"}
     assert recipe.format == mapping
-    assert recipe.min_prefill_tokens is None
+    assert recipe.precise_head is None
 
 
 # --- presets and defaults ----------------------------------------------------------------------------
@@ -184,14 +184,12 @@ def test_resolving_decides_everything_once(recipe: Recipe, native: frozenset[str
     resolved = recipe.resolved(native)
     assert isinstance(resolved.format, dict)
     assert "default" in resolved.format
-    assert resolved.min_prefill_tokens is not None
     assert resolved.precise_head is not None
     for other in (native, NOTHING, BLACKWELL):
         assert resolved.resolved(other) == resolved
-    for key in ("min_prefill_tokens", "precise_head"):
-        if getattr(recipe, key) is not None:
-            assert getattr(resolved, key) == getattr(recipe, key)
-    for key in ("preset", "precise_tail", "block_scale", "ignore"):
+    if recipe.precise_head is not None:
+        assert resolved.precise_head == recipe.precise_head
+    for key in ("preset", "min_prefill_tokens", "precise_tail", "block_scale", "ignore"):
         assert getattr(resolved, key) == getattr(recipe, key)
 
 
@@ -250,16 +248,14 @@ def test_exact_quantizes_nothing_whatever_the_format() -> None:
         assert set(resolved.format.values()) == {"bf16"}  # type: ignore[union-attr]
 
 
-@pytest.mark.parametrize(
-    ("name", "head", "least"), [("nvfp4", 4, 128), ("fp8", 0, 128), ("int8", 0, 16)]
-)
-def test_thresholds_go_by_format(name: Any, head: int, least: int) -> None:
+@pytest.mark.parametrize(("name", "head"), [("nvfp4", 4), ("fp8", 0), ("int8", 0)])
+def test_the_precise_head_goes_by_format(name: Any, head: int) -> None:
     resolved = Recipe(preset="fast", format=name).resolved(NOTHING)
-    assert (resolved.precise_head, resolved.min_prefill_tokens) == (head, least)
-    assert resolved.precise_tail == 1
+    assert (resolved.precise_head, resolved.precise_tail) == (head, 1)
+    assert resolved.min_prefill_tokens == 128
     # Of several formats, the most careful.
     mixed = Recipe(format={"default": "int8", "q_proj": name}).resolved(NOTHING)
-    assert (mixed.precise_head, mixed.min_prefill_tokens) == (head, max(least, 16))
+    assert mixed.precise_head == head
     # What the user says stands, zero too.
     said = Recipe(format=name, precise_head=0, min_prefill_tokens=0).resolved(NOTHING)
     assert (said.precise_head, said.min_prefill_tokens) == (0, 0)

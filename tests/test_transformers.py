@@ -337,9 +337,11 @@ def test_a_pass_that_cannot_begin_takes_no_other_plan_away() -> None:
     model = prepared(build("llama"))
     outer = PhasePlan(7, ((0, 7),), ())
     with in_force(outer):
-        with pytest.raises(ValueError, match="prompt lengths"):
-            with mixquant.phase("prefill", prompt_length=[1, 2, 3]):
-                model(PROMPT)
+        with (
+            pytest.raises(ValueError, match="prompt lengths"),
+            mixquant.phase("prefill", prompt_length=[1, 2, 3]),
+        ):
+            model(PROMPT)
         assert plan_in_force() is outer
 
 

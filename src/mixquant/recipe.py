@@ -39,10 +39,6 @@ FUSED_PROJECTIONS: dict[str, tuple[str, ...]] = {
 }
 
 _PRECISE_HEAD: dict[str, int] = {"nvfp4": 4, "fp8": 0, "int8": 0, "bf16": 0}
-# Below this many rows a product is bound by reading its weights, and BF16 costs nothing extra.
-# On a GPU that is peak arithmetic over bandwidth (H200: 690 TFLOP/s over 4 TB/s, some 170 rows per
-# two-byte weight); a CPU computes so much less per byte that a few rows suffice.
-_MIN_PREFILL_TOKENS: dict[str, int] = {"nvfp4": 128, "fp8": 128, "int8": 16, "bf16": 0}
 
 
 class RecipeError(ValueError):
@@ -61,7 +57,9 @@ class Recipe:
         format: ``nvfp4``, ``fp8``, ``int8``, ``bf16``; ``auto`` (the fastest that the device
             multiplies natively); or a mapping from projection names or glob patterns to formats,
             with ``default`` for the rest, which is then taken as it stands, whatever the preset.
-        min_prefill_tokens: a pass with fewer quantizable rows is all precise. None: by format.
+        min_prefill_tokens: a pass with fewer quantizable rows is all precise: below that a product is
+            bound by reading its weights (on an H200, 690 TFLOP/s over 4 TB/s: some 170 rows), and
+            a pass with a precise tail reads the BF16 weights in any case.
         precise_head: tokens at the start of a prompt that stay precise. None: by format.
         precise_tail: tokens at the end of a prompt that stay precise.
         block_scale: how NVFP4 picks block scales: ``6`` (the block's largest value becomes 6, the
@@ -75,7 +73,7 @@ class Recipe:
 
     preset: PresetName = "balanced"
     format: FormatName | Literal["auto"] | dict[str, FormatName] = "auto"
-    min_prefill_tokens: Annotated[int, Field(ge=0, strict=True)] | None = None
+    min_prefill_tokens: Annotated[int, Field(ge=0, strict=True)] = 128
     precise_head: Annotated[int, Field(ge=0, strict=True)] | None = None
     precise_tail: Annotated[int, Field(ge=0, strict=True)] = 1
     block_scale: Literal["6", "4/6"] = "6"
@@ -180,14 +178,11 @@ class Recipe:
                 milder: FormatName = "fp8" if "fp8" in native else "bf16"
                 by_projection |= dict.fromkeys(STATE_WRITERS, milder)
         used = by_projection.values()
-        head, least = self.precise_head, self.min_prefill_tokens
+        head = self.precise_head
         return replace(
             self,
             format=by_projection,
             precise_head=max(_PRECISE_HEAD[f] for f in used) if head is None else head,
-            min_prefill_tokens=max(_MIN_PREFILL_TOKENS[f] for f in used)
-            if least is None
-            else least,
         )
 
     def ignores(self, layer: str) -> bool:

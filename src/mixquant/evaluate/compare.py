@@ -350,7 +350,7 @@ def _result(player: _Player, wanted: list[Tensor], workload: Workload, prepared:
         device=player.model.device.type,
         compute_dtype=_type_name(player.model.dtype),
         prefill_tokens=tokens,
-        # The plan knows rows, not layers: it allows rows that a recipe leaves precise in all layers.
+        # A plan knows rows, not layers: it has quantized rows even where no layer is quantized.
         quantized_prefill_tokens=sum(player.quantized_per_turn) if extra_bytes else 0,
         ttft_s=sum(per_turn),
         ttft_s_per_turn=per_turn,

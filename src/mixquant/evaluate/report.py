@@ -20,8 +20,8 @@ def table(result: Comparison) -> Table:
         caption=f"{result.workload}: {turns} prompt tokens, "
         f"{sum(result.answer_tokens_per_turn)} answer tokens, on {result.device_name}, "
         f"{result.threads} threads. TTFT: sum over the turns, each the median of "
-        f"{result.prefill_rounds}. KL (per token) and top-1: from the bf16 arm, teacher-forced on its answers."
-        + _baseline(result),
+        f"{result.prefill_rounds}. KL (per token) and top-1: from the bf16 arm, "
+        "teacher-forced on its answers." + _baseline(result),
         caption_justify="left",
         box=box.SIMPLE_HEAD,
     )

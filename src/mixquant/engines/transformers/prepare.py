@@ -88,8 +88,8 @@ def prepare(
     watch(
         model,
         Thresholds(
-            min_prefill_tokens=_decided(resolved.min_prefill_tokens),
-            precise_head=_decided(resolved.precise_head),
+            min_prefill_tokens=resolved.min_prefill_tokens,
+            precise_head=resolved.precise_head or 0,
             precise_tail=resolved.precise_tail,
         ),
     )
@@ -245,8 +245,3 @@ def _layer(name: str, shape: Any, part: Part, why: str | None) -> Layer:
 def _formats_used(recipe: Recipe) -> list[str]:
     assert isinstance(recipe.format, dict)
     return sorted(set(recipe.format.values()))
-
-
-def _decided(value: int | None) -> int:
-    assert value is not None, "a resolved recipe has no open thresholds"
-    return value
