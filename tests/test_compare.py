@@ -11,8 +11,14 @@ import pytest
 import torch
 
 from mixquant import cli
+from mixquant.evaluate import compare
 from mixquant.evaluate.compare import divergence
 from mixquant.evaluate.workload import PROMPT_TOKENS, agent_workload
+
+
+@pytest.fixture(autouse=True)
+def _one_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compare, "PREFILL_ROUNDS", 1)  # no test looks at times
 
 
 def _compare(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:

@@ -387,23 +387,24 @@ def test_threads_do_not_see_each_other() -> None:
 @pytest.mark.parametrize("order", ["prefill first", "decode first"])
 def test_compiled_code_keeps_no_plan(order: str) -> None:
     model = prepared(build("llama", num_hidden_layers=1))
-    quantized, precise = prefill(model), model(PROMPT).logits
-    assert not torch.equal(quantized, precise)
     torch._dynamo.reset()
     compiled = torch.compile(model, backend="eager")
-
-    def in_prefill() -> None:
-        assert torch.equal(prefill(compiled), quantized)
-
-    def in_decode() -> None:
-        assert torch.equal(compiled(PROMPT).logits, precise)
-
-    steps = [in_prefill, in_decode] if order == "prefill first" else [in_decode, in_prefill]
+    # Passes of one shape, each under another plan: by how long the prompt is said to be.
+    lengths = [40, None, 25, 10] if order == "prefill first" else [None, 40, 10, 25]
+    wanted = {length: with_prompt(model, length) for length in lengths}
+    assert not any(map(torch.equal, wanted.values(), [*wanted.values()][1:]))
     try:
-        for step in steps * 2:
-            step()
+        for length in lengths * 2:
+            assert torch.equal(with_prompt(compiled, length), wanted[length]), length
     finally:
         torch._dynamo.reset()
+
+
+def with_prompt(model: PreTrainedModel, length: int | None) -> Tensor:
+    if length is None:
+        return model(PROMPT).logits
+    with mixquant.phase("prefill", prompt_length=length):
+        return model(PROMPT).logits
 
 
 def test_generate_compiles_nothing_by_itself() -> None:
