@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from mixquant.engines.transformers.methods import put_in_front
-from mixquant.engines.transformers.module import PhaseLinear
+from mixquant.engines.transformers.module import PhaseLinear, precise_and_eager
 from mixquant.formats.int8 import INT8, ONEDNN, Int8Rows, Int8Weight, onednn_product
 from mixquant.kernels import int8_cpu
 from mixquant.linear import by_phase, quantize_once, remember_quantized, select
@@ -104,8 +104,16 @@ def _plan_for(x: Tensor) -> PhasePlan | None:
     return plan if quantizes and x.device.type == "cpu" else None
 
 
-@torch.compiler.disable
 def _norm(original: Callable[..., Tensor], norm: Any, x: Tensor) -> Tensor:
+    return original(x) if precise_and_eager() else _phase_norm(original, norm, x)
+
+
+def _gated_mlp(original: Callable[..., Tensor], mlp: Any, x: Tensor) -> Tensor:
+    return original(x) if precise_and_eager() else _phase_gated_mlp(original, mlp, x)
+
+
+@torch.compiler.disable
+def _phase_norm(original: Callable[..., Tensor], norm: Any, x: Tensor) -> Tensor:
     plan = _plan_for(x)
     if plan is None:
         return original(x)
@@ -119,7 +127,7 @@ def _norm(original: Callable[..., Tensor], norm: Any, x: Tensor) -> Tensor:
 
 
 @torch.compiler.disable
-def _gated_mlp(original: Callable[..., Tensor], mlp: Any, x: Tensor) -> Tensor:
+def _phase_gated_mlp(original: Callable[..., Tensor], mlp: Any, x: Tensor) -> Tensor:
     plan, activate = _plan_for(x), _fused_activation(mlp)
     gate, up, down = map(_int8_weight, (mlp.gate_proj, mlp.up_proj, mlp.down_proj))
     if plan is None or activate is None or gate is None or up is None or down is None:

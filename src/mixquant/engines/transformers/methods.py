@@ -20,11 +20,9 @@ class Method:
         self.model = model
         self.name = name
         self.replacement = replacement
-        self.earlier = vars(model).get(name)  # another library's, on this instance
-
-    @property
-    def original(self) -> Callable[..., Any]:
-        return self.earlier or functools.partial(getattr(type(self.model), self.name), self.model)
+        # Another library's, on this instance, or the class's own.
+        earlier = vars(model).get(name)
+        self.original = earlier or functools.partial(getattr(type(model), name), model)
 
     @property
     def __signature__(self) -> inspect.Signature:

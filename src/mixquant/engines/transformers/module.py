@@ -54,7 +54,8 @@ class PhaseLinear(nn.Linear):
         return self._parts
 
     def forward(self, input: Tensor) -> Tensor:
-        # Compiled code would keep the plan it was traced with.
+        if precise_and_eager():
+            return nn.functional.linear(input, self.weight, self.bias)
         return _forward(self, input)
 
     def _weight_state(self) -> tuple[Any, ...]:
@@ -65,6 +66,11 @@ class PhaseLinear(nn.Linear):
     def __getstate__(self) -> dict[str, Any]:
         # oneDNN's packed weights can be neither pickled nor copied.
         return {**self.__dict__, "_parts": None}
+
+
+def precise_and_eager() -> bool:
+    """Whether no plan is in force, asked in a way that compiled code does not keep the answer."""
+    return not torch.compiler.is_compiling() and plan_in_force() is None
 
 
 @torch.compiler.disable
