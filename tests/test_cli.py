@@ -125,6 +125,12 @@ def test_unexpected_error(
         cli.main(["generate", "smollm2", "x"])
 
 
+def ours(stderr: str) -> list[str]:
+    """The lines less those of torchao: where it is installed, Transformers imports it, and it logs."""
+    theirs = ("torchao", "_pytree.py", "Skipping import of cpp extensions")
+    return [line for line in stderr.splitlines() if not any(mark in line for mark in theirs)]
+
+
 def test_as_a_process(tmp_path: Path) -> None:
     done = subprocess.run(
         [*COMMAND, "generate", "smollm2", "x", "--format", "fp3"],
@@ -133,8 +139,8 @@ def test_as_a_process(tmp_path: Path) -> None:
         cwd=tmp_path,
     )
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith("error: unknown format 'fp3'")
-    assert done.stderr.count("\n") == 1
+    (line,) = ours(done.stderr)
+    assert line.startswith("error: unknown format 'fp3'")
 
 
 @pytest.mark.parametrize("arguments", [[], ["--help"], ["compare", "--help"], ["--version"]])
@@ -223,7 +229,7 @@ def test_chat_ends_cleanly_on_interrupt(smollm2_path: str) -> None:
     assert process.stdin and process.stderr
     process.stdin.write("Hi\n")
     process.stdin.flush()
-    assert "wrote" in process.stderr.readline()
+    assert any("wrote" in line for line in iter(process.stderr.readline, ""))
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 0
