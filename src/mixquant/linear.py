@@ -43,7 +43,7 @@ def phase_linear(
         parts: what the quantized rows are multiplied with; together they cover the N features.
 
     Returns:
-        ``[..., N]`` in the type of ``x``. Padding rows are zero.
+        ``[..., N]`` in the type of ``x``. Padding rows are zero if any row is quantized.
     """
     rows = x.numel() // x.shape[-1]
     if plan is None or plan.rows != rows or not plan.quantized:

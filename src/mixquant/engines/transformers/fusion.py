@@ -104,12 +104,16 @@ def _plan_for(x: Tensor) -> PhasePlan | None:
     return plan if quantizes and x.device.type == "cpu" else None
 
 
-def _norm(original: Callable[..., Tensor], norm: Any, x: Tensor) -> Tensor:
-    return original(x) if precise_and_eager() else _phase_norm(original, norm, x)
+def _norm(original: Callable[..., Tensor], norm: Any, *args: Any, **kwargs: Any) -> Tensor:
+    if precise_and_eager() or len(args) != 1 or kwargs:
+        return original(*args, **kwargs)
+    return _phase_norm(original, norm, args[0])
 
 
-def _gated_mlp(original: Callable[..., Tensor], mlp: Any, x: Tensor) -> Tensor:
-    return original(x) if precise_and_eager() else _phase_gated_mlp(original, mlp, x)
+def _gated_mlp(original: Callable[..., Tensor], mlp: Any, *args: Any, **kwargs: Any) -> Tensor:
+    if precise_and_eager() or len(args) != 1 or kwargs:
+        return original(*args, **kwargs)
+    return _phase_gated_mlp(original, mlp, args[0])
 
 
 @torch.compiler.disable
