@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import os
 import platform
 import statistics
 import time
@@ -118,6 +119,7 @@ def main() -> None:
             "torch": torch.__version__,
             "kernel": BY_NAME["int8"].kernel(torch.device("cpu")).name,
             **flags,
+            "onednn_max_cpu_isa": os.environ.get("ONEDNN_MAX_CPU_ISA"),
             "results": results,
         }
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
