@@ -195,7 +195,7 @@ def compare(
         Path | None,
         typer.Option("--prompt-file", metavar="FILE", help="The document; default: Python's own."),
     ] = None,
-    max_new_tokens: NewTokens = 32,
+    max_new_tokens: NewTokens = 24,
     json_file: Annotated[
         Path | None, typer.Option("--json", metavar="FILE", help="Write the results there, too.")
     ] = None,

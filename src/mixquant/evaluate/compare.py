@@ -92,7 +92,7 @@ def compare(
     recipe: Recipe,
     *,
     arms: Sequence[str] = ARMS,
-    max_new_tokens: int = 32,
+    max_new_tokens: int = 24,
     progress: Progress = lambda doing, share: None,
 ) -> Comparison:
     """Runs the workload in the arms.
