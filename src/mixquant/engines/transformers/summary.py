@@ -36,20 +36,6 @@ class Summary:
         """Memory of the quantized copies, in bytes; the BF16 weights are not copied."""
         return sum(layer.nbytes for layer in self.layers)
 
-    @property
-    def weight_share(self) -> dict[str, float]:
-        """For each format, the share of the linear layers' arithmetic that prefill does in it.
-
-        A token costs as many multiplications as a layer has weights. Experts are counted whole,
-        though a token meets some only; ``ignore``d layers are left out: `lm_head` reads one row.
-        """
-        counted = [layer for layer in self.layers if layer.why_precise != IGNORED]
-        total = sum(_size(layer) for layer in counted) or 1
-        shares: dict[str, float] = {}
-        for layer in counted:
-            shares[layer.format] = shares.get(layer.format, 0.0) + _size(layer) / total
-        return shares
-
     def table(self) -> Table:
         """One line for each projection and format."""
         recipe = self.recipe
@@ -89,10 +75,3 @@ class Summary:
 
 
 IGNORED = "named by the recipe's ignore"
-
-
-def _size(layer: Layer) -> int:
-    size = 1
-    for extent in layer.shape:
-        size *= extent
-    return size
