@@ -106,7 +106,7 @@ def test_a_prepared_model_on_the_gpu(plain, name):
         with mixquant.phase("prefill"):
             got = model(ids).logits.float()
     error = (got - expected).norm() / expected.norm()
-    assert 0 < error < {"fp8": 0.08, "int8": 0.05, "nvfp4": 0.35}[name]
+    assert 0 < error < {"fp8": 0.12, "int8": 0.06, "nvfp4": 0.45}[name]
 
 
 def test_the_fastest_native_format_is_the_default(plain):

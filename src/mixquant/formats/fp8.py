@@ -32,7 +32,9 @@ def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
         Codes ``[M, K]`` float8_e4m3fn, rounded half to even, and scales ``[M, 1]`` FP32.
     """
     values = x.float()
-    scale = (values.abs().amax(dim=1, keepdim=True) / E4M3_MAX).clamp_min(MIN_SCALE)
+    # Divided by a tensor: by a number, CUDA multiplies with its reciprocal, an ulp off the CPU.
+    largest_code = torch.full((), E4M3_MAX, device=x.device)
+    scale = (values.abs().amax(dim=1, keepdim=True) / largest_code).clamp_min(MIN_SCALE)
     return (values / scale).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn), scale
 
 

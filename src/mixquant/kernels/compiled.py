@@ -58,7 +58,8 @@ def _fused(
 
     @functools.wraps(chain)
     def run(x: torch.Tensor, *rest: Any) -> Any:
-        if x.shape[0] <= few_rows or _failure is not None:
+        # On a GPU the compiled chain would divide and multiply-add with other roundings.
+        if not x.is_cpu or x.shape[0] <= few_rows or _failure is not None:
             return chain(x, *rest)
         # One thread at a time: two compiling the same chain would race in dynamo's caches.
         try:
