@@ -3,7 +3,7 @@
 from mixquant.engines.transformers.passes import everything_in_prefill_format, phase
 from mixquant.engines.transformers.prepare import PrepareError, prepare, summary
 from mixquant.engines.transformers.quantizer import MixQuantConfig
-from mixquant.engines.transformers.summary import Layer, Summary
+from mixquant.summary import Layer, Summary
 
 __all__ = [
     "Layer",

@@ -15,11 +15,11 @@ from transformers.utils import logging as hf_logging
 from mixquant.engines.transformers.fusion import fuse
 from mixquant.engines.transformers.module import PhaseLinear, quantize_parts
 from mixquant.engines.transformers.passes import watch
-from mixquant.engines.transformers.summary import IGNORED, Layer, Summary
 from mixquant.formats import BY_NAME, native_formats
 from mixquant.linear import Part
 from mixquant.phase import Range, Thresholds
 from mixquant.recipe import FUSED_PROJECTIONS, Recipe
+from mixquant.summary import IGNORED, Layer, Summary
 
 Layout = tuple[tuple[Range, str, dict[str, Any]], ...]
 

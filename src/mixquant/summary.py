@@ -1,4 +1,4 @@
-"""What `prepare` did to each layer of a model, as data and as a table."""
+"""What an engine did to each layer of a model, as data and as a table."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Layer:
 
 @dataclass(frozen=True)
 class Summary:
-    """The layers of a prepared model, and the recipe with everything decided."""
+    """The linear layers of a model, and the recipe with everything decided."""
 
     recipe: Recipe
     layers: tuple[Layer, ...]
