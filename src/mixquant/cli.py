@@ -245,6 +245,57 @@ def compare(
 
 
 @app.command()
+def quantize(
+    model: Model,
+    out_dir: Annotated[
+        Path, typer.Argument(metavar="OUT", help="The directory to write; new, or empty.")
+    ],
+    format: Annotated[
+        str, typer.Option("--format", metavar="FORMAT", help="nvfp4 or fp8.")
+    ] = "nvfp4",
+    ignore: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--ignore",
+            metavar="PATTERN",
+            help="A layer to leave alone, by name or glob pattern; may be repeated.",
+        ),
+    ] = None,
+    samples: Annotated[
+        int,
+        typer.Option("--samples", min=1, metavar="N", help="Texts that nvfp4 is calibrated on."),
+    ] = 16,
+) -> None:
+    """Write a quantized checkpoint, for a recipe's prefill_model; needs llm-compressor."""
+    from transformers.utils import logging
+
+    from mixquant.quantize import quantize as run
+
+    logging.disable_progress_bar()  # ours tells the same
+    with Progress(
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TimeElapsedColumn(),
+        console=err,
+        transient=True,
+        disable=not err.is_terminal,
+    ) as bar:
+        task = bar.add_task("Starting", total=1.0)
+        written = run(
+            model,
+            out_dir,
+            format,  # type: ignore[arg-type]  # checked there
+            ignore=ignore or (),
+            samples=samples,
+            say=_say,
+            progress=lambda doing, share: bar.update(task, description=doing, completed=share),
+        )
+    size = sum(file.stat().st_size for file in written.rglob("*"))
+    _say(f"wrote {written} ({size / 1e6:.0f} MB)")
+
+
+@app.command()
 def info() -> None:
     """Show what this machine multiplies natively, and the versions that matter."""
     import platform

@@ -21,7 +21,7 @@ _SMOLLM2_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _SMOLLM2_BYTES = 300_000_000  # the converted model: 135 M weights of two bytes, and the tokenizer
 # Raised when a converted model is to look different, so that older ones are not used any more.
 _CONVERSION = 1
-_HUB_NAME = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
+HUB_NAME = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
 
 
 class ModelError(ValueError):
@@ -81,7 +81,7 @@ def find(model: str, say: Callable[[str], None] = lambda message: None) -> Check
             raise ModelError(f"{model} is no model: the directory holds no config.json")
     elif directory.is_file():
         raise ModelError(f"{model} is no model but a file; give the directory with its config.json")
-    elif _HUB_NAME.fullmatch(model):
+    elif HUB_NAME.fullmatch(model):
         source, config_file = _on_hub(model)
     else:
         raise ModelError(f"{model!r} is no model: there is no such directory")
@@ -89,7 +89,7 @@ def find(model: str, say: Callable[[str], None] = lambda message: None) -> Check
     try:
         config = json.loads(config_file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ModelError(f"{model} is no model: its config.json: {_one_line(error)}") from error
+        raise ModelError(f"{model} is no model: its config.json: {one_line(error)}") from error
     if not isinstance(config, dict) or not config.get("model_type"):
         raise ModelError(f"{model} is no model: its config.json names no model_type")
     other = config.get("quantization_config") or config.get("compression_config")
@@ -206,10 +206,10 @@ def _convert_into(converted: Path, gguf: Path, say: Callable[[str], None]) -> No
     try:
         _convert(gguf, partial)
         for file in partial.iterdir():
-            _sync(file)  # or a power failure leaves a renamed directory of empty files
+            sync(file)  # or a power failure leaves a renamed directory of empty files
         partial.rename(converted)
     except Exception as error:
-        if _is_out_of_space(error):
+        if is_out_of_space(error):
             raise _cannot_convert(cache, error) from error
         raise
     finally:
@@ -241,7 +241,7 @@ def _convert(gguf: Path, into: Path) -> None:
     tokenizer.save_pretrained(into)
 
 
-def _sync(file: Path) -> None:
+def sync(file: Path) -> None:
     with file.open("rb+") as opened:
         os.fsync(opened.fileno())
 
@@ -260,27 +260,27 @@ def _on_hub(name: str) -> tuple[str, Path]:
         except Exception:
             raise ModelError(
                 f"{name} is no model: there is no such directory, and the Hugging Face hub gave "
-                f"none ({_one_line(error)})"
+                f"none ({one_line(error)})"
             ) from error
         return str(file.parent), file
 
 
-def _is_out_of_space(error: Exception) -> bool:
+def is_out_of_space(error: Exception) -> bool:
     # safetensors writes by itself and has an exception of its own.
     return getattr(error, "errno", None) == errno.ENOSPC or "os error 28" in str(error)
 
 
 def _cannot_convert(cache: Path, error: Exception) -> ModelError:
-    why = "no disk space left" if _is_out_of_space(error) else _one_line(error)
+    why = "no disk space left" if is_out_of_space(error) else one_line(error)
     return ModelError(
         f"cannot convert {SMOLLM2} into {cache}: {why}; MIXQUANT_CACHE moves the cache"
     )
 
 
 def _cannot_load(checkpoint: Checkpoint, what: str, error: Exception) -> ModelError:
-    return ModelError(f"cannot load {what} of {checkpoint.name}: {_one_line(error)}")
+    return ModelError(f"cannot load {what} of {checkpoint.name}: {one_line(error)}")
 
 
-def _one_line(error: Exception) -> str:
+def one_line(error: Exception) -> str:
     lines = str(error).strip().splitlines()
     return lines[0].strip() if lines else type(error).__name__
