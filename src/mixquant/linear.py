@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -86,14 +87,14 @@ def by_phase(
     if plan.quantized_rows + plan.precise_rows < plan.rows:
         out.zero_()
     if plan.precise:
-        _put(precise(select(flat, plan, "precise")), out, plan, "precise")
+        put(precise(select(flat, plan, "precise")), out, plan, "precise")
     if len(plan.quantized) == 1:
         start, stop = plan.quantized[0]
         quantized(out[start:stop])
     else:
         gathered = flat.new_empty(plan.quantized_rows, features)
         quantized(gathered)
-        _put(gathered, out, plan, "quantized")
+        put(gathered, out, plan, "quantized")
     return out.reshape(*x.shape[:-1], features)
 
 
@@ -141,7 +142,8 @@ def select(flat: Tensor, plan: PhasePlan, group: str) -> Tensor:
     return flat.index_select(0, _index(plan, group, flat.device))
 
 
-def _put(rows: Tensor, out: Tensor, plan: PhasePlan, group: str) -> None:
+def put(rows: Tensor, out: Tensor, plan: PhasePlan, group: str) -> None:
+    """Writes the rows of a group to their places in ``out``."""
     ranges: tuple[Range, ...] = getattr(plan, group)
     if len(ranges) == 1:
         out[ranges[0][0] : ranges[0][1]] = rows
@@ -153,7 +155,10 @@ def _index(plan: PhasePlan, group: str, device: torch.device) -> Tensor:
     key = ("index", group, device)
     if key not in plan.memo:
         ranges: tuple[Range, ...] = getattr(plan, group)
-        rows = torch.cat([torch.arange(start, stop) for start, stop in ranges])
-        plan.memo[key] = rows.to(device)
+        rows = torch.from_numpy(np.concatenate([np.arange(*piece) for piece in ranges]))
+        if device.type == "cuda":
+            # Pinned, and a new buffer for each plan, so that the copy need not be waited for.
+            rows = rows.pin_memory().to(device, non_blocking=True)
+        plan.memo[key] = rows
     index: Tensor = plan.memo[key]
     return index

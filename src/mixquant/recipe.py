@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -65,6 +65,10 @@ class Recipe:
         block_scale: how NVFP4 picks block scales: ``6`` (the block's largest value becomes 6, the
             largest code) or ``4/6`` (per block, 6 or 4, whichever errs less; arXiv 2512.02010).
         ignore: names or glob patterns of layers that stay BF16.
+        emulate: serve formats that the device does not multiply natively, slower than BF16; without
+            it the vLLM engine refuses them. The Transformers engine does as ``format`` says.
+        prefill_model: a checkpoint in NVFP4 or FP8 (compressed-tensors) from which the vLLM engine
+            takes the quantized copy; None makes the copy from the BF16 weights.
 
     Raises:
         pydantic.ValidationError: (a ValueError) a value of the wrong type or range. The
@@ -78,6 +82,8 @@ class Recipe:
     precise_tail: Annotated[int, Field(ge=0, strict=True)] = 1
     block_scale: Literal["6", "4/6"] = "6"
     ignore: tuple[str, ...] = ("lm_head",)
+    emulate: Annotated[bool, Field(strict=True)] = False
+    prefill_model: Annotated[str, Field(min_length=1, strict=True)] | None = None
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Recipe:
@@ -203,14 +209,22 @@ class Recipe:
                 return name
         return self.format["default"]
 
-    def formats_of_fused(self, layer: str) -> tuple[FormatName, ...] | None:
+    def formats_of_fused(
+        self, layer: str, parts: Sequence[str] | None = None
+    ) -> tuple[FormatName, ...] | None:
         """The formats of the projections that the layer of this name is fused from, in order.
 
-        None if it is not one of `FUSED_PROJECTIONS`, or the recipe speaks of the fused layer itself.
+        Args:
+            layer: its full dotted name.
+            parts: the last components of the projections' names; by default what
+                `FUSED_PROJECTIONS` says of it.
+
+        Returns:
+            None if it is not a fused layer, or the recipe speaks of the fused layer itself.
         """
         assert isinstance(self.format, dict), "resolve the recipe first"
         path, _, last = layer.rpartition(".")
-        parts = FUSED_PROJECTIONS.get(last)
+        parts = parts or FUSED_PROJECTIONS.get(last)
         if parts is None or self.ignores(layer):
             return None
         if any(key != "default" and _matches(key, layer) for key in self.format):

@@ -243,6 +243,20 @@ def _unscaled(codes: Tensor, scales: Tensor) -> Tensor:
     return (values * scales.to(torch.bfloat16).unsqueeze(-1)).flatten(-2)
 
 
+def scale_rows(x: Tensor, block_scale: BlockScale = "6") -> tuple[Tensor, Tensor]:
+    """Brings each row into the range in which the global scale 1 quantizes it.
+
+    Args:
+        x: ``[M, K]``, BF16 or FP32, which have the range for it.
+
+    Returns:
+        The rows over their scales, in the type of `x`, exact but for what underflows; and the scales,
+        ``[M, 1]`` FP32, powers of two, NaN for rows that hold inf or NaN.
+    """
+    row_scale = _row_scale(x.abs().amax(dim=-1, keepdim=True).float(), block_scale)
+    return x * row_scale.reciprocal().to(x.dtype), row_scale
+
+
 def dequantize(codes: Tensor, block_scales: Tensor, tensor_scale: Tensor) -> Tensor:
     """The FP32 values; bit-exact to vLLM's ``dequantize_to_dtype``.
 
@@ -347,8 +361,7 @@ class _NVFP4:
         global_scale = torch.full((), _ROW_GLOBAL_SCALE, device=x.device)
 
         def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            row_scale = _row_scale(x.abs().amax(dim=-1, keepdim=True).float(), block_scale)
-            scaled = x.float() * row_scale.reciprocal()
+            scaled, row_scale = scale_rows(x.float(), block_scale)
             return *_quantize(scaled, global_scale, block_scale), row_scale
 
         codes, scales, row_scale = _in_parts(quantize_rows, x)

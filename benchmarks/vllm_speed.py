@@ -1,0 +1,189 @@
+"""Prefill and decode speed of vLLM: BF16, vLLM's FP8 everywhere, and mixquant, in one run.
+
+    python benchmarks/vllm_speed.py --model benchmarks/models/qwen3-8b --json FILE
+
+Each arm is an engine in a process of its own, one after the other, on random weights in the shape of
+the model (a directory with a config.json is enough) and random tokens, chunks of 8,192, prefix cache
+off. TTFT is the time of a request for one token; TPOT the rest of a longer one's. Medians; ratios
+hold within one run only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import importlib.metadata
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+ARMS: dict[str, dict[str, Any]] = {
+    "bf16": {},
+    "fp8": {"quantization": "fp8"},
+    "mixquant": {
+        "quantization": "mixquant",
+        "additional_config": {"mixquant": {"preset": "fast", "precise_tail": 1}},
+    },
+}
+NEW_TOKENS = 128
+
+
+def measure(arm: str, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """One arm's figures, measured in this process."""
+    from vllm import LLM, SamplingParams
+
+    longest = max([*options.lengths, 8192])
+    llm = LLM(
+        options.model,
+        load_format="dummy",
+        skip_tokenizer_init=True,
+        max_model_len=longest + 512,
+        max_num_batched_tokens=8192,
+        max_num_seqs=64,
+        enable_prefix_caching=False,
+        gpu_memory_utilization=0.9,
+        disable_log_stats=True,
+        **ARMS[arm],
+    )
+    generator = random.Random(0)
+
+    def prompts(count: int, tokens: int) -> list[dict[str, list[int]]]:
+        vocabulary = (
+            range(1000, 100_000) if options.vocabulary is None else range(options.vocabulary)
+        )
+        return [{"prompt_token_ids": generator.choices(vocabulary, k=tokens)} for _ in range(count)]
+
+    def seconds(count: int, tokens: int, new: int) -> float:
+        batch = prompts(count, tokens)
+        sampling = SamplingParams(
+            temperature=0, max_tokens=new, min_tokens=new, ignore_eos=True, detokenize=False
+        )
+        start = time.perf_counter()
+        llm.generate(batch, sampling, use_tqdm=False)
+        return time.perf_counter() - start
+
+    rows: list[dict[str, Any]] = []
+
+    def record(metric: str, tokens: int, concurrency: int, values: list[float], unit: str) -> None:
+        row = {
+            "arm": arm,
+            "metric": metric,
+            "tokens": tokens,
+            "concurrency": concurrency,
+            "value": round(statistics.median(values), 3),
+            "unit": unit,
+            "lowest": round(min(values), 3),
+            "highest": round(max(values), 3),
+        }
+        rows.append(row)
+        print(json.dumps(row), file=sys.stderr, flush=True)
+
+    for tokens in options.lengths:
+        repeats = max(2, min(7, 60_000 // tokens))
+        seconds(1, tokens, 1)
+        record("ttft", tokens, 1, [1e3 * seconds(1, tokens, 1) for _ in range(repeats)], "ms")
+    for batch in (1, 32):
+        seconds(batch, 128, NEW_TOKENS)
+        steps = []
+        for _ in range(5):
+            first = seconds(batch, 128, 1)
+            steps.append(1e3 * (seconds(batch, 128, NEW_TOKENS + 1) - first) / NEW_TOKENS)
+        record("tpot", 128, batch, steps, "ms")
+    seconds(16, 6000, 64)
+    record("batch_of_16", 6000, 16, [seconds(16, 6000, 64) for _ in range(3)], "s")
+    return rows
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The rows as Markdown: a line per measurement, a column per arm, and ratios to BF16."""
+    arms = list(dict.fromkeys(row["arm"] for row in rows))
+    lines = [
+        "| measurement | " + " | ".join(arms) + " | " + " | ".join(f"bf16 / {a}" for a in arms[1:])
+    ]
+    lines[0] += " |"
+    lines.append("| --- " * (2 * len(arms)) + "|")
+    keys = dict.fromkeys((r["metric"], r["tokens"], r["concurrency"], r["unit"]) for r in rows)
+    for key in keys:
+        metric, tokens, concurrency, unit = key
+        values = {
+            r["arm"]: r["value"]
+            for r in rows
+            if (r["metric"], r["tokens"], r["concurrency"], r["unit"]) == key
+        }
+        name = f"{metric}, {concurrency} x {tokens} tokens ({unit})"
+        cells = [f"{values[a]:.2f}" if a in values else "-" for a in arms]
+        base = values.get("bf16")
+        cells += [f"{base / values[a]:.2f}" if base and a in values else "-" for a in arms[1:]]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", required=True, help="a directory with a config.json")
+    parser.add_argument("--arms", default="bf16,fp8,mixquant", help="separated by commas")
+    parser.add_argument("--lengths", default="2048,8192,32768,131072", help="of the TTFT prompts")
+    parser.add_argument("--vocabulary", type=int, help="tokens are drawn below this number")
+    parser.add_argument("--json", type=Path, help="where the results go")
+    parser.add_argument("--one-arm", metavar="FILE", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    lengths, options.lengths = options.lengths, [int(n) for n in options.lengths.split(",")]
+
+    if options.one_arm:
+        options.one_arm.write_text(json.dumps(measure(options.arms, options)))
+        return
+
+    import torch
+
+    rows: list[dict[str, Any]] = []
+    for arm in options.arms.split(","):
+        with tempfile.NamedTemporaryFile(suffix=".json") as result:
+            command = [sys.executable, __file__, "--model", options.model, "--arms", arm]
+            command += ["--lengths", lengths, "--one-arm", result.name]
+            if options.vocabulary:
+                command += ["--vocabulary", str(options.vocabulary)]
+            started = time.perf_counter()
+            subprocess.run(command, check=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+            print(f"{arm}: {time.perf_counter() - started:.0f} s", file=sys.stderr, flush=True)
+            rows += json.loads(Path(result.name).read_text())
+        if options.json:
+            options.json.write_text(
+                json.dumps(
+                    {
+                        "date": datetime.date.today().isoformat(),
+                        "command": " ".join(["python", *sys.argv]),
+                        "model": options.model,
+                        "device": torch.cuda.get_device_name()
+                        if torch.cuda.is_available()
+                        else "CPU",
+                        "versions": {
+                            name: importlib.metadata.version(name)
+                            for name in ("torch", "vllm", "mixquant")
+                            if _installed(name)
+                        },
+                        "results": rows,
+                    },
+                    indent=1,
+                )
+                + "\n"
+            )
+    print(table(rows))
+
+
+def _installed(name: str) -> bool:
+    try:
+        importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+if __name__ == "__main__":
+    main()

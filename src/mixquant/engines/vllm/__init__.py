@@ -1,0 +1,1 @@
+"""The vLLM engine: an out-of-tree plugin for unmodified vLLM, `--quantization mixquant`."""

@@ -1,0 +1,106 @@
+"""The quantization method as vLLM sees it: which layers it takes, and with which recipe."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torch
+from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+from vllm.model_executor.layers.quantization.base_config import (
+    QuantizationConfig,
+    QuantizeMethodBase,
+)
+
+from mixquant.engines.vllm import versions
+from mixquant.engines.vllm.memory import Ledger
+from mixquant.recipe import Recipe
+
+METHOD = "mixquant"
+
+# Towers have rows of their own, none of them a token row; so has what projects their output.
+_TOWER = re.compile(
+    r"(^|\.)(visual|vision\w*|audio\w*|image\w*|video\w*|speech\w*|\w*_tower|\w*projector|"
+    r"\w*connector|merger|aligner|mlp1|resampler|embed_vision|embed_audio)(\.|$)"
+)
+# Drafters run after the pass whose plan it was.
+_DRAFTER = re.compile(r"(^|\.)(mtp|eagle|medusa|drafter|nextn)(\.|$)")
+# Which expert a token meets is a decision, and an error in it is no longer small.
+_ROUTER = re.compile(r"(^|\.)(router|gate|shared_expert_gate)(\.|$)")
+
+
+class MixQuantConfig(QuantizationConfig):  # type: ignore[misc]
+    """`quantization="mixquant"`: BF16 weights, and for prefill a quantized copy of them.
+
+    vLLM makes one per engine, in the process that was asked for it, and sends it to the workers.
+    `recipe` is put in by `mixquant.engines.vllm.settings` before anything is loaded.
+    """
+
+    def __init__(self, recipe_in_checkpoint: dict[str, Any] | None = None) -> None:
+        super().__init__()
+        self.recipe_in_checkpoint = recipe_in_checkpoint
+        self.recipe: Recipe | None = None
+        self.counters: str | None = None
+        self.ledger = Ledger()
+
+    def get_name(self) -> Any:
+        return METHOD
+
+    def get_supported_act_dtypes(self) -> list[torch.dtype]:
+        return [torch.bfloat16, torch.float16, torch.float32]
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        return 80
+
+    @staticmethod
+    def get_config_filenames() -> list[str]:
+        return []
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> MixQuantConfig:
+        """From the config.json that `save_pretrained` of a prepared model wrote."""
+        return cls(config.get("recipe"))
+
+    @classmethod
+    def override_quantization_method(
+        cls, hf_quant_cfg: Any, user_quant: str | None, hf_config: Any = None
+    ) -> None:
+        # vLLM's own refusal would only say that two names differ.
+        found = (hf_quant_cfg or {}).get("quant_method")
+        if user_quant == METHOD and found not in (None, "", METHOD):
+            raise ValueError(
+                f"the checkpoint is quantized already ({found}); mixquant needs the BF16 one, and "
+                "takes a quantized one as the recipe's prefill_model"
+            )
+
+    def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
+        assert self.recipe is not None, "mixquant's settings were not installed"
+        from mixquant.engines.vllm import passes
+        from mixquant.engines.vllm.linear import PhaseLinearMethod
+
+        passes.install(self)
+        why = self.why_precise(prefix)
+        if isinstance(layer, LinearBase):
+            if why is not None:
+                layer.mixquant_why_precise = why  # type: ignore[assignment]
+                return UnquantizedLinearMethod()
+            return PhaseLinearMethod(self.recipe, prefix, self.packed_modules_mapping, self.ledger)
+        if isinstance(layer, versions.moe_layer_classes()):
+            if why is not None:
+                layer.mixquant_why_precise = why
+                return None
+            from mixquant.engines.vllm.experts import experts_method
+
+            return experts_method(layer, self.recipe, prefix, self.ledger)
+        return None
+
+    def why_precise(self, prefix: str) -> str | None:
+        """Why the layer of this name is left as it is, or None if it is not."""
+        if _TOWER.search(prefix):
+            return "its rows are not tokens"
+        if _DRAFTER.search(prefix):
+            return "it drafts"
+        if _ROUTER.search(prefix):
+            return "an expert router"
+        return None

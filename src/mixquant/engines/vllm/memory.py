@@ -1,0 +1,80 @@
+"""Whether the quantized copy fits, found out while the model is laid out, before weights are read."""
+
+from __future__ import annotations
+
+import re
+
+import torch
+
+_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
+_GIB = 2**30
+
+
+class CopyDoesNotFit(RuntimeError):
+    """Too little memory for the quantized copy. The message is one line: how much, and what fits."""
+
+
+class Ledger:
+    """The copies that the layers made so far will need, and the check that they can have them."""
+
+    def __init__(self) -> None:
+        self._copies: dict[str, int] = {}  # by layer name: a model loaded anew counts once
+        self._weights: dict[str, int] = {}
+
+    def reserve(
+        self, device: torch.device, prefix: str, nbytes: int, weight_nbytes: int, advice: str
+    ) -> None:
+        """Counts one layer's copy.
+
+        Args:
+            device: where it will be.
+            prefix: the layer's full name.
+            nbytes: of the copy.
+            weight_nbytes: of the BF16 weight, which is allocated already on a GPU.
+            advice: what to do if there is too little memory.
+
+        Raises:
+            CopyDoesNotFit: the copies so far do not fit beside the BF16 weights.
+        """
+        self._copies[prefix] = nbytes
+        self._weights[prefix] = weight_nbytes
+        needed = sum(self._copies.values())
+        free = _free(device)
+        if device.type == "cpu":  # where empty tensors take no memory yet
+            needed += sum(self._weights.values())
+        if needed <= free:
+            return
+        missing = self._estimate(prefix, device) - free
+        raise CopyDoesNotFit(
+            f"the quantized copy of the weights does not fit beside the BF16 ones: about "
+            f"{missing / _GIB:.1f} GiB are missing on {device}; {advice}"
+        )
+
+    def _estimate(self, prefix: str, device: torch.device) -> float:
+        """The bytes that all layers will need, beyond what is allocated, as those so far did."""
+        copies, weights = sum(self._copies.values()), sum(self._weights.values())
+        seen = {int(found[1]) for name in self._copies if (found := _LAYER.search(name))}
+        share = len(seen) / _layer_count() if seen else 1.0
+        later = weights / share - (0 if device.type == "cpu" else weights)
+        return copies / share + later
+
+
+def _free(device: torch.device) -> float:
+    """Bytes that vLLM may still take on this device."""
+    if device.type != "cuda":
+        import psutil
+
+        return float(psutil.virtual_memory().available)
+    from vllm.config import get_current_vllm_config
+
+    free, total = torch.cuda.mem_get_info(device)
+    share: float = get_current_vllm_config().cache_config.gpu_memory_utilization
+    return float(free - (1 - share) * total)
+
+
+def _layer_count() -> int:
+    from vllm.config import get_current_vllm_config
+
+    config = get_current_vllm_config()
+    count: int = config.model_config.get_num_layers(config.parallel_config)
+    return max(1, count)

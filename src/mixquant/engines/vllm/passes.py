@@ -1,0 +1,240 @@
+"""Follows vLLM's model runners: which rows each forward pass holds, and the plan while it runs.
+
+vLLM has two model runners (V1 on CPUs and for some models, V2 elsewhere). Both are followed alike:
+where a runner prepares the inputs of a real pass, the sequences in it are noted; when the model's
+forward begins, the note becomes the plan in force; when it ends, the plan ends with it. So drafters,
+which run later in the same step, and vision towers, which run before, never see it, and neither do
+dummy passes, which are not prepared.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from mixquant.engines.vllm.counters import Counters
+from mixquant.phase import PhasePlan, Thresholds, in_force, plan_pass
+
+V1 = "vllm.v1.worker.gpu_model_runner"
+V2 = "vllm.v1.worker.gpu.model_runner"
+
+TRACE = "MIXQUANT_TRACE"
+"""Environment variable: a file to which every pass is appended as a line of JSON."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The sequences of one pass, in row order; arrays ``[sequences]``, in tokens."""
+
+    requests: list[str]
+    first_positions: np.ndarray
+    row_counts: np.ndarray
+    prompt_lengths: np.ndarray
+
+
+class Follower:
+    """What is known of one model runner's pass while it goes through."""
+
+    def __init__(self, runner: Any, method: Any) -> None:
+        recipe = self.recipe = method.recipe
+        self.thresholds = Thresholds(
+            min_prefill_tokens=recipe.min_prefill_tokens,
+            precise_head=recipe.precise_head or 0,
+            precise_tail=recipe.precise_tail,
+        )
+        self.model: Any = None
+        self.noted: Batch | None = None
+        self.profiling = False
+        self._entered: in_force | None = None
+        self._counters = _counters_of(runner, method)
+        self._trace = os.environ.get(TRACE) if self._counters is not None else None
+
+    def watch(self, model: Any) -> None:
+        """Puts the hooks on the model, which may have been loaded anew."""
+        if model is not self.model:
+            self.model = model
+            model.register_forward_pre_hook(self._begin, with_kwargs=True)
+            model.register_forward_hook(self._end, always_call=True)
+
+    def finish(self) -> None:
+        """The runner's step is over: a pass that was noted but never ran was a graph's replay."""
+        if self.noted is not None:
+            self._count(self.noted, None, "graph")
+            self.noted = None
+
+    def _begin(self, model: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        batch, self.noted = self.noted, None
+        rows = _row_count(args, kwargs)
+        plan = None
+        if self.profiling:
+            plan = plan_pass(Thresholds(), [0], [rows], [rows])  # what the largest pass may be
+        elif batch is not None:
+            replays = _may_replay_graph()
+            plan = self._plan(batch, rows, replays)
+            self._count(batch, plan, "graph" if replays else None)
+        self._entered = in_force(plan)
+        self._entered.__enter__()
+
+    def _end(self, model: Any, args: Any, output: Any) -> None:
+        if self._entered is not None:
+            self._entered.__exit__()
+            self._entered = None
+
+    def _plan(self, batch: Batch, rows: int, may_replay_graph: bool) -> PhasePlan | None:
+        padding = rows - int(batch.row_counts.sum())
+        if padding < 0 or not (batch.first_positions < batch.prompt_lengths).any():
+            return None
+        return plan_pass(
+            self.thresholds,
+            np.append(batch.first_positions, -padding),
+            np.append(batch.row_counts, padding),
+            np.append(batch.prompt_lengths, 0),
+            may_replay_graph=may_replay_graph,
+        )
+
+    def _count(self, batch: Batch, plan: PhasePlan | None, kind: str | None) -> None:
+        if self._counters is None:
+            return
+        prompt = np.clip(batch.prompt_lengths - batch.first_positions, 0, batch.row_counts)
+        quantized = plan.quantized_rows if plan is not None else 0
+        prefill, total = int(prompt.sum()), int(batch.row_counts.sum())
+        kind = kind or ("quantized" if quantized else "precise")
+        self._counters.add(quantized, prefill - quantized, total - prefill, kind)
+        if self._trace:
+            line = {
+                "kind": kind,
+                "requests": batch.requests,
+                "first_positions": batch.first_positions.tolist(),
+                "row_counts": batch.row_counts.tolist(),
+                "prompt_lengths": batch.prompt_lengths.tolist(),
+                "quantized": plan.quantized if plan is not None else (),
+            }
+            with open(self._trace, "a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+
+
+def install(method: Any) -> None:
+    """Wraps the model runners of this process, which are loading their models as this is called."""
+    if (module := sys.modules.get(V1)) is not None:
+        _wrap(module.GPUModelRunner, "_prepare_inputs", _note_v1, method)
+    if (module := sys.modules.get(V2)) is not None:
+        _wrap(module.GPUModelRunner, "prepare_inputs", _note_v2, method)
+
+
+def _wrap(runner_class: Any, prepare: str, note: Any, method: Any) -> None:
+    if getattr(runner_class, "mixquant_follows", False):
+        return
+    runner_class.mixquant_follows = True
+    preparing = getattr(runner_class, prepare)
+    executing = runner_class.execute_model
+    profiling = runner_class.profile_run
+
+    @functools.wraps(preparing)
+    def prepare_inputs(self: Any, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
+        prepared = preparing(self, scheduler_output, *args, **kwargs)
+        if (follower := _follower(self)) is not None:
+            follower.noted = note(self, scheduler_output, prepared)
+        return prepared
+
+    @functools.wraps(executing)
+    def execute_model(self: Any, *args: Any, **kwargs: Any) -> Any:
+        follower = _follower(self)
+        try:
+            return executing(self, *args, **kwargs)
+        finally:
+            if follower is not None:
+                follower.finish()
+
+    @functools.wraps(profiling)
+    def profile_run(self: Any, *args: Any, **kwargs: Any) -> Any:
+        follower = _follower(self)
+        if follower is None:
+            return profiling(self, *args, **kwargs)
+        follower.profiling = True
+        try:
+            return profiling(self, *args, **kwargs)
+        finally:
+            follower.profiling = False
+
+    setattr(runner_class, prepare, prepare_inputs)
+    runner_class.execute_model = execute_model
+    runner_class.profile_run = profile_run
+
+
+def _follower(runner: Any) -> Follower | None:
+    """The runner's follower, watching its present model; None if another method quantizes it."""
+    from mixquant.engines.vllm.config import MixQuantConfig
+
+    method = runner.vllm_config.quant_config
+    if not isinstance(method, MixQuantConfig):
+        return None
+    follower: Follower | None = runner.__dict__.get("mixquant_follower")
+    if follower is None:
+        follower = runner.mixquant_follower = Follower(runner, method)
+        from mixquant.engines.vllm.table import log_table
+
+        log_table(runner.get_model(), follower.recipe)
+    follower.watch(runner.get_model())
+    return follower
+
+
+def _note_v1(runner: Any, scheduler_output: Any, prepared: Any) -> Batch:
+    batch = runner.input_batch
+    count = batch.num_reqs
+    requests = list(batch.req_ids[:count])
+    scheduled = scheduler_output.num_scheduled_tokens
+    return Batch(
+        requests,
+        batch.num_computed_tokens_cpu[:count].astype(np.int64),
+        np.array([scheduled[request] for request in requests], dtype=np.int64),
+        batch.num_prompt_tokens[:count].astype(np.int64),
+    )
+
+
+def _note_v2(runner: Any, scheduler_output: Any, prepared: Any) -> Batch:
+    count = prepared.num_reqs
+    # prefill_len would not do: after a preemption it includes generated tokens.
+    prompts = runner.req_states.prompt_len.np[prepared.idx_mapping_np[:count]]
+    return Batch(
+        list(prepared.req_ids[:count]),
+        prepared.num_computed_tokens_np[:count].astype(np.int64),
+        prepared.num_scheduled_tokens[:count].astype(np.int64),
+        prompts.astype(np.int64),
+    )
+
+
+def _row_count(args: Any, kwargs: dict[str, Any]) -> int:
+    positions = kwargs.get("positions")
+    if positions is None:
+        positions = next(arg for arg in args if arg is not None)
+    return int(positions.shape[-1])  # [rows], or [3, rows] for M-RoPE
+
+
+def _may_replay_graph() -> bool:
+    """Whether this pass runs in, or is captured into, a CUDA graph: the captured one is precise."""
+    from vllm.config import CUDAGraphMode
+    from vllm.forward_context import get_forward_context, is_forward_context_available
+
+    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        return True
+    if not is_forward_context_available():
+        return False
+    return bool(get_forward_context().cudagraph_runtime_mode != CUDAGraphMode.NONE)
+
+
+def _counters_of(runner: Any, method: Any) -> Counters | None:
+    """The counters, in the one worker of each engine that counts; None in the others."""
+    from vllm.distributed import get_pp_group, get_tensor_model_parallel_rank
+
+    if get_tensor_model_parallel_rank() != 0 or not get_pp_group().is_first_rank:
+        return None
+    if method.counters is None or not os.path.exists(method.counters):
+        return None
+    return Counters(method.counters, runner.vllm_config.parallel_config.data_parallel_rank)

