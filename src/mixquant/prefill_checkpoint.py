@@ -159,7 +159,7 @@ class PrefillCheckpoint:
                 scheme that cannot serve here, or its files are not what its configuration says.
         """
         source = str(source)
-        directory = _directory(source, revision)
+        directory = directory_of(source, revision)
         config = _read_config(source, directory)
         supported = _formats_of_groups(source, config)
         tensors = _Tensors(source, directory)
@@ -358,8 +358,12 @@ class _Tensors:
         return CheckpointError(f"cannot read {file.name} of {self.source}: {one_line(error)}")
 
 
-def _directory(source: str, revision: str | None) -> Path:
-    """The directory that a source stands for; downloads a hub name's files."""
+def directory_of(source: str, revision: str | None = None) -> Path:
+    """The directory that a source stands for; downloads a hub name's files.
+
+    Raises:
+        CheckpointError: there is neither.
+    """
     path = Path(source).expanduser()
     if source and path.is_dir():
         return path

@@ -288,6 +288,24 @@ class NVFP4Weight:
         return sum(tensor.nbytes for tensor in held if tensor is not None)
 
 
+def emulated_weight(codes: Tensor, block_scales: Tensor, tensor_scale: Tensor) -> NVFP4Weight:
+    """A weight for emulation out of what another quantizer made.
+
+    Args:
+        codes: ``[N, K/2]`` uint8, packed.
+        block_scales: ``[N, K/16]`` float8_e4m3fn, linear.
+        tensor_scale: ``[1]`` FP32.
+    """
+    return NVFP4Weight(
+        codes=codes,
+        block_scales=block_scales,
+        tensor_scale=tensor_scale.view(1),
+        unscaled=_unscaled(codes, block_scales),
+        kernel=EMULATION,
+        shape=(codes.shape[0], codes.shape[1] * 2),
+    )
+
+
 @dataclass(frozen=True)
 class NVFP4Rows:
     """Activation rows ``[M, K]`` in NVFP4."""

@@ -88,7 +88,7 @@ class MixQuantConfig(QuantizationConfig):  # type: ignore[misc]
             return PhaseLinearMethod(self.recipe, prefix, self.packed_modules_mapping, self.ledger)
         if isinstance(layer, versions.moe_layer_classes()):
             if why is not None:
-                layer.mixquant_why_precise = why
+                layer.mixquant_why_precise = why  # type: ignore[assignment]
                 return None
             from mixquant.engines.vllm.experts import experts_method
 

@@ -14,7 +14,14 @@ from torch import Tensor
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 
 from mixquant.engines.vllm.memory import Ledger
-from mixquant.engines.vllm.products import Product, nbytes_of, product_of, why_not
+from mixquant.engines.vllm.products import (
+    Product,
+    nbytes_of,
+    product_of,
+    product_of_tensors,
+    why_not,
+)
+from mixquant.engines.vllm.second_checkpoint import joined, opened, shard
 from mixquant.linear import put, select
 from mixquant.phase import PhasePlan, Range, plan_in_force
 from mixquant.recipe import FUSED_PROJECTIONS, Recipe
@@ -56,6 +63,7 @@ class PhaseLinearMethod(UnquantizedLinearMethod):  # type: ignore[misc]
         members = packed_modules.get(prefix.rpartition(".")[2])
         self.members = tuple(members) if members else None
         self.layout: Layout = ()
+        self.sizes: dict[str, int] = {}  # output features by projection, of a fused layer
         self.products: tuple[tuple[Range, Product | None], ...] = ()
         self.why: str | None = None
 
@@ -90,17 +98,8 @@ class PhaseLinearMethod(UnquantizedLinearMethod):  # type: ignore[misc]
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
         # Before super's: it may pack the weight and leave nothing behind.
-        weight: Any = layer.weight
         with torch.no_grad():
-            self.products = tuple(
-                (
-                    features,
-                    None
-                    if fmt == "bf16"
-                    else product_of(fmt, weight.data[slice(*features)], self.recipe),
-                )
-                for features, fmt, _ in self.layout
-            )
+            self.products = tuple((part[0], self._product(layer, part)) for part in self.layout)
         super().process_weights_after_loading(layer)
         if any(product is not None for _, product in self.products):
             layer.mixquant_method = self
@@ -137,6 +136,28 @@ class PhaseLinearMethod(UnquantizedLinearMethod):  # type: ignore[misc]
             )
         return lines
 
+    def _product(self, layer: Any, part: tuple[Range, str, str]) -> Product | None:
+        (start, stop), fmt, label = part
+        if fmt == "bf16":
+            return None
+        if self.recipe.prefill_model is None:
+            return product_of(fmt, layer.weight.data[start:stop], self.recipe)
+        source = opened(self.recipe.prefill_model)
+        labels = label.split("+")
+        shards = [
+            shard(source.layer(self._name(name)), layer, name, rows, self.shape[1])
+            for name, rows in zip(labels, self._sizes_of(labels, stop - start), strict=True)
+        ]
+        return product_of_tensors(joined(shards), layer.weight.device)
+
+    def _name(self, label: str) -> str:
+        """The full name of the projection of this label; of the layer itself if it has none."""
+        path = self.prefix.rpartition(".")[0]
+        return f"{path}.{label}" if label and path else label or self.prefix
+
+    def _sizes_of(self, labels: Sequence[str], whole: int) -> list[int]:
+        return [whole] if labels == [""] else [self.sizes[label] for label in labels]
+
     def _layout(self, sizes: Sequence[int]) -> Layout:
         """Which output features are in which format; parts of one format that touch are one."""
         recipe, prefix = self.recipe, self.prefix
@@ -154,11 +175,12 @@ class PhaseLinearMethod(UnquantizedLinearMethod):  # type: ignore[misc]
             return ((whole, "bf16", ""),)
 
         labels = self.members or FUSED_PROJECTIONS.get(last) or ()
-        formats = recipe.formats_of_fused(prefix, labels) if labels else None
+        formats = self._formats(labels)
         if formats is None:
-            pieces = [(whole, recipe.format_of(prefix), "")]
+            pieces = [(whole, self._format(), "")]
         elif len(formats) == len(sizes):
             ends = [0, *accumulate(sizes)]
+            self.sizes = dict(zip(labels, sizes, strict=True))
             pieces = list(zip(pairwise(ends), formats, labels, strict=True))
         else:
             # Where the projections lie is not known: the whole as precise as its most precise one.
@@ -166,12 +188,40 @@ class PhaseLinearMethod(UnquantizedLinearMethod):  # type: ignore[misc]
 
         layout: list[tuple[Range, str, str]] = []
         for (start, stop), fmt, label in pieces:
-            if layout and layout[-1][1] == fmt:
+            if layout and layout[-1][1] == fmt and self._may_join(layout[-1][2], label):
                 (first, _), _, before = layout.pop()
                 layout.append(((first, stop), fmt, f"{before}+{label}"))
             else:
                 layout.append(((start, stop), fmt, label))
         return tuple(self._possible(part) for part in layout)
+
+    def _formats(self, labels: Sequence[str]) -> tuple[str, ...] | None:
+        """The formats of the projections that the layer is fused from, or None if it is not."""
+        if not labels:
+            return None
+        formats = self.recipe.formats_of_fused(self.prefix, labels)
+        if formats is None or self.recipe.prefill_model is None:
+            return formats
+        source = opened(self.recipe.prefill_model)
+        there = [source.format_of(self._name(label)) for label in labels]
+        if not any(there) and source.format_of(self.prefix) is not None:
+            return None  # fused in the checkpoint, too
+        ignored = [self.recipe.ignores(self._name(label)) for label in labels]
+        return tuple(
+            "bf16" if skip or fmt is None else fmt for skip, fmt in zip(ignored, there, strict=True)
+        )
+
+    def _format(self) -> str:
+        if self.recipe.prefill_model is None:
+            return self.recipe.format_of(self.prefix)
+        return opened(self.recipe.prefill_model).format_of(self.prefix) or "bf16"
+
+    def _may_join(self, before: str, label: str) -> bool:
+        if self.recipe.prefill_model is None:
+            return True
+        source = opened(self.recipe.prefill_model)
+        names = self._name(before.split("+")[-1]), self._name(label)
+        return None in map(source.format_of, names) or source.have_one_scale(*names)
 
     def _possible(self, part: tuple[Range, str, str]) -> tuple[Range, str, str]:
         (start, stop), fmt, label = part
@@ -215,6 +265,7 @@ def _quantized(
     out: Tensor,
 ) -> None:
     """Writes the products of the quantized rows; other rows' may be written as well."""
+    for_vllm = bias
     if bias is not None:
         bias = bias.to(flat.dtype)  # the CPU backend may have made it FP32 for its own kernels
     first, last = plan.quantized[0][0], plan.quantized[-1][1]
@@ -232,7 +283,7 @@ def _quantized(
         elif layer.weight.numel():
             target[:, start:stop] = F.linear(rows, layer.weight[start:stop], part_bias)
         else:  # the CPU backend has packed the weight, and packed ones have no parts
-            target[:, start:stop] = method.precise(layer, rows, bias)[:, start:stop]
+            target[:, start:stop] = method.precise(layer, rows, for_vllm)[:, start:stop]
     if not together:
         put(target, out, plan, "quantized")
 

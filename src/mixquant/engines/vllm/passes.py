@@ -49,6 +49,8 @@ class Follower:
             precise_head=recipe.precise_head or 0,
             precise_tail=recipe.precise_tail,
         )
+        assert isinstance(recipe.format, dict)
+        self._precise = set(recipe.format.values()) == {"bf16"}
         self.model: Any = None
         self.noted: Batch | None = None
         self.profiling = False
@@ -89,7 +91,7 @@ class Follower:
 
     def _plan(self, batch: Batch, rows: int, may_replay_graph: bool) -> PhasePlan | None:
         padding = rows - int(batch.row_counts.sum())
-        if padding < 0 or not (batch.first_positions < batch.prompt_lengths).any():
+        if self._precise or padding < 0 or not (batch.first_positions < batch.prompt_lengths).any():
             return None
         return plan_pass(
             self.thresholds,
@@ -237,4 +239,5 @@ def _counters_of(runner: Any, method: Any) -> Counters | None:
         return None
     if method.counters is None or not os.path.exists(method.counters):
         return None
-    return Counters(method.counters, runner.vllm_config.parallel_config.data_parallel_rank)
+    # Not data_parallel_rank, which is 0 in all ranks of a dense model.
+    return Counters(method.counters, runner.vllm_config.parallel_config.data_parallel_index)

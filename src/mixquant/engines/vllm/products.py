@@ -11,6 +11,7 @@ from mixquant.formats import BY_NAME, EMULATION, Kernel
 from mixquant.formats import fp8 as fp8_format
 from mixquant.formats import int8 as int8_format
 from mixquant.formats import nvfp4 as nvfp4_format
+from mixquant.prefill_checkpoint import Fp8Tensors, Nvfp4Tensors
 from mixquant.recipe import Recipe
 
 CUTLASS = Kernel("vLLM CUTLASS", native=True)
@@ -57,6 +58,22 @@ def product_of(fmt: str, weight: Tensor, recipe: Recipe) -> Product:
     return OneDnnProduct(weight)
 
 
+def product_of_tensors(tensors: Fp8Tensors | Nvfp4Tensors, device: torch.device) -> Product:
+    """The same for a weight that a checkpoint holds quantized."""
+    if isinstance(tensors, Fp8Tensors):
+        codes, scale = tensors.codes.to(device), tensors.scale.to(device)
+        if device.type == "cuda" and not _emulated("fp8"):
+            return CutlassProduct.of_codes(codes, scale)
+        weight = fp8_format.Fp8Weight(codes, scale, EMULATION, tensors.shape)
+        return EmulatedProduct.of_weight("fp8", weight)
+    codes, block_scales = tensors.codes.to(device), tensors.block_scales.to(device)
+    tensor_scale = tensors.global_scale.to(device).reciprocal()
+    if device.type == "cuda":
+        return Nvfp4Product.of_codes(codes, block_scales, tensor_scale)
+    emulated = nvfp4_format.emulated_weight(codes, block_scales, tensor_scale)
+    return EmulatedProduct.of_weight("nvfp4", emulated)
+
+
 def nbytes_of(fmt: str, out_features: int, in_features: int) -> int:
     """How many bytes the copy of a weight takes in a native kernel."""
     elements = out_features * in_features
@@ -80,10 +97,21 @@ class CutlassProduct:
         quantize = fp8_format.quantize if fmt == "fp8" else int8_format.quantize
         # In pieces: the quantizers compute in FP32, and a whole layer would need four times its size.
         pieces = [quantize(piece) for piece in weight.split(1024)]
+        codes, scale = (torch.cat(tensors) for tensors in zip(*pieces, strict=True))
+        self._hold(fmt, codes, scale)
+
+    @classmethod
+    def of_codes(cls, codes: Tensor, scale: Tensor) -> CutlassProduct:
+        """From a weight that is FP8 already: E4M3 codes ``[N, K]`` and FP32 scales ``[N, 1]``."""
+        self = cls.__new__(cls)
+        self._hold("fp8", codes, scale)
+        return self
+
+    def _hold(self, fmt: str, codes: Tensor, scale: Tensor) -> None:
         self.format = fmt
-        self.codes = torch.cat([codes for codes, _ in pieces])  # [N, K]
-        self.scale = torch.cat([scale for _, scale in pieces])  # [N, 1]
-        self.nbytes = self.codes.nbytes + self.scale.nbytes
+        self.codes = codes  # [N, K]
+        self.scale = scale  # [N, 1]
+        self.nbytes = codes.nbytes + scale.nbytes
 
     def __call__(self, rows: Tensor, bias: Tensor | None, out: Tensor) -> None:
         from vllm import _custom_ops as ops
@@ -142,18 +170,22 @@ class Nvfp4Product:
     format = "nvfp4"
 
     def __init__(self, weight: Tensor, recipe: Recipe) -> None:
-        k = weight.shape[1]
-        self.block_scale = recipe.block_scale
-        scale = nvfp4_format.global_scale(weight.abs().amax().float(), self.block_scale)
-        pieces = [
-            nvfp4_format.quantize(piece, scale, self.block_scale) for piece in weight.split(1024)
-        ]
-        self.holder = holder_for_nvfp4(
-            torch.cat([codes for codes, _ in pieces]),
-            torch.cat([scales for _, scales in pieces]),
-            scale.reciprocal().view(1),
-            k,
-        )
+        how = recipe.block_scale
+        scale = nvfp4_format.global_scale(weight.abs().amax().float(), how)
+        pieces = [nvfp4_format.quantize(piece, scale, how) for piece in weight.split(1024)]
+        codes, block_scales = (torch.cat(tensors) for tensors in zip(*pieces, strict=True))
+        self._hold(codes, block_scales, scale.reciprocal())
+
+    @classmethod
+    def of_codes(cls, codes: Tensor, block_scales: Tensor, tensor_scale: Tensor) -> Nvfp4Product:
+        """From a weight that is NVFP4 already; see `holder_for_nvfp4`."""
+        self = cls.__new__(cls)
+        self._hold(codes, block_scales, tensor_scale)
+        return self
+
+    def _hold(self, codes: Tensor, block_scales: Tensor, tensor_scale: Tensor) -> None:
+        k = codes.shape[1] * 2
+        self.holder = holder_for_nvfp4(codes, block_scales, tensor_scale.view(1), k)
         self.vllm_kernel = nvfp4_kernel()
         self.vllm_kernel.process_weights_after_loading(self.holder)
         name = type(self.vllm_kernel).__name__.removesuffix("NvFp4LinearKernel")
@@ -214,12 +246,23 @@ def holder_for_nvfp4(
 class EmulatedProduct:
     """A format that this machine does not multiply natively, in this project's own emulation."""
 
+    kernel = EMULATION
+
     def __init__(self, fmt: str, weight: Tensor, options: dict[str, Any]) -> None:
+        self._hold(fmt, BY_NAME[fmt].quantize_weight(weight, EMULATION, **options), options)
+
+    @classmethod
+    def of_weight(cls, fmt: str, weight: Any) -> EmulatedProduct:
+        """From a weight that is quantized already, in this project's own representation."""
+        self = cls.__new__(cls)
+        self._hold(fmt, weight, {})
+        return self
+
+    def _hold(self, fmt: str, weight: Any, options: dict[str, Any]) -> None:
         self.format = fmt
-        self.kernel = EMULATION
+        self.weight = weight
         self.options = options
-        self.weight = BY_NAME[fmt].quantize_weight(weight, EMULATION, **options)
-        self.nbytes = self.weight.nbytes
+        self.nbytes = weight.nbytes
 
     def __call__(self, rows: Tensor, bias: Tensor | None, out: Tensor) -> None:
         codes = BY_NAME[self.format].quantize_rows(rows, EMULATION, **self.options)

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
+
+from vllm.logger import init_logger
 
 from mixquant.engines.vllm import versions
 from mixquant.engines.vllm.config import METHOD, MixQuantConfig
 from mixquant.engines.vllm.counters import Counters
-from mixquant.recipe import Recipe, RecipeError
+from mixquant.engines.vllm.second_checkpoint import opened
+from mixquant.prefill_checkpoint import directory_of
+from mixquant.recipe import FormatName, Recipe, RecipeError
 
 
 class SettingsError(ValueError):
@@ -28,15 +35,27 @@ def install(config_class: Any) -> None:
 
     @functools.wraps(original)
     def post_init(self: Any, *args: Any, **kwargs: Any) -> None:
-        ours = self.model_config is not None and self.model_config.quantization == METHOD
-        if ours:
+        if self.model_config is None or self.model_config.quantization != METHOD:
+            original(self, *args, **kwargs)
+            return
+        with _said_in_the_log():
             _check(self)
         original(self, *args, **kwargs)
-        if ours:
+        with _said_in_the_log():
             _settle(self)
 
     post_init.mixquant = True  # type: ignore[attr-defined]
     config_class.__post_init__ = post_init
+
+
+@contextmanager
+def _said_in_the_log() -> Iterator[None]:
+    """Says in one line what vLLM will show at the end of a traceback, or within other errors."""
+    try:
+        yield
+    except (ValueError, versions.UnsupportedVersion) as error:
+        init_logger("vllm.mixquant").error("mixquant cannot serve this: %s", error)
+        raise
 
 
 def _settle(vllm_config: Any) -> None:
@@ -51,7 +70,10 @@ def _settle(vllm_config: Any) -> None:
         given = method.recipe_in_checkpoint
     recipe = resolve(given)
     if recipe.prefill_model is not None:
-        _check_prefill_model(recipe.prefill_model, vllm_config.model_config)
+        checkpoint = opened(recipe.prefill_model).checkpoint
+        model = vllm_config.model_config
+        main = directory_of(model.model, model.revision)  # vLLM would download it all the same
+        checkpoint.check_against(model.hf_config.to_dict(), main)
     method.recipe = recipe
     vllm_config.additional_config = {
         **vllm_config.additional_config,
@@ -82,6 +104,8 @@ def resolve(given: Any) -> Recipe:
     else:
         raise RecipeError(f"additional_config['mixquant'] is a recipe or its file, not {given!r}")
     native, device = native_formats()
+    if recipe.prefill_model is not None:
+        recipe = _with_format_of(recipe)
     resolved = recipe.resolved(native)
     assert isinstance(resolved.format, dict)
     foreign = sorted(set(resolved.format.values()) - native - {"bf16"})
@@ -92,6 +116,20 @@ def resolve(given: Any) -> Recipe:
             "auto, or set 'emulate' to true to run it slower than BF16"
         )
     return resolved
+
+
+def _with_format_of(recipe: Recipe) -> Recipe:
+    """A recipe whose format is that of its prefill_model. Raises CheckpointError, RecipeError."""
+    assert recipe.prefill_model is not None
+    there = set(opened(recipe.prefill_model).checkpoint.formats.values())
+    name: FormatName = "nvfp4" if "nvfp4" in there else "fp8"
+    wanted = {"default": name}
+    if recipe.preset == "exact" or recipe.format not in ("auto", name, wanted):
+        raise RecipeError(
+            f"the formats are those of {recipe.prefill_model}; leave out the recipe's 'format', and "
+            "preset exact"
+        )
+    return replace(recipe, format=wanted)
 
 
 def native_formats() -> tuple[frozenset[str], str]:
@@ -152,10 +190,3 @@ def _check(vllm_config: Any) -> None:
         raise SettingsError(
             f"{model.model} is an encoder-decoder model; mixquant serves decoder-only ones"
         )
-
-
-def _check_prefill_model(source: str, model_config: Any) -> None:
-    from mixquant.prefill_checkpoint import PrefillCheckpoint
-
-    checkpoint = PrefillCheckpoint.open(source)
-    checkpoint.check_against(model_config.hf_config.to_dict(), model_config.model)

@@ -1,0 +1,97 @@
+"""The copy out of a recipe's prefill_model: which of its tensors are a layer's, on this rank."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from mixquant.prefill_checkpoint import (
+    CheckpointError,
+    FormatName,
+    Fp8Tensors,
+    Nvfp4Tensors,
+    PrefillCheckpoint,
+)
+
+
+class SecondCheckpoint:
+    """A quantized checkpoint, asked by vLLM's names of layers."""
+
+    def __init__(self, checkpoint: PrefillCheckpoint) -> None:
+        self.checkpoint = checkpoint
+        # vLLM and the checkpoint may disagree on what comes before the number of the layer.
+        self._names = {_from_layers(name): name for name in checkpoint.formats}
+
+    def format_of(self, layer: str) -> FormatName | None:
+        """The format of a layer, or None if it is not quantized there."""
+        name = self._names.get(_from_layers(layer))
+        return self.checkpoint.formats[name] if name is not None else None
+
+    def layer(self, layer: str) -> Fp8Tensors | Nvfp4Tensors:
+        """A layer's quantized weight, whole, on the CPU."""
+        return self.checkpoint.layer(self._names[_from_layers(layer)])
+
+    def have_one_scale(self, first: str, second: str) -> bool:
+        """Whether two layers may be held as one: NVFP4 has one scale for the whole tensor."""
+        one, other = self.layer(first), self.layer(second)
+        if isinstance(one, Nvfp4Tensors) and isinstance(other, Nvfp4Tensors):
+            return torch.equal(one.global_scale, other.global_scale)
+        return isinstance(one, Fp8Tensors) and isinstance(other, Fp8Tensors)
+
+
+@functools.lru_cache(maxsize=1)
+def opened(source: str) -> SecondCheckpoint:
+    """The checkpoint, opened once in this process. Raises CheckpointError."""
+    return SecondCheckpoint(PrefillCheckpoint.open(source))
+
+
+def shard(
+    tensors: Fp8Tensors | Nvfp4Tensors, layer: Any, label: str, rows: int, columns: int
+) -> Fp8Tensors | Nvfp4Tensors:
+    """This rank's part of a weight ``[N, K]``.
+
+    Args:
+        tensors: the whole weight.
+        layer: vLLM's layer, which knows its rank.
+        label: the projection within a fused layer (``k_proj``), or empty.
+        rows: how many output features of it this rank has.
+        columns: how many input features.
+
+    Raises:
+        CheckpointError: the checkpoint's shape is not that of the layer.
+    """
+    n, k = tensors.shape
+    rank = int(getattr(layer, "tp_rank", 0))
+    if columns != k:
+        tensors = tensors.columns(rank * columns, (rank + 1) * columns)
+    if rows != n:
+        if label in ("k_proj", "v_proj"):
+            # With fewer heads than ranks, several ranks have the same one.
+            rank //= int(getattr(layer, "num_kv_head_replicas", 1))
+        if n % rows or (rank + 1) * rows > n:
+            raise CheckpointError(
+                f"the prefill model's {label or 'layer'} has {n} output features, which do not "
+                f"divide into this layer's {rows}"
+            )
+        tensors = tensors.rows(rank * rows, (rank + 1) * rows)
+    return tensors
+
+
+def joined(parts: Sequence[Fp8Tensors | Nvfp4Tensors]) -> Fp8Tensors | Nvfp4Tensors:
+    """Weights of one format, and under NVFP4 of one global scale, stacked along their output."""
+    first = parts[0]
+    codes = torch.cat([part.codes for part in parts]).contiguous()
+    if isinstance(first, Fp8Tensors):
+        scales = [part.scale for part in parts if isinstance(part, Fp8Tensors)]
+        return Fp8Tensors(codes, torch.cat(scales))
+    blocks = [part.block_scales for part in parts if isinstance(part, Nvfp4Tensors)]
+    return replace(first, codes=codes, block_scales=torch.cat(blocks).contiguous())
+
+
+def _from_layers(name: str) -> str:
+    at = name.find("layers.")
+    return name[at:] if at >= 0 else name

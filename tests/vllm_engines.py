@@ -1,0 +1,90 @@
+"""What the tests of the vLLM engine share: starting a process of engines, and the rule, spelled out."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+HERE = Path(__file__).parent
+
+
+def require_vllm() -> None:
+    """Skips a module where there is no vLLM, or where it would need a GPU that is not there."""
+    pytest.importorskip("vllm", reason="vLLM is not installed")
+
+
+def results_of(engines: dict[str, Any], folder: Path, seconds: int = 900) -> dict[str, Any]:
+    """Runs the engines (see `vllm_runs`) and returns their results; a crash fails with the log's end."""
+    spec, out, log = folder / "spec.json", folder / "out.json", folder / "log.txt"
+    spec.write_text(json.dumps(engines))
+    with log.open("w") as file:
+        done = subprocess.run(
+            [sys.executable, str(HERE / "vllm_runs.py"), str(spec), str(out)],
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            timeout=seconds,
+            env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        )
+    text = log.read_text(errors="replace")
+    assert done.returncode == 0, text[-3000:]
+    results: dict[str, Any] = json.loads(out.read_text())
+    failed = {name: result["error"] for name, result in results.items() if "error" in result}
+    assert not failed, f"{failed}\n{text[-3000:]}"
+    return results
+
+
+def mixquant(**recipe: Any) -> dict[str, Any]:
+    """The engine options for a recipe."""
+    return {"quantization": "mixquant", "additional_config": {"mixquant": recipe}}
+
+
+def rows_of(one: dict[str, Any]) -> list[tuple[int, int, int, bool]]:
+    """The rows of a traced pass: (request, position, prompt length, quantized)."""
+    quantized = {row for start, stop in one["quantized"] for row in range(start, stop)}
+    rows = []
+    for request, first, count, prompt in zip(
+        one["requests"],
+        one["first_positions"],
+        one["row_counts"],
+        one["prompt_lengths"],
+        strict=True,
+    ):
+        for position in range(first, first + count):
+            rows.append((request, position, prompt, len(rows) in quantized))
+    return rows
+
+
+def by_the_rule(one: dict[str, Any], minimum: int, head: int, tail: int) -> list[bool]:
+    """Whether each row of a traced pass should be quantized, row by row as the rule is written."""
+    allowed = [head <= position < prompt - tail for _, position, prompt, _ in rows_of(one)]
+    return allowed if sum(allowed) >= minimum else [False] * len(allowed)
+
+
+def quantized_positions(run: dict[str, Any], request: int) -> list[int]:
+    """The positions of a request that went through the model quantized, in order of time."""
+    return [
+        position
+        for one in run["passes"]
+        for number, position, _, quantized in rows_of(one)
+        if number == request and quantized
+    ]
+
+
+def divergence(run: dict[str, Any], request: int, other: dict[str, Any], its: int) -> float:
+    """KL divergence (nats) between two requests' distributions of the first token.
+
+    Over the tokens that both list among their likeliest; what is left of either counts as one.
+    """
+    p, q = run["logprobs"][request][0], other["logprobs"][its][0]
+    both = p.keys() & q.keys()
+    assert len(both) >= 10, "the two distributions have hardly a token in common"
+    kl = sum(math.exp(p[token]) * (p[token] - q[token]) for token in both)
+    rest = [max(1e-9, 1 - sum(math.exp(x[token]) for token in both)) for x in (p, q)]
+    return kl + rest[0] * math.log(rest[0] / rest[1])

@@ -1,0 +1,154 @@
+"""Runs real vLLM engines, one after the other, in a process of its own, and writes down what came out.
+
+    python vllm_runs.py SPEC.json OUT.json
+
+SPEC maps names to engines, ``{"model", "options", "runs": {name: {...}}}``; a run has the arguments of
+`run`. OUT maps the names to the runs' results; an engine that does not start gives its error instead.
+The engine's scheduler runs in this process, so that a test can set the size of chunks and preempt
+requests while they run.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+TRACE = "MIXQUANT_TRACE"
+
+
+def main(spec_file: str, out_file: str) -> None:
+    os.environ[TRACE] = f"{out_file}.trace"
+    results: dict[str, Any] = {}
+    for name, engine in json.loads(Path(spec_file).read_text()).items():
+        print(f"== {name}", flush=True)
+        try:
+            results[name] = _engine(**engine)
+        except Exception as error:
+            traceback.print_exc()
+            results[name] = {"error": f"{type(error).__name__}: {error}"}
+        Path(out_file).write_text(json.dumps(results))
+
+
+def _engine(model: str, options: dict[str, Any], runs: dict[str, dict[str, Any]]) -> Any:
+    import gc
+
+    from vllm import LLM
+
+    llm = LLM(
+        model,
+        enforce_eager=True,
+        skip_tokenizer_init=True,
+        disable_log_stats=True,
+        **options,
+    )
+    try:
+        return {name: run(llm, **arguments) for name, arguments in runs.items()}
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+        del llm
+        gc.collect()
+
+
+def run(
+    llm: Any,
+    prompts: list[list[int]],
+    new_tokens: int = 8,
+    chunk: int | None = None,
+    preempt_after: int | None = None,
+    sampling: dict[str, Any] | None = None,
+    lora: str | None = None,
+    reload_first: bool = False,
+) -> dict[str, Any]:
+    """Greedy answers to prompts that are submitted together.
+
+    Args:
+        prompts: token ids.
+        new_tokens: of each answer.
+        chunk: how many tokens a pass may have; None: as the engine was told.
+        preempt_after: so many steps into the run, every running request is preempted.
+        sampling: further sampling parameters.
+        lora: the directory of an adapter for all requests.
+        reload_first: loads the weights into the running engine once more.
+
+    Returns:
+        ``tokens`` per prompt, ``logprobs`` per prompt and token (the 20 likeliest), ``prompt_logprobs``
+        if asked for, and the ``passes`` that mixquant traced, requests numbered as the prompts are.
+    """
+    from vllm import SamplingParams
+    from vllm.lora.request import LoRARequest
+
+    engine = llm.llm_engine
+    scheduler = engine.engine_core.engine_core.scheduler
+    usual = scheduler.max_num_scheduled_tokens
+    if reload_first:
+        llm.collective_rpc("reload_weights")
+    trace = Path(os.environ[TRACE])
+    seen = trace.stat().st_size if trace.exists() else 0
+    parameters = SamplingParams(
+        temperature=0,
+        max_tokens=new_tokens,
+        ignore_eos=True,
+        logprobs=20,
+        detokenize=False,
+        **(sampling or {}),
+    )
+    adapter = LoRARequest("adapter", 1, lora) if lora else None
+    for number, prompt in enumerate(prompts):
+        engine.add_request(
+            str(number), {"prompt_token_ids": prompt}, parameters, lora_request=adapter
+        )
+    finished: dict[int, Any] = {}
+    step = 0
+    scheduler.max_num_scheduled_tokens = chunk or usual
+    try:
+        while engine.has_unfinished_requests():
+            if step == preempt_after:
+                scheduler.reset_prefix_cache(reset_running_requests=True)
+            for output in engine.step():
+                if output.finished:
+                    finished[int(output.request_id)] = output
+            step += 1
+    finally:
+        scheduler.max_num_scheduled_tokens = usual
+    answers = [finished[number].outputs[0] for number in range(len(prompts))]
+    return {
+        "tokens": [list(answer.token_ids) for answer in answers],
+        "logprobs": [
+            [{token: entry.logprob for token, entry in place.items()} for place in answer.logprobs]
+            for answer in answers
+        ],
+        "prompt_logprobs": [
+            [
+                {token: entry.logprob for token, entry in (place or {}).items()}
+                for place in finished[number].prompt_logprobs or ()
+            ]
+            for number in range(len(prompts))
+        ],
+        "passes": _passes(trace, seen),
+    }
+
+
+def _passes(trace: Path, start: int) -> list[dict[str, Any]]:
+    if not trace.exists():
+        return []
+    with trace.open() as file:
+        file.seek(start)
+        passes = [json.loads(line) for line in file]
+    for one in passes:
+        # vLLM appends something random to the names that requests are given.
+        one["requests"] = [int(name.split("-")[0]) for name in one["requests"]]
+    return passes
+
+
+if __name__ == "__main__":
+    os.environ.update(
+        HF_HUB_OFFLINE="1",
+        VLLM_CPU_KVCACHE_SPACE="1",
+        VLLM_ENABLE_V1_MULTIPROCESSING="0",
+        VLLM_LOGGING_LEVEL=os.environ.get("VLLM_LOGGING_LEVEL", "WARNING"),
+    )
+    main(*sys.argv[1:])
