@@ -32,6 +32,7 @@ ARMS: dict[str, dict[str, Any]] = {
         "additional_config": {"mixquant": {"preset": "fast", "precise_tail": 1}},
     },
 }
+ARMS["mixquant-one-stream"] = ARMS["mixquant"]
 NEW_TOKENS = 128
 
 
@@ -150,7 +151,8 @@ def main() -> None:
             if options.vocabulary:
                 command += ["--vocabulary", str(options.vocabulary)]
             started = time.perf_counter()
-            subprocess.run(command, check=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+            extra = {"MIXQUANT_SIDE_STREAM": "0"} if arm == "mixquant-one-stream" else {}
+            subprocess.run(command, check=True, env={**os.environ, "HF_HUB_OFFLINE": "1", **extra})
             print(f"{arm}: {time.perf_counter() - started:.0f} s", file=sys.stderr, flush=True)
             rows += json.loads(Path(result.name).read_text())
         if options.json:
