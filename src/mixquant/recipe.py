@@ -141,9 +141,13 @@ class Recipe:
         if text.lstrip().startswith("{"):
             return cls.from_json(text)
         path = Path(text)
-        if not path.is_file():
+        try:
+            found = path.is_file()
+        except OSError:  # too long for a name
+            found = False
+        if not found:
             raise RecipeError(
-                f"unknown recipe {text!r}: expected a preset ({', '.join(PRESETS)}), "
+                f"unknown recipe {text[:100]!r}: expected a preset ({', '.join(PRESETS)}), "
                 "a JSON object, or the path of a JSON file"
             )
         try:

@@ -68,8 +68,9 @@ def _free(device: torch.device) -> float:
     from vllm.config import get_current_vllm_config
 
     free, total = torch.cuda.mem_get_info(device)
+    # vLLM's share of the GPU is this engine's own, whatever others take of the rest.
     share: float = get_current_vllm_config().cache_config.gpu_memory_utilization
-    return float(free - (1 - share) * total)
+    return min(float(free), share * total - torch.cuda.memory_allocated(device))
 
 
 def _layer_count() -> int:

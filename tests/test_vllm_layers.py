@@ -1,0 +1,520 @@
+"""A linear layer in vLLM: its layout, and its operator against the rule, row by row."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+pytest.importorskip("vllm")
+
+from hypothesis import event, example, given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.distributed import init_distributed_environment, initialize_model_parallel
+from vllm.distributed.parallel_state import destroy_distributed_environment, destroy_model_parallel
+from vllm.model_executor.layers.linear import (
+    MergedColumnParallelLinear,
+    QKVParallelLinear,
+    ReplicatedLinear,
+)
+from vllm.platforms import current_platform
+
+from mixquant.engines.vllm import linear, passes
+from mixquant.engines.vllm.config import MixQuantConfig
+from mixquant.engines.vllm.linear import PhaseLinearMethod
+from mixquant.engines.vllm.memory import Ledger
+from mixquant.phase import PhasePlan, Thresholds, everything_quantized, in_force, plan_pass
+from mixquant.recipe import Recipe
+
+K = 64
+ATTENTION = "model.layers.0.self_attn"
+FORMATS = ("int8", "fp8", "nvfp4")
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).bfloat16()
+
+
+def recipe_of(format: Any, native: tuple[str, ...] = ("int8",), **fields: Any) -> Recipe:
+    return Recipe(format=format, emulate=True, **fields).resolved(frozenset(native))
+
+
+# --- the layout --------------------------------------------------------------------------------------
+
+
+def layout_of(
+    recipe: Recipe,
+    prefix: str,
+    sizes: list[int],
+    packed: dict[str, list[str]] | None = None,
+    in_features: int = K,
+) -> tuple[list[tuple[int, int, str]], str | None]:
+    """The parts ``(start, stop, format)``, and why those in BF16 are."""
+    method = PhaseLinearMethod(recipe, prefix, packed or {}, Ledger())
+    method.shape = (sum(sizes), in_features)
+    layout = method._layout(sizes)
+    assert [layout[0][0][0], layout[-1][0][1]] == [0, sum(sizes)]
+    return [(start, stop, fmt) for (start, stop), fmt, _ in layout], method.why
+
+
+BALANCED = recipe_of("nvfp4", ("fp8", "nvfp4"))
+
+
+def test_balanced_sets_keys_and_values_apart() -> None:
+    assert layout_of(BALANCED, f"{ATTENTION}.qkv_proj", [64, 32, 32]) == (
+        [(0, 64, "nvfp4"), (64, 128, "fp8")],
+        None,
+    )
+    without_fp8 = recipe_of("nvfp4", ("nvfp4",))
+    assert layout_of(without_fp8, f"{ATTENTION}.qkv_proj", [64, 32, 32]) == (
+        [(0, 64, "nvfp4"), (64, 128, "bf16")],
+        "the recipe",
+    )
+    fast = recipe_of("nvfp4", preset="fast")
+    assert layout_of(fast, f"{ATTENTION}.qkv_proj", [64, 32, 32])[0] == [(0, 128, "nvfp4")]
+
+
+def test_projections_of_one_format_are_one_part() -> None:
+    assert layout_of(BALANCED, "model.layers.0.mlp.gate_up_proj", [96, 96])[0] == [
+        (0, 192, "nvfp4")
+    ]
+    apart = recipe_of({"up_proj": "fp8", "default": "int8"})
+    assert layout_of(apart, "model.layers.0.mlp.gate_up_proj", [96, 96])[0] == [
+        (0, 96, "int8"),
+        (96, 192, "fp8"),
+    ]
+
+
+@pytest.mark.parametrize("sizes", [[64, 32, 32], [32, 16, 16], [16, 16, 16], [48, 16, 16]])
+def test_sizes_are_those_of_this_rank(sizes: list[int]) -> None:
+    """Under tensor parallelism, with keys and values replicated or not."""
+    q = sizes[0]
+    parts, _ = layout_of(BALANCED, f"{ATTENTION}.qkv_proj", sizes)
+    assert parts == [(0, q, "nvfp4"), (q, sum(sizes), "fp8")]
+
+
+def test_members_are_those_that_the_model_names() -> None:
+    packed = {"qkv": ["wq", "wk", "wv"], "in_proj_qkvz": ["in_proj_qkv", "in_proj_z"]}
+    recipe = recipe_of({"wk": "bf16", "in_proj_z": "nvfp4", "default": "int8"})
+    assert layout_of(recipe, "model.layers.0.attn.qkv", [64, 32, 32], packed) == (
+        [(0, 64, "int8"), (64, 96, "bf16"), (96, 128, "int8")],
+        "the recipe",
+    )
+    # Where two names stand for four parts nobody knows which rows are whose.
+    prefix = "model.layers.0.linear_attn.in_proj_qkvz"
+    assert layout_of(recipe, prefix, [32, 32, 64, 64], packed)[0] == [(0, 192, "int8")]
+    for milder in ("fp8", "bf16"):
+        recipe = recipe_of({"in_proj_qkv": milder, "default": "nvfp4"})
+        assert layout_of(recipe, prefix, [32, 32, 64, 64], packed)[0] == [(0, 192, milder)]
+    # A recipe that speaks of the fused layer itself is obeyed.
+    assert layout_of(BALANCED, prefix, [32, 32, 64, 64], packed)[0] == [(0, 192, "fp8")]
+
+
+@pytest.mark.parametrize(
+    ("prefix", "fields", "why"),
+    [
+        (f"{ATTENTION}.qkv_proj", {"ignore": ("qkv_proj",)}, "ignore"),
+        (f"{ATTENTION}.qkv_proj", {"ignore": ("*layers.0.*",)}, "ignore"),
+        ("model.layers.0.mlp.down_proj", {"ignore": ("down_proj",)}, "ignore"),
+        ("model.layers.0.mlp.down_proj", {"preset": "exact"}, "recipe"),
+        (f"{ATTENTION}.kv_b_proj", {}, "rows"),
+        ("model.layers.0.linear_attn.conv1d", {}, "convolution"),
+    ],
+)
+def test_layers_that_stay_precise(prefix: str, fields: dict[str, Any], why: str) -> None:
+    parts, said = layout_of(recipe_of("int8", **fields), prefix, [64, 32, 32])
+    assert parts == [(0, 128, "bf16")]
+    assert said is not None and why in said
+
+
+def test_a_member_that_is_ignored_is_a_part_of_its_own() -> None:
+    recipe = recipe_of("int8", ignore=("q_proj",))
+    parts, _ = layout_of(recipe, f"{ATTENTION}.qkv_proj", [64, 32, 32])
+    assert parts == [(0, 64, "bf16"), (64, 128, "int8")]
+
+
+def test_shapes_that_the_format_cannot_hold() -> None:
+    parts, why = layout_of(recipe_of("nvfp4"), "model.fc", [32], in_features=24)
+    assert parts == [(0, 32, "bf16")]
+    assert why is not None and "nvfp4" in why and "24" in why
+
+
+# --- layers of vLLM ----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """vLLM's layers want to know which rank they are of."""
+    store = tmp_path_factory.mktemp("world") / "store"
+    with set_current_vllm_config(VllmConfig()):
+        init_distributed_environment(1, 0, f"file://{store}", 0, "gloo")
+        initialize_model_parallel(1, 1)
+        yield
+        destroy_model_parallel()
+        destroy_distributed_environment()
+    built.cache_clear()
+
+
+@dataclass(frozen=True)
+class Built:
+    layer: Any
+    method: PhaseLinearMethod
+    weight: Tensor  # as it was loaded
+    bias: Tensor | None
+
+    def __call__(self, x: Tensor, plan: PhasePlan | None = None) -> Tensor:
+        with in_force(plan):
+            return self.layer(x)[0]
+
+    def precise(self, x: Tensor) -> Tensor:
+        """vLLM's own product, as it would be without us."""
+        return self.layer.cpu_linear(x, self.layer.weight, self.layer.bias)
+
+
+@functools.cache
+def built(kind: str, biased: bool = False, pack: bool = True, seed: int = 0) -> Built:
+    """A layer of 128 features. ``pack``: the CPU backend may pack its weight and throw it away."""
+    recipe = {
+        "int8": recipe_of("int8"),
+        "fp8": recipe_of("fp8"),
+        "nvfp4": recipe_of("nvfp4", preset="fast"),
+        "two formats": recipe_of({"k_proj": "fp8", "default": "int8"}),
+        "bf16 between": recipe_of({"k_proj": "bf16", "default": "int8"}),
+    }[kind]
+    config = MixQuantConfig()
+    config.recipe = recipe
+    default = torch.get_default_dtype()
+    patch = pytest.MonkeyPatch()
+    try:
+        torch.set_default_dtype(torch.bfloat16)
+        patch.setattr(passes, "install", lambda method: None)
+        layer = QKVParallelLinear(
+            K, 16, 4, 2, bias=biased, quant_config=config, prefix=f"{ATTENTION}.qkv_proj"
+        )
+        weight = random(128, K, seed=seed)
+        layer.weight.data.copy_(weight)
+        bias = random(128, seed=seed + 1) if biased else None
+        if bias is not None:
+            layer.bias.data.copy_(bias)
+        if not pack:  # as on a GPU
+            patch.setattr(
+                "vllm.model_executor.layers.utils.dispatch_cpu_unquantized_gemm",
+                lambda layer, remove_weight: setattr(layer, "cpu_linear", F.linear),
+            )
+        layer.quant_method.process_weights_after_loading(layer)
+    finally:
+        torch.set_default_dtype(default)
+        patch.undo()
+    return Built(layer, layer.quant_method, weight, bias)
+
+
+on_cpu = pytest.mark.skipif(not current_platform.is_cpu(), reason="vLLM's CPU build")
+KINDS = ("int8", "fp8", "nvfp4", "two formats", "bf16 between")
+
+
+def rows_of(ranges: tuple[tuple[int, int], ...]) -> list[int]:
+    return [row for start, stop in ranges for row in range(start, stop)]
+
+
+def check(it: Built, x: Tensor, plan: PhasePlan) -> None:
+    """Every row of the layer's output is what the plan says of it."""
+    out = it(x, plan)
+    assert (out.dtype, out.shape) == (x.dtype, (len(x), 128))
+    if not plan.quantized:
+        assert torch.equal(out, it.precise(x))
+        return
+    precise, quantized = rows_of(plan.precise), rows_of(plan.quantized)
+    if precise:
+        assert torch.equal(out[precise], it.precise(x[precise]))
+        torch.testing.assert_close(
+            out[precise], F.linear(x[precise], it.weight, it.bias), rtol=2**-7, atol=2**-6
+        )
+    padding = sorted(set(range(len(x))) - {*precise, *quantized})
+    assert (out[padding] == 0).all()
+    for (start, stop), product in it.method.products:
+        bias = None if it.bias is None else it.bias[start:stop]
+        for row in quantized:
+            alone = x.new_empty(1, stop - start)
+            if product is None:
+                alone = F.linear(x[row : row + 1], it.weight[start:stop], bias)
+            else:
+                product(x[row : row + 1], bias, alone)
+            if product is not None and product.format == "int8":
+                assert torch.equal(out[row, start:stop], alone[0])
+            else:  # one rounding, of a sum in another order
+                torch.testing.assert_close(out[row, start:stop], alone[0], rtol=2**-7, atol=2**-6)
+
+
+def plan_of(
+    sequences: list[tuple[int, int, int]], padding: int, thresholds: Thresholds
+) -> PhasePlan:
+    """As the runners' follower makes it: padding comes after the last sequence."""
+    table = np.array([*sequences, (-padding, padding, 0)])
+    return plan_pass(thresholds, table[:, 0], table[:, 1], table[:, 2])
+
+
+# First position, rows, length of the prompt.
+SEQUENCES = st.lists(
+    st.tuples(st.integers(0, 30), st.integers(1, 25), st.integers(1, 45)), min_size=1, max_size=5
+)
+
+
+@on_cpu
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("pack", [True, False], ids=["packed", "unpacked"])
+@given(
+    sequences=SEQUENCES,
+    padding=st.integers(0, 8),
+    head=st.integers(0, 4),
+    tail=st.integers(0, 3),
+    biased=st.booleans(),
+    seed=st.integers(0, 2**31),
+)
+@example(sequences=[(0, 40, 41)], padding=0, head=0, tail=1, biased=False, seed=1)
+@example(sequences=[(0, 20, 20), (0, 20, 20)], padding=3, head=0, tail=1, biased=False, seed=1)
+@example(
+    sequences=[(0, 9, 9), (5, 1, 3), (0, 9, 20)], padding=0, head=4, tail=1, biased=False, seed=1
+)
+@hypothesis_settings(deadline=None, max_examples=15)
+def test_each_row_is_multiplied_as_its_plan_says(
+    kind: str,
+    pack: bool,
+    sequences: list[tuple[int, int, int]],
+    padding: int,
+    head: int,
+    tail: int,
+    biased: bool,
+    seed: int,
+) -> None:
+    plan = plan_of(sequences, padding, Thresholds(0, head, tail))
+    if plan.quantized:
+        span = plan.quantized[-1][1] - plan.quantized[0][0]
+        event("together" if plan.quantized_rows >= 0.9 * span else "gathered")
+    check(built(kind, biased, pack), random(plan.rows, K, seed=seed), plan)
+
+
+@on_cpu
+def test_a_bf16_part_of_a_packed_weight_with_bias() -> None:
+    """vLLM's AMX kernels make the layer's bias FP32, and take no other."""
+    plan = plan_of([(0, 20, 20)], 0, Thresholds())
+    check(built("bf16 between", biased=True), random(20, K, seed=1), plan)
+
+
+@on_cpu
+@pytest.mark.parametrize(
+    ("sequences", "seen"),
+    [
+        ([(0, 30, 40)], 30),  # one range
+        ([(0, 20, 20), (0, 20, 20)], 39),  # the precise row in between is computed twice
+        ([(0, 10, 10), (50, 8, 9), (0, 10, 10)], 18),  # too many: the others are gathered
+    ],
+)
+def test_few_precise_rows_are_not_worth_gathering_the_others(
+    sequences: list[tuple[int, int, int]], seen: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    it = built("int8", pack=False)
+    counts: list[int] = []
+    ((features, product),) = it.method.products
+
+    class Recorded:
+        format = product.format
+
+        def __call__(self, rows: Tensor, bias: Any, out: Tensor) -> None:
+            counts.append(len(rows))
+            product(rows, bias, out)
+
+    monkeypatch.setattr(it.method, "products", ((features, Recorded()),))
+    plan = plan_of(sequences, 2, Thresholds())
+    it(random(plan.rows, K), plan)
+    assert counts == [seen]
+    monkeypatch.undo()
+    check(it, random(plan.rows, K), plan)
+
+
+@on_cpu
+@pytest.mark.parametrize("kind", KINDS)
+def test_quantized_rows_differ_from_precise_ones(kind: str) -> None:
+    """Or rows taken for one another would pass."""
+    it = built(kind)
+    x = random(30, K, seed=3)
+    out, precise = it(x, everything_quantized(30)), it.precise(x)
+    for (start, stop), product in it.method.products:
+        differ = ((out - precise)[:, start:stop].abs() > 2**-5).any(dim=1)
+        assert differ.all() if product is not None else not differ.any()
+
+
+@on_cpu
+@pytest.mark.parametrize("kind", ["int8", "bf16 between"])
+@pytest.mark.parametrize("pack", [True, False])
+def test_without_a_plan_that_fits_the_layer_is_vllms_own(kind: str, pack: bool) -> None:
+    it = built(kind, True, pack)
+    x = random(20, K, seed=1)
+    wanted = it.precise(x)
+    for plan in (
+        None,
+        everything_quantized(19),
+        everything_quantized(21),
+        PhasePlan(20, (), ((0, 20),)),
+    ):
+        assert torch.equal(it(x, plan), wanted)
+
+
+@on_cpu
+def test_leading_dimensions_are_flattened_and_kept() -> None:
+    it = built("int8", True)
+    x = random(2, 5, K)
+    plan = plan_of([(0, 9, 9)], 1, Thresholds())
+    assert torch.equal(it(x, plan), it(x.view(10, K), plan).view(2, 5, 128))
+    wide = random(10, 2 * K)[:, :K]
+    assert torch.equal(it(wide, plan), it(wide.contiguous(), plan))
+
+
+@on_cpu
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("planned", [False, True])
+def test_the_operator_is_one_that_torch_can_trace(biased: bool, planned: bool) -> None:
+    it = built("two formats", biased)
+    x = random(20, K)
+    plan = plan_of([(0, 10, 10), (0, 9, 9)], 1, Thresholds()) if planned else None
+    arguments = (x, it.layer.bias, it.layer.mixquant_number, 128)
+    with in_force(plan):
+        torch.library.opcheck(torch.ops.mixquant.phase_linear.default, arguments)
+
+
+@on_cpu
+def test_one_compiled_graph_serves_every_layer_and_plan() -> None:
+    layers = [built("int8", seed=0), built("two formats", seed=7)]
+    graphs: list[Any] = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    @functools.partial(torch.compile, backend=backend, fullgraph=True, dynamic=True)
+    def product(x: Tensor, number: Tensor) -> Tensor:
+        return torch.ops.mixquant.phase_linear(x, None, number, 128)
+
+    for rows in (20, 33):
+        x = random(rows, K)
+        for plan in (None, everything_quantized(rows), plan_of([(0, rows, rows)], 0, Thresholds())):
+            for it in layers:
+                with in_force(plan):
+                    assert torch.equal(product(x, it.layer.mixquant_number), it(x, plan))
+    assert len(graphs) == 1
+
+
+@on_cpu
+def test_a_layer_that_is_loaded_anew_has_a_new_copy_under_its_old_number() -> None:
+    it = built("int8", seed=21)
+    number, x = int(it.layer.mixquant_number), random(20, K)
+    before = it(x, everything_quantized(20))
+    it.layer.weight = torch.nn.Parameter(random(128, K, seed=99), requires_grad=False)
+    it.method.process_weights_after_loading(it.layer)
+    assert int(it.layer.mixquant_number) == number
+    after = it(x, everything_quantized(20))
+    assert torch.equal(after, built("int8", seed=99)(x, everything_quantized(20)))
+    assert not torch.equal(after, before)
+    built.cache_clear()
+
+
+@on_cpu
+def test_layers_have_numbers_of_their_own_and_go_away() -> None:
+    built.cache_clear()
+    linear._layers.clear()
+    layers = [built("int8", seed=seed) for seed in range(3)]
+    assert len({int(it.layer.mixquant_number) for it in layers}) == len(linear._layers) == 3
+    x = random(20, K)
+    assert not torch.equal(layers[0](x), layers[1](x))
+    del layers
+    built.cache_clear()
+    assert not linear._layers
+
+
+@on_cpu
+def test_other_layers_of_vllm() -> None:
+    """Without a copy a layer is untouched; fused ones of the MLP and unfused ones are taken, too."""
+    config = MixQuantConfig()
+    config.recipe = recipe_of({"gate_up_proj": "int8", "o_proj": "int8", "default": "bf16"})
+    x = random(20, K)
+    patch = pytest.MonkeyPatch()
+    patch.setattr(passes, "install", lambda method: None)
+    for layer, taken in (
+        (
+            ReplicatedLinear(
+                K,
+                32,
+                False,
+                params_dtype=torch.bfloat16,
+                quant_config=config,
+                prefix="model.layers.0.self_attn.o_proj",
+            ),
+            True,
+        ),
+        (
+            MergedColumnParallelLinear(
+                K,
+                [48, 48],
+                False,
+                params_dtype=torch.bfloat16,
+                quant_config=config,
+                prefix="model.layers.0.mlp.gate_up_proj",
+            ),
+            True,
+        ),
+        (
+            ReplicatedLinear(
+                K,
+                32,
+                False,
+                params_dtype=torch.bfloat16,
+                quant_config=config,
+                prefix="model.layers.0.mlp.down_proj",
+            ),
+            False,
+        ),
+    ):
+        features = layer.weight.shape[0]
+        layer.weight.data.copy_(random(features, K))
+        layer.quant_method.process_weights_after_loading(layer)
+        assert hasattr(layer, "mixquant_number") == taken
+        with in_force(everything_quantized(20)):
+            out = layer(x)[0]
+        assert out.shape == (20, features)
+        assert torch.equal(out, layer.cpu_linear(x, layer.weight, None)) != taken
+        lines = layer.quant_method.described("name")
+        assert [(line.name, line.shape, line.format) for line in lines] == [
+            ("name", (features, K), "int8" if taken else "bf16")
+        ]
+        assert (lines[0].nbytes > 0, lines[0].why_precise) == (
+            taken,
+            None if taken else "the recipe",
+        )
+    patch.undo()
+
+
+@on_cpu
+def test_parts_are_described_one_by_one() -> None:
+    it = built("bf16 between")
+    lines = it.method.described("a.qkv_proj")
+    assert [(line.name, line.shape[0], line.format) for line in lines] == [
+        ("a.qkv_proj.q_proj", 64, "int8"),
+        ("a.qkv_proj.k_proj", 32, "bf16"),
+        ("a.qkv_proj.v_proj", 32, "int8"),
+    ]
+    assert [line.why_precise for line in lines] == [None, "the recipe", None]
+
+
+@on_cpu
+def test_the_ledger_hears_of_every_layer() -> None:
+    it = built("bf16 between", seed=5)
+    assert it.method.ledger._weights == {f"{ATTENTION}.qkv_proj": 128 * K * 2}
+    assert it.method.ledger._copies == {f"{ATTENTION}.qkv_proj": 96 * K + 4 * 96}
