@@ -32,7 +32,6 @@ ARMS: dict[str, dict[str, Any]] = {
         "additional_config": {"mixquant": {"preset": "fast", "precise_tail": 1}},
     },
 }
-ARMS["mixquant-one-stream"] = ARMS["mixquant"]
 NEW_TOKENS = 128
 
 
@@ -104,7 +103,7 @@ def measure(arm: str, options: argparse.Namespace) -> list[dict[str, Any]]:
 
 def table(rows: list[dict[str, Any]]) -> str:
     """The rows as Markdown: a line per measurement, a column per arm, and ratios to BF16."""
-    arms = list(dict.fromkeys(row["arm"] for row in rows))
+    arms = sorted(dict.fromkeys(row["arm"] for row in rows), key=list(ARMS).index)
     lines = [
         "| measurement | " + " | ".join(arms) + " | " + " | ".join(f"bf16 / {a}" for a in arms[1:])
     ]
@@ -151,8 +150,7 @@ def main() -> None:
             if options.vocabulary:
                 command += ["--vocabulary", str(options.vocabulary)]
             started = time.perf_counter()
-            extra = {"MIXQUANT_SIDE_STREAM": "0"} if arm == "mixquant-one-stream" else {}
-            subprocess.run(command, check=True, env={**os.environ, "HF_HUB_OFFLINE": "1", **extra})
+            subprocess.run(command, check=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
             print(f"{arm}: {time.perf_counter() - started:.0f} s", file=sys.stderr, flush=True)
             rows += json.loads(Path(result.name).read_text())
         if options.json:

@@ -101,7 +101,7 @@ def free(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
     monkeypatch.setattr(memory, "_layer_count", lambda: 4)
 
     def is_free(gib: float) -> None:
-        monkeypatch.setattr(memory, "_free", lambda device: gib * GIB)
+        monkeypatch.setattr(memory, "_free", lambda device, before: gib * GIB)
 
     return is_free
 
@@ -166,4 +166,4 @@ def test_layers_without_a_number(free: Callable[[float], None]) -> None:
 def test_free_memory_of_a_cpu_is_what_can_be_had() -> None:
     import psutil
 
-    assert 0 < memory._free(CPU) <= psutil.virtual_memory().total
+    assert 0 < memory._free(CPU, 0) <= psutil.virtual_memory().total

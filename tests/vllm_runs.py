@@ -2,7 +2,7 @@
 
     python vllm_runs.py SPEC.json OUT.json
 
-SPEC maps names to engines, the arguments of `_engine`, whose runs are named, too; a run has the arguments of
+SPEC maps names to engines, the arguments of `_engine`, whose runs are named, too; a run has those of
 `run`. OUT maps the names to the runs' results; an engine that does not start gives its error instead.
 The engine's scheduler runs in this process, so that a test can set the size of chunks and preempt
 requests while they run.

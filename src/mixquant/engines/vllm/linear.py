@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import itertools
-import os
 import weakref
 from collections.abc import Mapping, Sequence
 from itertools import accumulate, pairwise
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +22,7 @@ from mixquant.engines.vllm.products import (
     why_not,
 )
 from mixquant.engines.vllm.second_checkpoint import joined, opened, shard
-from mixquant.linear import index_of, put, select
+from mixquant.linear import put, select
 from mixquant.phase import PhasePlan, Range, plan_in_force
 from mixquant.recipe import FUSED_PROJECTIONS, Recipe
 from mixquant.summary import IGNORED, Layer
@@ -36,8 +35,6 @@ _ADVICE = (
     "more than a quarter of the weights, fp8's half), spread the model with --tensor-parallel-size, "
     "or serve without a copy (preset exact)"
 )
-
-SIDE_STREAM = os.environ.get("MIXQUANT_SIDE_STREAM", "1") == "1"
 
 Layout = tuple[tuple[Range, str, str], ...]  # output features, format, label, per part
 
@@ -253,50 +250,10 @@ def _phase_linear(x: Tensor, bias: Tensor | None, number: Tensor, features: int)
         return method.precise(layer, x, bias)
     flat = x.reshape(rows, x.shape[-1])
     out = flat.new_empty(rows, features)
-    with _Beside(flat, plan) as beside:
-        some = method.precise(layer, select(flat, plan, "precise"), bias) if plan.precise else None
     _quantized(flat, bias, layer, method, plan, out)
-    beside.join(some)
-    if some is not None:
-        put(some, out, plan, "precise")
+    if plan.precise:
+        put(method.precise(layer, select(flat, plan, "precise"), bias), out, plan, "precise")
     return out.view(*x.shape[:-1], features)
-
-
-class _Beside:
-    """On a GPU, a second stream for the precise product, so that it runs beside the quantized one.
-
-    A few precise rows read all of the BF16 weight and compute next to nothing, the quantized rows
-    compute: neither is in the other's way. With many precise rows both compute, one stream is right.
-    """
-
-    _streams: ClassVar[dict[torch.device, torch.cuda.Stream]] = {}
-    _FEW = 64
-
-    def __init__(self, x: Tensor, plan: PhasePlan) -> None:
-        self.stream: torch.cuda.Stream | None = None
-        if x.is_cuda and 0 < plan.precise_rows <= self._FEW and SIDE_STREAM:
-            if x.device not in self._streams:
-                self._streams[x.device] = torch.cuda.Stream(x.device)
-            self.stream = self._streams[x.device]
-            index_of(plan, "precise", x.device)  # made on the main stream, where others use it, too
-
-    def __enter__(self) -> _Beside:
-        if self.stream is not None:
-            self.stream.wait_stream(torch.cuda.current_stream())
-            self._context = torch.cuda.stream(self.stream)
-            self._context.__enter__()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        if self.stream is not None:
-            self._context.__exit__(None, None, None)
-
-    def join(self, made: Tensor | None) -> None:
-        """Makes the main stream wait for what the second one made."""
-        if self.stream is not None and made is not None:
-            main = torch.cuda.current_stream()
-            main.wait_stream(self.stream)
-            made.record_stream(main)
 
 
 def _quantized(

@@ -20,6 +20,7 @@ class Ledger:
     def __init__(self) -> None:
         self._copies: dict[str, int] = {}  # by layer name: a model loaded anew counts once
         self._weights: dict[str, int] = {}
+        self._before = 0  # bytes that this process had allocated before, other engines' above all
 
     def reserve(
         self, device: torch.device, prefix: str, nbytes: int, weight_nbytes: int, advice: str
@@ -36,10 +37,12 @@ class Ledger:
         Raises:
             CopyDoesNotFit: the copies so far do not fit beside the BF16 weights.
         """
+        if not self._copies:
+            self._before = _allocated(device) - weight_nbytes
         self._copies[prefix] = nbytes
         self._weights[prefix] = weight_nbytes
         needed = sum(self._copies.values())
-        free = _free(device)
+        free = _free(device, self._before)
         if device.type == "cpu":  # where empty tensors take no memory yet
             needed += sum(self._weights.values())
         if needed <= free:
@@ -59,8 +62,12 @@ class Ledger:
         return copies / share + later
 
 
-def _free(device: torch.device) -> float:
-    """Bytes that vLLM may still take on this device."""
+def _allocated(device: torch.device) -> int:
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+
+
+def _free(device: torch.device, before: int) -> float:
+    """Bytes that this engine may still take on a device; ``before`` it, so many were taken."""
     if device.type != "cuda":
         import psutil
 
@@ -70,7 +77,7 @@ def _free(device: torch.device) -> float:
     free, total = torch.cuda.mem_get_info(device)
     # vLLM's share of the GPU is this engine's own, whatever others take of the rest.
     share: float = get_current_vllm_config().cache_config.gpu_memory_utilization
-    return min(float(free), share * total - torch.cuda.memory_allocated(device))
+    return min(float(free), share * total - (_allocated(device) - before))
 
 
 def _layer_count() -> int:
