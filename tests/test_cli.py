@@ -152,7 +152,16 @@ def test_help(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
 def test_info(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["info"]) == 0
     printed = capsys.readouterr().out
-    for word in ("nvfp4", "fp8", "int8", "fused kernels", "torch", "transformers", "vllm", "VNNI"):
+    for word in (
+        "nvfp4",
+        "fp8",
+        "int8",
+        "fused kernels",
+        "torch",
+        "transformers",
+        "vLLM plugin",
+        "VNNI",
+    ):
         assert word in printed
 
 

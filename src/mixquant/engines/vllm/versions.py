@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, entry_points, version
 
 from packaging.specifiers import SpecifierSet
 from packaging.version import InvalidVersion
@@ -38,6 +38,21 @@ def problem(found: str) -> str | None:
         f"mixquant knows vLLM {SUPPORTED}, not {found}: install one of these, "
         f"or set {OVERRIDE}=1 to try this one"
     )
+
+
+def plugin_state() -> str:
+    """Whether vLLM in this environment would find and take the plugin, in one line."""
+    found = installed()
+    if found is None:
+        return "vLLM is not installed"
+    if (why := problem(found)) is not None and os.environ.get(OVERRIDE) != "1":
+        return f"refused: {why}"
+    if not any(entry.name == "mixquant" for entry in entry_points(group="vllm.general_plugins")):
+        return "not registered: install mixquant with pip, a source directory alone is not enough"
+    allowed = os.environ.get("VLLM_PLUGINS")
+    if allowed is not None and "mixquant" not in allowed.split(","):
+        return f"left out by VLLM_PLUGINS={allowed}"
+    return "registered: --quantization mixquant"
 
 
 def warn_if_unknown(found: str) -> None:
