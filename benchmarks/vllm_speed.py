@@ -1,6 +1,7 @@
 """Prefill and decode speed of vLLM: BF16, vLLM's FP8 everywhere, and mixquant, in one run.
 
     python benchmarks/vllm_speed.py --model benchmarks/models/qwen3-8b --json FILE
+    python benchmarks/vllm_speed.py --show FILE
 
 Each arm is an engine in a process of its own, one after the other, on random weights in the shape of
 the model (a directory with a config.json is enough) and random tokens, chunks of 8,192, prefix cache
@@ -127,13 +128,19 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", required=True, help="a directory with a config.json")
+    parser.add_argument("--model", help="a directory with a config.json")
+    parser.add_argument("--show", metavar="FILE", type=Path, help="print the table of a --json file")
     parser.add_argument("--arms", default="bf16,fp8,mixquant", help="separated by commas")
     parser.add_argument("--lengths", default="2048,8192,32768,131072", help="of the TTFT prompts")
     parser.add_argument("--vocabulary", type=int, help="tokens are drawn below this number")
     parser.add_argument("--json", type=Path, help="where the results go")
     parser.add_argument("--one-arm", metavar="FILE", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.show:
+        print(table(json.loads(options.show.read_text())["results"]))
+        return
+    if not options.model:
+        parser.error("--model is needed, a directory with a config.json")
     lengths, options.lengths = options.lengths, [int(n) for n in options.lengths.split(",")]
 
     if options.one_arm:
@@ -158,7 +165,9 @@ def main() -> None:
                 json.dumps(
                     {
                         "date": datetime.date.today().isoformat(),
-                        "command": " ".join(["python", *sys.argv]),
+                        "command": " ".join(["python", *sys.argv]).replace(
+                            str(options.json), options.json.name
+                        ),
                         "model": options.model,
                         "device": torch.cuda.get_device_name()
                         if torch.cuda.is_available()
