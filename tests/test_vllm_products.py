@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,13 +21,17 @@ from vllm.model_executor.kernels import linear as vllm_kernels
 from vllm.model_executor.kernels.linear.nvfp4 import cutlass, flashinfer
 from vllm.platforms import current_platform
 
-from mixquant.engines.vllm import settings
+from mixquant import kernels
+from mixquant.engines.vllm import products, settings
 from mixquant.engines.vllm.products import (
     CutlassProduct,
     EmulatedProduct,
     Nvfp4Product,
     OneDnnProduct,
+    TritonNvfp4Product,
     nbytes_of,
+    nvfp4_codes,
+    nvfp4_product,
     product_of,
     why_not,
 )
@@ -115,7 +120,7 @@ def test_bytes_that_are_announced_are_those_of_the_native_copy(fmt: str) -> None
     n, k = 48, 128
     weight = random(n, k)
     if fmt == "nvfp4":
-        held = Nvfp4Product(weight, Recipe()).nbytes
+        held = Nvfp4Product(*nvfp4_codes(weight, Recipe())).nbytes
         assert nbytes_of(fmt, n, k) <= held <= nbytes_of(fmt, n, k) + 32  # and a few scalars
     elif fmt == "fp8":
         assert CutlassProduct(fmt, weight).nbytes == nbytes_of(fmt, n, k)
@@ -177,7 +182,7 @@ def test_columns_of_a_wider_matrix_and_rows_that_are_not_contiguous(make: str) -
     product: Any = {
         "onednn": lambda: OneDnnProduct(weight),
         "emulated": lambda: EmulatedProduct("fp8", weight, {}),
-        "nvfp4": lambda: Nvfp4Product(weight, Recipe()),
+        "nvfp4": lambda: Nvfp4Product(*nvfp4_codes(weight, Recipe())),
     }[make]()
     wide_x = random(21, 3 * K, seed=1)
     x = wide_x[:, K : 2 * K]
@@ -199,7 +204,7 @@ def test_columns_of_a_wider_matrix_and_rows_that_are_not_contiguous(make: str) -
 def test_nvfp4_in_vllms_emulation(rows: int, k: int, block_scale: str) -> None:
     weight = random(40, k)
     x = random(rows, k, seed=1) * torch.logspace(-6, 6, rows).bfloat16()[:, None]
-    product = Nvfp4Product(weight, Recipe(block_scale=block_scale))
+    product = Nvfp4Product(*nvfp4_codes(weight, Recipe(block_scale=block_scale)))
     assert product.kernel == EMULATION
     held, ours = product.holder, nvfp4.NVFP4.quantize_weight(weight, EMULATION, block_scale)
     assert torch.equal(held.weight, ours.codes)
@@ -221,7 +226,7 @@ def test_nvfp4_in_vllms_emulation(rows: int, k: int, block_scale: str) -> None:
 @on_cpu
 def test_nvfp4_rows_do_not_depend_on_each_other() -> None:
     """vLLM's kernels take one input scale for all rows; a row thousands of times larger is there."""
-    product = Nvfp4Product(random(32, K), Recipe())
+    product = Nvfp4Product(*nvfp4_codes(random(32, K), Recipe()))
     x = random(9, K, seed=1)
     crowd = torch.cat([x, 10_000 * random(4, K, seed=2), 1e-4 * random(4, K, seed=3)])
     assert_rounded(multiplied(product, crowd, 32)[:9], multiplied(product, x, 32))
@@ -234,13 +239,58 @@ def test_nvfp4_rows_do_not_depend_on_each_other() -> None:
 @on_cpu
 def test_nvfp4_of_float16_and_of_zeros() -> None:
     weight = random(32, K, dtype=torch.float16)
-    product = Nvfp4Product(weight, Recipe())
+    product = Nvfp4Product(*nvfp4_codes(weight, Recipe()))
     x = torch.cat([random(3, K, dtype=torch.float16), torch.zeros(2, K, dtype=torch.float16)])
     out = multiplied(product, x, 32)
     assert out.dtype == torch.float16
     assert (out[3:] == 0).all()
     wanted = F.linear(x.float(), weight.float())[:3]
     assert (out[:3].float() - wanted).norm() < 0.2 * wanted.norm()
+
+
+@pytest.mark.parametrize("vllms", ["MarlinNvFp4LinearKernel", "CutlassNvFp4LinearKernel"])
+@pytest.mark.parametrize("triton", [True, False])
+def test_our_own_nvfp4_product_where_vllm_has_none(
+    vllms: str, triton: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kernel = type(vllms, (), {"process_weights_after_loading": lambda self, layer: None})
+    monkeypatch.setattr(products, "nvfp4_kernel", kernel)
+    monkeypatch.setattr(products, "_triton_has_fp4", lambda: triton)
+    monkeypatch.setattr(settings, "native_formats", lambda: (frozenset({"nvfp4"}), "a Blackwell"))
+    codes = nvfp4_codes(random(48, K), Recipe())
+    product = nvfp4_product(*codes, torch.bfloat16)
+    ours = triton and vllms.startswith("Marlin")
+    assert isinstance(product, TritonNvfp4Product if ours else Nvfp4Product)
+    assert product.kernel.native == (ours or vllms.startswith("Cutlass"))
+    # Ours takes BF16 rows only, and pairs of blocks.
+    assert isinstance(nvfp4_product(*codes, torch.float16), Nvfp4Product)
+    odd = nvfp4_codes(random(48, 48), Recipe())
+    assert isinstance(nvfp4_product(*odd, torch.bfloat16), Nvfp4Product)
+
+
+def test_what_our_own_nvfp4_product_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel itself is tested in test_nvfp4_triton.py; it takes the weight as emulation has it."""
+
+    def linear(
+        x: Tensor, codes: Tensor, block_scales: Tensor, scale: Tensor, bias: Any, out: Tensor
+    ) -> None:
+        assert scale.shape == (1,)
+        weight = nvfp4.emulated_weight(codes, block_scales, scale)
+        nvfp4.NVFP4.linear(nvfp4.NVFP4.quantize_rows(x, EMULATION), weight, bias, out)
+
+    module = SimpleNamespace(linear=linear)
+    monkeypatch.setitem(sys.modules, "mixquant.kernels.nvfp4_triton", module)
+    monkeypatch.setattr(kernels, "nvfp4_triton", module, raising=False)
+    weight, x, bias = random(48, K), random(5, K, seed=1), random(48, seed=2)
+    out = multiplied(TritonNvfp4Product(*nvfp4_codes(weight, Recipe())), x, 48, bias)
+    wanted = torch.empty(5, 48, dtype=torch.bfloat16)
+    nvfp4.NVFP4.linear(
+        nvfp4.NVFP4.quantize_rows(x, EMULATION),
+        nvfp4.NVFP4.quantize_weight(weight, EMULATION),
+        bias,
+        wanted,
+    )
+    assert torch.equal(out, wanted)
 
 
 class Fp4Kernels:
@@ -327,7 +377,7 @@ def test_what_vllms_nvfp4_kernels_are_given(
     monkeypatch.setattr(vllm_kernels, "init_nvfp4_linear_kernel", lambda: selected)
 
     weight, x, bias = random(n, k), random(rows, k, seed=1), random(n, seed=2)
-    product = Nvfp4Product(weight, Recipe())
+    product = Nvfp4Product(*nvfp4_codes(weight, Recipe()))
     assert product.kernel.native
     assert product.kernel.name.startswith("vLLM ") and "NvFp4" not in product.kernel.name
     out = multiplied(product, x, n, bias)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, Protocol
 
 import torch
+from packaging.version import Version
 from torch import Tensor
 
 from mixquant.formats import BY_NAME, EMULATION, Kernel
@@ -45,11 +47,15 @@ def why_not(fmt: str, out_features: int, in_features: int) -> str | None:
     return None
 
 
+# vLLM's kernels that leave activations as they are, or dequantize: no FP4 product.
+_NO_FP4_PRODUCT = ("Marlin", "Humming", "W4A16", "Emulation")
+
+
 def product_of(fmt: str, weight: Tensor, recipe: Recipe) -> Product:
     """Quantizes a weight ``[N, K]`` (BF16, FP16 or FP32) for the kernel that vLLM has here."""
     if fmt == "nvfp4":
         if weight.is_cuda:
-            return Nvfp4Product(weight, recipe)
+            return nvfp4_product(*nvfp4_codes(weight, recipe), weight.dtype)
         return EmulatedProduct(fmt, weight, {"block_scale": recipe.block_scale})
     if _emulated(fmt):
         return EmulatedProduct(fmt, weight, {})
@@ -69,7 +75,7 @@ def product_of_tensors(tensors: Fp8Tensors | Nvfp4Tensors, device: torch.device)
     codes, block_scales = tensors.codes.to(device), tensors.block_scales.to(device)
     tensor_scale = tensors.global_scale.to(device).reciprocal()
     if device.type == "cuda":
-        return Nvfp4Product.of_codes(codes, block_scales, tensor_scale)
+        return nvfp4_product(codes, block_scales, tensor_scale, torch.bfloat16)
     emulated = nvfp4_format.emulated_weight(codes, block_scales, tensor_scale)
     return EmulatedProduct.of_weight("nvfp4", emulated)
 
@@ -169,27 +175,14 @@ class Nvfp4Product:
 
     format = "nvfp4"
 
-    def __init__(self, weight: Tensor, recipe: Recipe) -> None:
-        how = recipe.block_scale
-        scale = nvfp4_format.global_scale(weight.abs().amax().float(), how)
-        pieces = [nvfp4_format.quantize(piece, scale, how) for piece in weight.split(1024)]
-        codes, block_scales = (torch.cat(tensors) for tensors in zip(*pieces, strict=True))
-        self._hold(codes, block_scales, scale.reciprocal())
-
-    @classmethod
-    def of_codes(cls, codes: Tensor, block_scales: Tensor, tensor_scale: Tensor) -> Nvfp4Product:
-        """From a weight that is NVFP4 already; see `holder_for_nvfp4`."""
-        self = cls.__new__(cls)
-        self._hold(codes, block_scales, tensor_scale)
-        return self
-
-    def _hold(self, codes: Tensor, block_scales: Tensor, tensor_scale: Tensor) -> None:
+    def __init__(self, codes: Tensor, block_scales: Tensor, tensor_scale: Tensor) -> None:
         k = codes.shape[1] * 2
         self.holder = holder_for_nvfp4(codes, block_scales, tensor_scale.view(1), k)
         self.vllm_kernel = nvfp4_kernel()
         self.vllm_kernel.process_weights_after_loading(self.holder)
         name = type(self.vllm_kernel).__name__.removesuffix("NvFp4LinearKernel")
-        self.kernel = EMULATION if name == "Emulation" else Kernel(f"vLLM {name}", native=True)
+        native = not any(part in name for part in _NO_FP4_PRODUCT)
+        self.kernel = EMULATION if name == "Emulation" else Kernel(f"vLLM {name}", native)
         self.nbytes = sum(tensor.nbytes for tensor in self.holder.parameters())
 
     def __call__(self, rows: Tensor, bias: Tensor | None, out: Tensor) -> None:
@@ -199,6 +192,60 @@ class Nvfp4Product:
         product = self.vllm_kernel.apply_weights(self.holder, scaled, None)
         product = product * row_scale
         out.copy_(product if bias is None else product + bias)
+
+
+class TritonNvfp4Product:
+    """NVFP4 on a GPU that has it, where vLLM has no kernel for it: our own, in Triton."""
+
+    format = "nvfp4"
+    kernel = Kernel("Triton", native=True)
+
+    def __init__(self, codes: Tensor, block_scales: Tensor, tensor_scale: Tensor) -> None:
+        self.codes, self.block_scales = codes, block_scales
+        self.tensor_scale = tensor_scale.view(1)
+        self.nbytes = codes.nbytes + block_scales.nbytes + self.tensor_scale.nbytes
+
+    def __call__(self, rows: Tensor, bias: Tensor | None, out: Tensor) -> None:
+        from mixquant.kernels import nvfp4_triton
+
+        nvfp4_triton.linear(rows, self.codes, self.block_scales, self.tensor_scale, bias, out)
+
+
+def nvfp4_codes(weight: Tensor, recipe: Recipe) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes, block scales (linear) and tensor scale of a weight ``[N, K]``."""
+    how = recipe.block_scale
+    scale = nvfp4_format.global_scale(weight.abs().amax().float(), how)
+    # In pieces: quantizing needs several times the size of what it quantizes.
+    pieces = [nvfp4_format.quantize(piece, scale, how) for piece in weight.split(1024)]
+    codes, block_scales = (torch.cat(tensors) for tensors in zip(*pieces, strict=True))
+    return codes, block_scales, scale.reciprocal()
+
+
+def nvfp4_product(
+    codes: Tensor, block_scales: Tensor, tensor_scale: Tensor, dtype: torch.dtype
+) -> Product:
+    """The product in vLLM's kernel, or in ours where vLLM's would leave activations in BF16."""
+    name = type(nvfp4_kernel()).__name__
+    ours = (
+        not _emulated("nvfp4")
+        and any(part in name for part in _NO_FP4_PRODUCT)
+        and dtype == torch.bfloat16
+        and codes.shape[1] % 16 == 0
+        and _triton_has_fp4()
+    )
+    if ours:
+        return TritonNvfp4Product(codes, block_scales, tensor_scale)
+    return Nvfp4Product(codes, block_scales, tensor_scale)
+
+
+@functools.cache
+def _triton_has_fp4() -> bool:
+    """Whether this Triton takes E4M3 block scales: from 3.9."""
+    try:
+        import triton
+    except ImportError:
+        return False
+    return Version(triton.__version__) >= Version("3.9")
 
 
 def nvfp4_kernel() -> Any:
