@@ -30,8 +30,8 @@ from vllm.platforms import current_platform
 
 from mixquant.engines.vllm import linear, passes
 from mixquant.engines.vllm.config import MixQuantConfig
+from mixquant.engines.vllm.layout import lay_out
 from mixquant.engines.vllm.linear import PhaseLinearMethod
-from mixquant.engines.vllm.memory import Ledger
 from mixquant.phase import PhasePlan, Thresholds, everything_quantized, in_force, plan_pass
 from mixquant.recipe import Recipe
 
@@ -59,11 +59,11 @@ def layout_of(
     in_features: int = K,
 ) -> tuple[list[tuple[int, int, str]], str | None]:
     """The parts ``(start, stop, format)``, and why those in BF16 are."""
-    method = PhaseLinearMethod(recipe, prefix, packed or {}, Ledger())
-    method.shape = (sum(sizes), in_features)
-    layout = method._layout(sizes)
-    assert [layout[0][0][0], layout[-1][0][1]] == [0, sum(sizes)]
-    return [(start, stop, fmt) for (start, stop), fmt, _ in layout], method.why
+    members = (packed or {}).get(prefix.rpartition(".")[2])
+    parts = lay_out(recipe, prefix, sizes, in_features, members)
+    assert [parts[0].features[0], parts[-1].features[1]] == [0, sum(sizes)]
+    reasons = [part.why_precise for part in parts if part.format == "bf16"]
+    return [(*part.features, part.format) for part in parts], reasons[0] if reasons else None
 
 
 BALANCED = recipe_of("nvfp4", ("fp8", "nvfp4"))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import weakref
 from collections.abc import Mapping, Sequence
-from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -13,30 +12,20 @@ import torch.nn.functional as F
 from torch import Tensor
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 
+from mixquant.engines.vllm.layout import Part, beside, lay_out
 from mixquant.engines.vllm.memory import Ledger
-from mixquant.engines.vllm.products import (
-    Product,
-    nbytes_of,
-    product_of,
-    product_of_tensors,
-    why_not,
-)
+from mixquant.engines.vllm.products import Product, nbytes_of, product_of, product_of_tensors
 from mixquant.engines.vllm.second_checkpoint import joined, opened, shard
 from mixquant.linear import put, select
 from mixquant.phase import PhasePlan, Range, plan_in_force
-from mixquant.recipe import FUSED_PROJECTIONS, Recipe
-from mixquant.summary import IGNORED, Layer
-
-# Formats from the most precise to the least: what a fused layer takes whose parts are not known.
-_PRECISION = ("bf16", "fp8", "int8", "nvfp4")
+from mixquant.recipe import Recipe
+from mixquant.summary import Layer
 
 _ADVICE = (
     "name layers in the recipe's 'ignore', take format nvfp4 where the GPU has it (its copy is little "
     "more than a quarter of the weights, fp8's half), spread the model with --tensor-parallel-size, "
     "or serve without a copy (preset exact)"
 )
-
-Layout = tuple[tuple[Range, str, str], ...]  # output features, format, label, per part
 
 
 class PhaseLinearMethod(UnquantizedLinearMethod):  # type: ignore[misc]
@@ -60,12 +49,9 @@ class PhaseLinearMethod(UnquantizedLinearMethod):  # type: ignore[misc]
         self.recipe = recipe
         self.ledger = ledger
         self.prefix = prefix
-        members = packed_modules.get(prefix.rpartition(".")[2])
-        self.members = tuple(members) if members else None
-        self.layout: Layout = ()
-        self.sizes: dict[str, int] = {}  # output features by projection, of a fused layer
+        self.members = packed_modules.get(prefix.rpartition(".")[2])
+        self.parts: tuple[Part, ...] = ()
         self.products: tuple[tuple[Range, Product | None], ...] = ()
-        self.why: str | None = None
 
     def create_weights(
         self,
@@ -87,11 +73,17 @@ class PhaseLinearMethod(UnquantizedLinearMethod):  # type: ignore[misc]
             **extra_weight_attrs,
         )
         self.shape = (sum(output_partition_sizes), input_size_per_partition)
-        self.layout = self._layout(output_partition_sizes)
+        self.parts = lay_out(
+            self.recipe,
+            self.prefix,
+            output_partition_sizes,
+            input_size_per_partition,
+            self.members,
+        )
         copy = sum(
-            nbytes_of(fmt, stop - start, self.shape[1])
-            for (start, stop), fmt, _ in self.layout
-            if fmt != "bf16"
+            nbytes_of(part.format, part.features[1] - part.features[0], self.shape[1])
+            for part in self.parts
+            if part.format != "bf16"
         )
         weight: Any = layer.weight
         self.ledger.reserve(weight.device, self.prefix, copy, weight.nbytes, _ADVICE)
@@ -99,7 +91,9 @@ class PhaseLinearMethod(UnquantizedLinearMethod):  # type: ignore[misc]
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
         # Before super's: it may pack the weight and leave nothing behind.
         with torch.no_grad():
-            self.products = tuple((part[0], self._product(layer, part)) for part in self.layout)
+            self.products = tuple(
+                (part.features, self._product(layer, part)) for part in self.parts
+            )
         super().process_weights_after_loading(layer)
         if any(product is not None for _, product in self.products):
             layer.mixquant_method = self
@@ -120,119 +114,33 @@ class PhaseLinearMethod(UnquantizedLinearMethod):  # type: ignore[misc]
     def described(self, name: str) -> list[Layer]:
         """The layer's lines in the table, one for each part."""
         lines = []
-        products = dict(self.products)
-        for features, _, label in self.layout:
-            product = products.get(features)
+        for part, (_, product) in zip(self.parts, self.products, strict=True):
+            start, stop = part.features
             lines.append(
                 Layer(
-                    name=f"{name}.{label}" if label and len(self.layout) > 1 else name,
-                    shape=(features[1] - features[0], self.shape[1]),
+                    name=f"{name}.{part.label}" if len(self.parts) > 1 else name,
+                    shape=(stop - start, self.shape[1]),
                     format=product.format if product else "bf16",
                     kernel=product.kernel.name if product else "vLLM",
                     native=product.kernel.native if product else True,
                     nbytes=product.nbytes if product else 0,
-                    why_precise=None if product else self.why,
+                    why_precise=part.why_precise,
                 )
             )
         return lines
 
-    def _product(self, layer: Any, part: tuple[Range, str, str]) -> Product | None:
-        (start, stop), fmt, label = part
-        if fmt == "bf16":
+    def _product(self, layer: Any, part: Part) -> Product | None:
+        start, stop = part.features
+        if part.format == "bf16":
             return None
         if self.recipe.prefill_model is None:
-            return product_of(fmt, layer.weight.data[start:stop], self.recipe)
+            return product_of(part.format, layer.weight.data[start:stop], self.recipe)
         source = opened(self.recipe.prefill_model)
-        labels = label.split("+")
         shards = [
-            shard(source.layer(self._name(name)), layer, name, rows, self.shape[1])
-            for name, rows in zip(labels, self._sizes_of(labels, stop - start), strict=True)
+            shard(source.layer(beside(self.prefix, name)), layer, name, rows, self.shape[1])
+            for name, rows in part.projections
         ]
         return product_of_tensors(joined(shards), layer.weight.device)
-
-    def _name(self, label: str) -> str:
-        """The full name of the projection of this label; of the layer itself if it has none."""
-        path = self.prefix.rpartition(".")[0]
-        return f"{path}.{label}" if label and path else label or self.prefix
-
-    def _sizes_of(self, labels: Sequence[str], whole: int) -> list[int]:
-        return [whole] if labels == [""] else [self.sizes[label] for label in labels]
-
-    def _layout(self, sizes: Sequence[int]) -> Layout:
-        """Which output features are in which format; parts of one format that touch are one."""
-        recipe, prefix = self.recipe, self.prefix
-        last = prefix.rpartition(".")[2]
-        whole = (0, sum(sizes))
-        if recipe.ignores(prefix):
-            self.why = IGNORED
-            return ((whole, "bf16", ""),)
-        if last == "conv1d":
-            self.why = "a convolution"
-            return ((whole, "bf16", ""),)
-        if last == "kv_b_proj":
-            # Latent attention reads keys back from the cache through it, rows of no pass.
-            self.why = "its rows are not the pass's"
-            return ((whole, "bf16", ""),)
-
-        labels = self.members or FUSED_PROJECTIONS.get(last) or ()
-        formats = self._formats(labels)
-        if formats is None:
-            pieces = [(whole, self._format(), "")]
-        elif len(formats) == len(sizes):
-            ends = [0, *accumulate(sizes)]
-            self.sizes = dict(zip(labels, sizes, strict=True))
-            pieces = list(zip(pairwise(ends), formats, labels, strict=True))
-        else:
-            # Where the projections lie is not known: the whole as precise as its most precise one.
-            pieces = [(whole, min(formats, key=_PRECISION.index), "")]
-
-        layout: list[tuple[Range, str, str]] = []
-        for (start, stop), fmt, label in pieces:
-            if layout and layout[-1][1] == fmt and self._may_join(layout[-1][2], label):
-                (first, _), _, before = layout.pop()
-                layout.append(((first, stop), fmt, f"{before}+{label}"))
-            else:
-                layout.append(((start, stop), fmt, label))
-        return tuple(self._possible(part) for part in layout)
-
-    def _formats(self, labels: Sequence[str]) -> tuple[str, ...] | None:
-        """The formats of the projections that the layer is fused from, or None if it is not."""
-        if not labels:
-            return None
-        formats = self.recipe.formats_of_fused(self.prefix, labels)
-        if formats is None or self.recipe.prefill_model is None:
-            return formats
-        source = opened(self.recipe.prefill_model)
-        there = [source.format_of(self._name(label)) for label in labels]
-        if not any(there) and source.format_of(self.prefix) is not None:
-            return None  # fused in the checkpoint, too
-        ignored = [self.recipe.ignores(self._name(label)) for label in labels]
-        return tuple(
-            "bf16" if skip or fmt is None else fmt for skip, fmt in zip(ignored, there, strict=True)
-        )
-
-    def _format(self) -> str:
-        if self.recipe.prefill_model is None:
-            return self.recipe.format_of(self.prefix)
-        return opened(self.recipe.prefill_model).format_of(self.prefix) or "bf16"
-
-    def _may_join(self, before: str, label: str) -> bool:
-        if self.recipe.prefill_model is None:
-            return True
-        source = opened(self.recipe.prefill_model)
-        names = self._name(before.split("+")[-1]), self._name(label)
-        return None in map(source.format_of, names) or source.have_one_scale(*names)
-
-    def _possible(self, part: tuple[Range, str, str]) -> tuple[Range, str, str]:
-        (start, stop), fmt, label = part
-        if fmt == "bf16":
-            self.why = self.why or "the recipe"
-            return part
-        reason = why_not(fmt, stop - start, self.shape[1])
-        if reason is None:
-            return part
-        self.why = f"{fmt} cannot hold it: {reason}"
-        return ((start, stop), "bf16", label)
 
 
 # A layer is known to the operator by a number in a CPU tensor: a name, or a plain integer, would be
