@@ -8,8 +8,8 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -220,23 +220,14 @@ def compare(
 
     chosen = chosen or _saved_recipe(checkpoint)
     workload = agent_workload(load_tokenizer(checkpoint), text)
-    with Progress(
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TimeElapsedColumn(),
-        console=err,
-        transient=True,
-        disable=not err.is_terminal,
-    ) as bar:
-        task = bar.add_task("Starting", total=1.0)
+    with _progress() as report:
         result = run(
             checkpoint,
             workload,
             chosen,
             arms=names,
             max_new_tokens=max_new_tokens,
-            progress=lambda doing, share: bar.update(task, description=doing, completed=share),
+            progress=report,
         )
     if json_file is not None:
         _write_whole(json_file, json.dumps(result.to_dict(), indent=2) + "\n")
@@ -272,16 +263,7 @@ def quantize(
     from mixquant.quantize import quantize as run
 
     logging.disable_progress_bar()  # ours tells the same
-    with Progress(
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TimeElapsedColumn(),
-        console=err,
-        transient=True,
-        disable=not err.is_terminal,
-    ) as bar:
-        task = bar.add_task("Starting", total=1.0)
+    with _progress() as report:
         written = run(
             model,
             out_dir,
@@ -289,7 +271,7 @@ def quantize(
             ignore=ignore or (),
             samples=samples,
             say=_say,
-            progress=lambda doing, share: bar.update(task, description=doing, completed=share),
+            progress=report,
         )
     size = sum(file.stat().st_size for file in written.rglob("*"))
     _say(f"wrote {written} ({size / 1e6:.0f} MB)")
@@ -343,6 +325,22 @@ def info() -> None:
             version = "not installed"
         facts.add_row(package, version)
     out.print(facts)
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[str, float], None]]:
+    """A bar on a terminal, nothing elsewhere; takes what is being done and the share that is done."""
+    with Progress(
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TimeElapsedColumn(),
+        console=err,
+        transient=True,
+        disable=not err.is_terminal,
+    ) as bar:
+        task = bar.add_task("Starting", total=1.0)
+        yield lambda doing, share: bar.update(task, description=doing, completed=share)
 
 
 class _Speaker:

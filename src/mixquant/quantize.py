@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import os
-import re
 import shutil
 import uuid
 import warnings
@@ -19,7 +18,7 @@ from typing import Any, Literal
 
 from mixquant import models
 from mixquant.models import ModelError
-from mixquant.recipe import Recipe
+from mixquant.recipe import Recipe, is_router
 
 Scheme = Literal["nvfp4", "fp8"]
 
@@ -28,8 +27,6 @@ Scheme = Literal["nvfp4", "fp8"]
 _SCHEMES: dict[Scheme, str] = {"nvfp4": "NVFP4", "fp8": "FP8_DYNAMIC"}
 _BYTES_PER_WEIGHT: dict[Scheme, float] = {"nvfp4": 0.5625, "fp8": 1.0}
 _SAMPLE_TOKENS = 512
-# Which expert a token meets is a decision, and an error in it is no longer small.
-_ROUTER = re.compile(r"(^|\.)(router|gate|shared_expert_gate)(\.|$)")
 
 Progress = Callable[[str, float], None]
 
@@ -160,7 +157,7 @@ def _left_alone(model: Any, scheme: Scheme, ignore: Sequence[str]) -> list[str]:
         if (
             id(linear) not in inside
             or linear is head
-            or _ROUTER.search(name)
+            or is_router(name)
             or chosen.ignores(name)
             or not _multiplies(scheme, *linear.weight.shape)
         ):

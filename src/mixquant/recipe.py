@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields, replace
 from fnmatch import fnmatchcase
@@ -37,6 +38,10 @@ FUSED_PROJECTIONS: dict[str, tuple[str, ...]] = {
     "qkv_proj": ("q_proj", "k_proj", "v_proj"),
     "gate_up_proj": ("gate_proj", "up_proj"),
 }
+
+# Which expert a token meets is a decision, and an error in it is no longer small. The layers are
+# tiny, too.
+_ROUTER = re.compile(r"(^|\.)(router|gate|shared_expert_gate)(\.|$)")
 
 _PRECISE_HEAD: dict[str, int] = {"nvfp4": 4, "fp8": 0, "int8": 0, "bf16": 0}
 
@@ -240,6 +245,11 @@ def fastest(native: frozenset[str]) -> FormatName:
     """The fastest of the formats that a device multiplies natively; int8 if there is none."""
     order: tuple[FormatName, ...] = ("nvfp4", "fp8", "int8")
     return next((name for name in order if name in native), "int8")
+
+
+def is_router(layer: str) -> bool:
+    """Whether the layer of this full dotted name chooses experts; it stays precise."""
+    return _ROUTER.search(layer) is not None
 
 
 def _matches(pattern: str, layer: str) -> bool:

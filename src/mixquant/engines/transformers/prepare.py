@@ -18,14 +18,11 @@ from mixquant.engines.transformers.passes import watch
 from mixquant.formats import BY_NAME, native_formats
 from mixquant.linear import Part
 from mixquant.phase import Range, Thresholds
-from mixquant.recipe import FUSED_PROJECTIONS, Recipe
+from mixquant.recipe import FUSED_PROJECTIONS, Recipe, is_router
 from mixquant.summary import IGNORED, Layer, Summary
 
 Layout = tuple[tuple[Range, str, dict[str, Any]], ...]
 
-# Which expert a token meets is a decision, and an error in it is no longer small. The layers are
-# tiny, too.
-_ROUTER = re.compile(r"(^|\.)(router|gate|shared_expert_gate)(\.|$)")
 _EXPERTS = re.compile(r"(^|\.)experts(\.|$)")
 
 
@@ -171,7 +168,7 @@ def _layout(
     precise: Layout = ((whole, "bf16", {}),)
     if recipe.ignores(name):
         return precise, IGNORED
-    if _ROUTER.search(name):
+    if is_router(name):
         return precise, "an expert router"
     if _EXPERTS.search(name):
         return precise, "experts see rows in an order of their own"
@@ -225,7 +222,7 @@ def _left_alone(model: nn.Module) -> Iterator[Layer]:
             if _EXPERTS.search(name) and parameter.ndim == 3:
                 why = "experts are not linear layers in Transformers"
                 yield _layer(f"{name}.{key}", parameter.shape, precise, why)
-            elif _ROUTER.search(name) and parameter.ndim == 2:
+            elif is_router(name) and parameter.ndim == 2:
                 yield _layer(name, parameter.shape, precise, "an expert router")
 
 

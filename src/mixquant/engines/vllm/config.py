@@ -14,7 +14,7 @@ from vllm.model_executor.layers.quantization.base_config import (
 
 from mixquant.engines.vllm import versions
 from mixquant.engines.vllm.memory import Ledger
-from mixquant.recipe import Recipe
+from mixquant.recipe import Recipe, is_router
 
 METHOD = "mixquant"
 
@@ -25,8 +25,6 @@ _TOWER = re.compile(
 )
 # Drafters run after the pass whose plan it was.
 _DRAFTER = re.compile(r"(^|\.)(mtp|eagle|medusa|drafter|nextn)(\.|$)")
-# Which expert a token meets is a decision, and an error in it is no longer small.
-_ROUTER = re.compile(r"(^|\.)(router|gate|shared_expert_gate)(\.|$)")
 
 
 class MixQuantConfig(QuantizationConfig):  # type: ignore[misc]
@@ -101,6 +99,6 @@ class MixQuantConfig(QuantizationConfig):  # type: ignore[misc]
             return "its rows are not tokens"
         if _DRAFTER.search(prefix):
             return "it drafts"
-        if _ROUTER.search(prefix):
+        if is_router(prefix):
             return "an expert router"
         return None
