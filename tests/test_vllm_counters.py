@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -74,6 +75,37 @@ def test_counters_on_the_metrics_page(monkeypatch: pytest.MonkeyPatch) -> None:
     page = generate_latest(registry).decode()
     assert 'engine="0"' in page and 'engine="1"' not in page
     Path(first).unlink()
+
+
+def test_several_api_processes_share_prometheus_own_files(tmp_path: Path) -> None:
+    """As vLLM has it: the mode is chosen after prometheus_client was imported, and then forked."""
+    from prometheus_client import CollectorRegistry, generate_latest
+    from prometheus_client.multiprocess import MultiProcessCollector
+
+    script = """
+import os, prometheus_client
+os.environ["PROMETHEUS_MULTIPROC_DIR"] = os.environ["DIRECTORY"]
+from mixquant.engines.vllm.counters import Counters
+assert Counters.create(2) is None
+if os.fork() == 0:
+    Counters(None).add(5, 2, 1, "quantized")
+    os._exit(0)
+os.wait()
+counters = Counters(None)
+counters.add(10, 0, 4, "graph")
+assert list(counters.rows().values()) == [10, 0, 4]
+"""
+    environment = {**os.environ, "DIRECTORY": str(tmp_path)}
+    subprocess.run([sys.executable, "-c", script], check=True, env=environment)
+    registry = CollectorRegistry()
+    MultiProcessCollector(registry, path=str(tmp_path))
+    page = generate_latest(registry).decode().splitlines()
+    for line in (
+        'mixquant_rows_total{engine="0",phase="prefill",precision="quantized"} 15.0',
+        'mixquant_rows_total{engine="0",phase="decode",precision="precise"} 5.0',
+        'mixquant_passes_total{engine="0",kind="graph"} 1.0',
+    ):
+        assert line in page
 
 
 def test_a_reader_sees_what_is_counted_meanwhile_and_cannot_write(

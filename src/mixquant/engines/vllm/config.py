@@ -13,6 +13,7 @@ from vllm.model_executor.layers.quantization.base_config import (
 )
 
 from mixquant.engines.vllm import versions
+from mixquant.engines.vllm.log import refusals
 from mixquant.engines.vllm.memory import Ledger
 from mixquant.recipe import Recipe, is_router
 
@@ -67,10 +68,11 @@ class MixQuantConfig(QuantizationConfig):  # type: ignore[misc]
         # vLLM's own refusal would only say that two names differ.
         found = (hf_quant_cfg or {}).get("quant_method")
         if user_quant == METHOD and found not in (None, "", METHOD):
-            raise ValueError(
-                f"the checkpoint is quantized already ({found}); mixquant needs the BF16 one, and "
-                "takes a quantized one as the recipe's prefill_model"
-            )
+            with refusals():
+                raise ValueError(
+                    f"the checkpoint is quantized already ({found}); mixquant needs the BF16 one, "
+                    "and takes a quantized one as the recipe's prefill_model"
+                )
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
         assert self.recipe is not None, "mixquant's settings were not installed"

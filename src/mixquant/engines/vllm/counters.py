@@ -3,6 +3,9 @@
 vLLM's workers have no way to send numbers of a plugin's own to /metrics, so the process that
 configures the engine makes a file of a few integers, which each engine's first worker maps into its
 memory and adds to. A reader may see a pass half counted, never a torn number.
+
+A server with several API processes collects through prometheus_client's multiprocess mode, files in a
+directory that all its processes know: there the workers take part in that, and there is no file.
 """
 
 from __future__ import annotations
@@ -24,6 +27,11 @@ ROWS = (
 PASSES = ("quantized", "precise", "graph")
 _WIDTH = len(ROWS) + len(PASSES)
 
+_ROWS_HELP = "Token rows that went through the model, by phase and precision."
+_ROWS_LABELS = ["engine", "phase", "precision"]
+_PASSES_HELP = "Forward passes, by kind: quantized, precise, or replayed from a CUDA graph."
+_PASSES_LABELS = ["engine", "kind"]
+
 
 class Counters:
     """The counters of one data-parallel rank, or of all of them for reading.
@@ -33,14 +41,24 @@ class Counters:
     row, ``graph`` replayed a captured CUDA graph, ``precise`` is every other.
     """
 
-    def __init__(self, path: str, rank: int | None = None) -> None:
+    def __init__(self, path: str | None, rank: int | None = None) -> None:
+        self._series = _Series() if path is None else None
+        if path is None:
+            self._table = np.zeros((1, _WIDTH), dtype=np.int64)
+            return
         mode: Any = "r" if rank is None else "r+"
         table = np.memmap(path, dtype=np.int64, mode=mode).reshape(-1, _WIDTH)
         self._table = table if rank is None else table[rank : rank + 1]
 
     @staticmethod
-    def create(ranks: int) -> str:
-        """Makes the file, shows it on this process's /metrics, and removes it when the process ends."""
+    def create(ranks: int) -> str | None:
+        """Makes the file, shows it on this process's /metrics, and removes it when the process ends.
+
+        Returns:
+            Its path; None in prometheus_client's multiprocess mode, where none is needed.
+        """
+        if multiprocess():
+            return None
         handle, path = tempfile.mkstemp(prefix="mixquant-counters-")
         with os.fdopen(handle, "wb") as file:
             file.write(bytes(8 * _WIDTH * ranks))
@@ -62,6 +80,8 @@ class Counters:
         row[1] += precise
         row[2] += decode
         row[len(ROWS) + PASSES.index(kind)] += 1
+        if self._series is not None:
+            self._series.add((quantized, precise, decode), kind)
 
     def rows(self) -> dict[tuple[str, str], int]:
         totals = self._table.sum(axis=0)
@@ -70,6 +90,29 @@ class Counters:
     def passes(self) -> dict[str, int]:
         totals = self._table.sum(axis=0)[len(ROWS) :]
         return {name: int(totals[index]) for index, name in enumerate(PASSES)}
+
+
+def multiprocess() -> bool:
+    """Whether the server's processes collect their metrics through files of prometheus_client's."""
+    return "PROMETHEUS_MULTIPROC_DIR" in os.environ
+
+
+class _Series:
+    """The same counters as prometheus_client has them, of one process."""
+
+    def __init__(self) -> None:
+        from prometheus_client import CollectorRegistry, Counter, values
+
+        # Chosen when prometheus_client is imported, which may have been before the mode was.
+        values.ValueClass = values.MultiProcessValue()
+        registry = CollectorRegistry()
+        self._rows = Counter("mixquant_rows", _ROWS_HELP, _ROWS_LABELS, registry=registry)
+        self._passes = Counter("mixquant_passes", _PASSES_HELP, _PASSES_LABELS, registry=registry)
+
+    def add(self, rows: tuple[int, ...], kind: str) -> None:
+        for labels, count in zip(ROWS, rows, strict=True):
+            self._rows.labels("0", *labels).inc(count)
+        self._passes.labels("0", kind).inc()
 
 
 class _Collector:
@@ -81,16 +124,8 @@ class _Collector:
     def collect(self) -> Iterator[Any]:
         from prometheus_client.core import CounterMetricFamily
 
-        rows = CounterMetricFamily(
-            "mixquant_rows",
-            "Token rows that went through the model, by phase and precision.",
-            labels=["engine", "phase", "precision"],
-        )
-        passes = CounterMetricFamily(
-            "mixquant_passes",
-            "Forward passes, by kind: quantized, precise, or replayed from a CUDA graph.",
-            labels=["engine", "kind"],
-        )
+        rows = CounterMetricFamily("mixquant_rows", _ROWS_HELP, labels=_ROWS_LABELS)
+        passes = CounterMetricFamily("mixquant_passes", _PASSES_HELP, labels=_PASSES_LABELS)
         for engine, path in enumerate(self.paths):
             with suppress(OSError):
                 counters = Counters(path)

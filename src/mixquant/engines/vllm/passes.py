@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from mixquant.engines.vllm.counters import Counters
+from mixquant.engines.vllm.counters import Counters, multiprocess
 from mixquant.phase import PhasePlan, Thresholds, in_force, plan_pass
 
 V1 = "vllm.v1.worker.gpu_model_runner"
@@ -237,6 +237,8 @@ def _counters_of(runner: Any, method: Any) -> Counters | None:
 
     if get_tensor_model_parallel_rank() != 0 or not get_pp_group().is_first_rank:
         return None
+    if method.counters is None and multiprocess():
+        return Counters(None)
     if method.counters is None or not os.path.exists(method.counters):
         return None
     # Not data_parallel_rank, which is 0 in all ranks of a dense model.

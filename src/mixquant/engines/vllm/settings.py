@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
-
-from vllm.logger import init_logger
 
 from mixquant.engines.vllm import versions
 from mixquant.engines.vllm.config import METHOD, MixQuantConfig
 from mixquant.engines.vllm.counters import Counters
+from mixquant.engines.vllm.log import refusals
 from mixquant.engines.vllm.second_checkpoint import opened
 from mixquant.prefill_checkpoint import directory_of
 from mixquant.recipe import FormatName, Recipe, RecipeError
@@ -38,24 +35,14 @@ def install(config_class: Any) -> None:
         if self.model_config is None or self.model_config.quantization != METHOD:
             original(self, *args, **kwargs)
             return
-        with _said_in_the_log():
+        with refusals():
             _check(self)
         original(self, *args, **kwargs)
-        with _said_in_the_log():
+        with refusals():
             _settle(self)
 
     post_init.mixquant = True  # type: ignore[attr-defined]
     config_class.__post_init__ = post_init
-
-
-@contextmanager
-def _said_in_the_log() -> Iterator[None]:
-    """Says in one line what vLLM will show at the end of a traceback, or within other errors."""
-    try:
-        yield
-    except (ValueError, versions.UnsupportedVersion) as error:
-        init_logger("vllm.mixquant").error("mixquant cannot serve this: %s", error)
-        raise
 
 
 def _settle(vllm_config: Any) -> None:

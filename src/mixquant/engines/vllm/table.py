@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from mixquant.engines.vllm.log import logger
 from mixquant.recipe import Recipe
 from mixquant.summary import Layer, Summary
 
@@ -32,8 +33,6 @@ def summary(model: torch.nn.Module, recipe: Recipe) -> Summary:
 def log_table(model: torch.nn.Module, recipe: Recipe) -> None:
     """Writes the table into the log of the engine's first worker."""
     from vllm.distributed import get_tensor_model_parallel_rank
-    from vllm.logger import init_logger
 
     if get_tensor_model_parallel_rank() == 0:
-        # vLLM configures its own loggers only, so this one takes a name below them.
-        init_logger("vllm.mixquant").info("mixquant\n%s", summary(model, recipe))
+        logger.info("mixquant\n%s", summary(model, recipe))
