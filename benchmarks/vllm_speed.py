@@ -129,7 +129,9 @@ def table(rows: list[dict[str, Any]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", help="a directory with a config.json")
-    parser.add_argument("--show", metavar="FILE", type=Path, help="print the table of a --json file")
+    parser.add_argument(
+        "--show", metavar="FILE", type=Path, help="print the table of a --json file"
+    )
     parser.add_argument("--arms", default="bf16,fp8,mixquant", help="separated by commas")
     parser.add_argument("--lengths", default="2048,8192,32768,131072", help="of the TTFT prompts")
     parser.add_argument("--vocabulary", type=int, help="tokens are drawn below this number")
