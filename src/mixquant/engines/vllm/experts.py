@@ -23,6 +23,7 @@ from vllm.platforms import current_platform
 from mixquant.engines.vllm.memory import Ledger
 from mixquant.engines.vllm.products import nbytes_of
 from mixquant.formats import fp8
+from mixquant.formats.nvfp4 import BlockScale
 from mixquant.linear import put, select
 from mixquant.phase import PhasePlan, plan_in_force
 from mixquant.recipe import Recipe
@@ -70,7 +71,7 @@ def experts_method(
     if why is not None:
         layer.mixquant_why_precise = why
         return None
-    return PhaseExpertsMethod(layer.moe_config, fmt, prefix, ledger)
+    return PhaseExpertsMethod(layer.moe_config, fmt, prefix, ledger, recipe.block_scale)
 
 
 def why_not(layer: RoutedExperts, fmt: str) -> str | None:
@@ -111,9 +112,12 @@ class PhaseExpertsMethod(UnquantizedFusedMoEMethod):  # type: ignore[misc]
     that it is no parameter that a checkpoint has to fill.
     """
 
-    def __init__(self, moe: Any, fmt: str, prefix: str, ledger: Ledger) -> None:
+    def __init__(
+        self, moe: Any, fmt: str, prefix: str, ledger: Ledger, block_scale: BlockScale = "6"
+    ) -> None:
         super().__init__(moe)
         self.format = fmt
+        self.block_scale = block_scale
         self.prefix = prefix
         self.ledger = ledger
         self.quantized: QuantizedExperts | None = None
@@ -138,7 +142,7 @@ class PhaseExpertsMethod(UnquantizedFusedMoEMethod):  # type: ignore[misc]
         # Before super's, which swaps halves or shuffles blocks for some kernels.
         _zero_padding(layer)
         if self.quantized is None:
-            self.quantized = _quantized_experts(layer, self.format)
+            self.quantized = _quantized_experts(layer, self.format, self.block_scale)
         self.quantized.load(layer)
         super().process_weights_after_loading(layer)
 
@@ -326,12 +330,12 @@ def _format_of(recipe: Recipe, prefix: str) -> tuple[str, str | None]:
     return fmt, "the recipe" if fmt == "bf16" else None
 
 
-def _quantized_experts(layer: Any, fmt: str) -> QuantizedExperts:
+def _quantized_experts(layer: Any, fmt: str, block_scale: BlockScale) -> QuantizedExperts:
     if fmt == "fp8":
         return Fp8Experts(layer)
     from mixquant.engines.vllm.experts_nvfp4 import Nvfp4Experts
 
-    return Nvfp4Experts(layer)
+    return Nvfp4Experts(layer, block_scale)
 
 
 def _fp8_experts_class(moe: Any) -> Any:

@@ -28,7 +28,8 @@ class Nvfp4Experts:
 
     kernel = "vLLM CUTLASS"
 
-    def __init__(self, layer: Any) -> None:
+    def __init__(self, layer: Any, block_scale: nvfp4.BlockScale = "6") -> None:
+        self.block_scale = block_scale  # of the weights; rows have "6"
         self.experts, rows, self.k = layer.w13_weight.shape
         self.n = layer.w2_weight.shape[2]
         self.gated = layer.activation.is_gated
@@ -64,8 +65,8 @@ class Nvfp4Experts:
         ):
             for expert in range(self.experts):
                 matrix = weight[expert].data
-                factor = nvfp4.global_scale(matrix.abs().amax().float())
-                quantized, block_scales = nvfp4.quantize(matrix, factor)
+                factor = nvfp4.global_scale(matrix.abs().amax().float(), self.block_scale)
+                quantized, block_scales = nvfp4.quantize(matrix, factor, self.block_scale)
                 codes[expert].copy_(quantized)
                 scales[expert].copy_(swizzle_blockscale(block_scales))
                 alphas[expert].copy_(factor.reciprocal())
