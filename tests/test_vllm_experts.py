@@ -561,7 +561,9 @@ def test_the_copy_is_made_before_vllm_rearranges_the_weights(
     monkeypatch.setattr(UnquantizedFusedMoEMethod, "process_weights_after_loading", rearrange)
     made: list[Copy] = []
     monkeypatch.setattr(
-        experts, "_quantized_experts", lambda layer, fmt: made.append(Copy()) or made[-1]
+        experts,
+        "_quantized_experts",
+        lambda layer, fmt, block_scale: made.append(Copy()) or made[-1],
     )
     method = PhaseExpertsMethod(SimpleNamespace(), "fp8", PREFIX, Ledger())
     for seed in range(2):
@@ -581,7 +583,7 @@ def test_padding_of_the_intermediate_size_is_zero_in_the_copy(
     monkeypatch.setattr(
         UnquantizedFusedMoEMethod, "process_weights_after_loading", lambda self, layer: None
     )
-    monkeypatch.setattr(experts, "_quantized_experts", lambda layer, fmt: Copy())
+    monkeypatch.setattr(experts, "_quantized_experts", lambda layer, fmt, block_scale: Copy())
     moe = moe_config(128)
     layer = with_weights(moe)
     moe.intermediate_size_per_partition_unpadded = 96
@@ -1269,7 +1271,7 @@ def test_in_a_layer_of_vllm(
     monkeypatch.setattr(passes, "install", lambda method: None)
     monkeypatch.setattr(experts, "current_platform", SimpleNamespace(is_cuda=lambda: True))
     monkeypatch.setattr(experts, "_fp8_experts_class", lambda moe: TritonExperts)
-    monkeypatch.setattr(experts, "_quantized_experts", lambda layer, fmt: Copy())
+    monkeypatch.setattr(experts, "_quantized_experts", lambda layer, fmt, block_scale: Copy())
     config = MixQuantConfig()
     config.recipe = recipe_of("fp8")
     source = with_weights(moe_config())
