@@ -87,6 +87,14 @@ def engines(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     prompts = [torch.randint(3, 256, (count,), generator=generator).tolist() for count in LENGTHS]
     base = {"max_model_len": 512, "enable_prefix_caching": False, "enforce_eager": True}
     spec: dict[str, Any] = {}
+    other = folder / "qwen3 with other weights"
+    tiny_models.build("qwen3", seed=1, **SIZES).save_pretrained(other)
+    for arm, options in (("plain", {}), ("ours", mixquant(min_prefill_tokens=0))):
+        spec[f"other weights, {arm}"] = {
+            "model": str(other),
+            "options": {**base, **options},
+            "runs": {"together": {"prompts": prompts}},
+        }
     for parameter in NAMES:
         name = parameter if isinstance(parameter, str) else parameter.values[0]
         if (name == "qwen3_5" and NO_TORCHVISION) or (CHOSEN != [""] and name not in CHOSEN):
@@ -98,14 +106,16 @@ def engines(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
             ("exact", mixquant(preset="exact")),
             ("ours", mixquant(min_prefill_tokens=0)),
         ):
+            runs: dict[str, Any] = {
+                "together": {"prompts": prompts},
+                "chunks of 64": {"prompts": prompts, "chunk": 64},
+            }
+            if name == "qwen3":
+                runs["reloaded"] = {"prompts": prompts, "reload_from": str(other)}
             spec[f"{name}, {arm}"] = {
                 "model": str(model),
                 "options": {**base, **options},
-                "runs": {
-                    "together": {"prompts": prompts},
-                    "chunks of 64": {"prompts": prompts, "chunk": 64},
-                    "alone": {"prompts": prompts[:1]},
-                },
+                "runs": runs,
             }
             if name == "qwen3" and not ON_GPU:
                 for ranks in RANKS:
@@ -150,6 +160,28 @@ def test_rows_follow_the_rule_however_they_are_chunked(engines: dict[str, Any], 
             assert [row[3] for row in rows_of(one)] == by_the_rule(one, 0, 0, 1)
         for request, count in enumerate(LENGTHS):
             assert quantized_positions(result, request) == list(range(count - 1))
+
+
+def test_reloaded_weights_are_quantized_anew(engines: dict[str, Any]) -> None:
+    ours, plain = (engines[f"other weights, {arm}"]["together"] for arm in ("ours", "plain"))
+    reloaded = engines["qwen3, ours"]["reloaded"]
+    for request in range(len(LENGTHS)):
+        effect = divergence(plain, request, ours, request)
+        assert divergence(ours, request, reloaded, request) < 0.1 * effect
+    assert reloaded["products"] == engines["qwen3, ours"]["together"]["products"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_layers_multiplied_what_was_planned(engines: dict[str, Any], name: str) -> None:
+    for run in ("together", "chunks of 64"):
+        ours = engines[f"{name}, ours"][run]
+        planned = sum(bool(one["quantized"]) for one in ours["passes"])
+        assert ours["products"]["linear"] >= planned
+        assert ours["products"]["linear"] % planned == 0
+        # vLLM's experts on the CPU stay BF16.
+        mixture = "moe" in name or name == "qwen3_next"
+        assert (ours["products"].get("experts", 0) >= planned) == (mixture and ON_GPU)
+        assert not engines[f"{name}, exact"][run]["products"]
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -14,14 +14,40 @@ import json
 import os
 import sys
 import traceback
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 TRACE = "MIXQUANT_TRACE"
 
 
+products: Counter[str] = Counter()
+
+
+def count_products() -> None:
+    """Counts what is multiplied with quantized copies, a layer at a time.
+
+    The trace says what was planned; this says what was done.
+    """
+    from mixquant.engines.vllm import experts, linear
+
+    linear_layer, experts_layer = linear._quantized, experts.PhaseExpertsMethod._experts
+
+    def counted_linear(*arguments: Any) -> None:
+        products["linear"] += 1
+        linear_layer(*arguments)
+
+    def counted_experts(*arguments: Any) -> Any:
+        products["experts"] += 1
+        return experts_layer(*arguments)
+
+    linear._quantized = counted_linear
+    experts.PhaseExpertsMethod._experts = counted_experts  # type: ignore[method-assign]
+
+
 def main(spec_file: str, out_file: str) -> None:
     os.environ[TRACE] = f"{out_file}.trace"
+    count_products()
     results: dict[str, Any] = {}
     for name, engine in json.loads(Path(spec_file).read_text()).items():
         print(f"== {name}", flush=True)
@@ -62,7 +88,7 @@ def run(
     preempt_after: int | None = None,
     sampling: dict[str, Any] | None = None,
     lora: str | None = None,
-    reload_first: bool = False,
+    reload_from: str | None = None,
 ) -> dict[str, Any]:
     """Greedy answers to prompts that are submitted together.
 
@@ -73,9 +99,10 @@ def run(
         preempt_after: so many steps into the run, every running request is preempted.
         sampling: further sampling parameters.
         lora: the directory of an adapter for all requests.
-        reload_first: loads the weights into the running engine once more.
+        reload_from: a checkpoint whose weights are loaded into the running engine first.
 
     Returns:
+        ``products`` with quantized copies, by kind of layer (in this process: not on several ranks),
         ``tokens`` per prompt, ``logprobs`` per prompt and token (the 20 likeliest), ``prompt_logprobs``
         if asked for, and the ``passes`` that mixquant traced, requests numbered as the prompts are.
     """
@@ -85,8 +112,9 @@ def run(
     engine = llm.llm_engine
     scheduler = engine.engine_core.engine_core.scheduler
     usual = scheduler.max_num_scheduled_tokens
-    if reload_first:
-        llm.collective_rpc("reload_weights")
+    if reload_from:
+        llm.collective_rpc("reload_weights", kwargs={"weights_path": reload_from})
+    products.clear()
     trace = Path(os.environ[TRACE])
     seen = trace.stat().st_size if trace.exists() else 0
     parameters = SamplingParams(
@@ -117,6 +145,7 @@ def run(
         scheduler.max_num_scheduled_tokens = usual
     answers = [finished[number].outputs[0] for number in range(len(prompts))]
     return {
+        "products": dict(products),
         "tokens": [list(answer.token_ids) for answer in answers],
         "logprobs": [
             [{token: entry.logprob for token, entry in place.items()} for place in answer.logprobs]
