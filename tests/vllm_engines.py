@@ -29,7 +29,7 @@ class Results(dict[str, Any]):
         pytest.skip(f"the engine {name!r} was left out (MIXQUANT_TEST_WITHOUT)")
 
 
-def results_of(engines: dict[str, Any], folder: Path, seconds: int = 900) -> Results:
+def results_of(engines: dict[str, Any], folder: Path, seconds: int = 3600) -> Results:
     """Runs the engines (see `vllm_runs`) and returns their results; a crash fails with the log's end.
 
     Left out are those that MIXQUANT_TEST_WITHOUT names, for versions of vLLM that cannot run them.
