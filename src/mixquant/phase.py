@@ -29,11 +29,15 @@ Range = tuple[int, int]
 
 @dataclass(frozen=True)
 class Thresholds:
-    """The numbers of the rule, all in tokens."""
+    """The numbers of the rule, all in tokens.
+
+    ``everywhere`` is no part of the rule: it quantizes every row, for comparisons.
+    """
 
     min_prefill_tokens: int = 0
     precise_head: int = 0
     precise_tail: int = 1
+    everywhere: bool = False
 
 
 @dataclass(frozen=True)
@@ -96,6 +100,8 @@ def plan_pass(
     row_stop = np.cumsum(count)
     row_start = row_stop - count
     rows = int(row_stop[-1]) if len(row_stop) else 0
+    if thresholds.everywhere:
+        return everything_quantized(rows)
     token_start = np.minimum(row_start + np.maximum(-first, 0), row_stop)
 
     # A sequence's rows in ascending position: [padding | head | quantizable | tail | generated].
@@ -113,7 +119,7 @@ def plan_pass(
 
 
 def everything_quantized(rows: int) -> PhasePlan:
-    """The plan of the arm that quantizes both phases; for comparisons, never for serving."""
+    """The plan of the arm that quantizes both phases, which mixquant is compared with."""
     return PhasePlan(rows, ((0, rows),) if rows else (), ())
 
 

@@ -72,6 +72,8 @@ class Recipe:
         ignore: names or glob patterns of layers that stay BF16.
         emulate: serve formats that the device does not multiply natively, slower than BF16; without
             it the vLLM engine refuses them. The Transformers engine does as ``format`` says.
+        everywhere: quantize every row of both phases, whatever the thresholds: what mixquant is compared
+            with, not what it is for.
         prefill_model: a checkpoint in NVFP4 or FP8 (compressed-tensors) from which the vLLM engine
             takes the quantized copy; None makes the copy from the BF16 weights.
 
@@ -88,6 +90,7 @@ class Recipe:
     block_scale: Literal["6", "4/6"] = "6"
     ignore: tuple[str, ...] = ("lm_head",)
     emulate: Annotated[bool, Field(strict=True)] = False
+    everywhere: Annotated[bool, Field(strict=True)] = False
     prefill_model: Annotated[str, Field(min_length=1, strict=True)] | None = None
 
     @classmethod

@@ -39,10 +39,15 @@ class Summary:
     def table(self) -> Table:
         """One line for each projection and format."""
         recipe = self.recipe
-        table = Table(
-            caption=f"precise: the first {recipe.precise_head} and last {recipe.precise_tail} tokens "
+        rule = (
+            "every row of both phases is quantized"
+            if recipe.everywhere
+            else f"precise: the first {recipe.precise_head} and last {recipe.precise_tail} tokens "
             f"of a prompt, passes with fewer than {recipe.min_prefill_tokens} quantizable tokens, "
-            "every generated token",
+            "every generated token"
+        )
+        table = Table(
+            caption=rule,
             caption_justify="left",
         )
         for heading in ("projection", "layers", "prefill", "kernel", "extra MiB", "note"):

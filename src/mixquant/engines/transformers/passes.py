@@ -228,7 +228,9 @@ def _plan(model: nn.Module, kwargs: dict[str, Any]) -> PhasePlan | None:
     if inputs is None:
         return None
     sequences, columns = inputs.shape[:2]
-    if _quantize_everything.get():
+    thresholds = model.mixquant_thresholds
+    assert isinstance(thresholds, Thresholds)
+    if _quantize_everything.get() or thresholds.everywhere:
         return everything_quantized(sequences * columns)
     generation = _current.get()
     if generation is None or (generation.model is not None and generation.model() is not model):
@@ -260,8 +262,6 @@ def _plan(model: nn.Module, kwargs: dict[str, Any]) -> PhasePlan | None:
         # Beams and returned sequences stand next to each other, and share their prompt's padding.
         padding = np.repeat(prompts.padding, sequences // len(prompts.padding))
         lengths = prompts.columns - padding
-    thresholds = model.mixquant_thresholds
-    assert isinstance(thresholds, Thresholds)
     plan = plan_pass(thresholds, cached - padding, np.full(sequences, columns), lengths)
     return plan if plan.quantized else None
 

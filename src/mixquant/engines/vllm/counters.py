@@ -22,6 +22,7 @@ import numpy as np
 ROWS = (
     ("prefill", "quantized"),
     ("prefill", "precise"),
+    ("decode", "quantized"),  # always 0, unless the recipe says everywhere
     ("decode", "precise"),
 )
 PASSES = ("quantized", "precise", "graph")
@@ -73,15 +74,13 @@ class Counters:
         _export(path)
         return path
 
-    def add(self, quantized: int, precise: int, decode: int, kind: str) -> None:
-        """Counts one pass: its quantized and precise prefill rows, its decode rows, its kind."""
-        row = self._table[0]
-        row[0] += quantized
-        row[1] += precise
-        row[2] += decode
-        row[len(ROWS) + PASSES.index(kind)] += 1
+    def add(self, rows: tuple[int, ...], kind: str) -> None:
+        """Counts one pass: its rows in the order of ``ROWS``, and its kind."""
+        counts = self._table[0]
+        counts[: len(ROWS)] += rows
+        counts[len(ROWS) + PASSES.index(kind)] += 1
         if self._series is not None:
-            self._series.add((quantized, precise, decode), kind)
+            self._series.add(rows, kind)
 
     def rows(self) -> dict[tuple[str, str], int]:
         totals = self._table.sum(axis=0)

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from mixquant.engines.vllm.counters import Counters, multiprocess
-from mixquant.phase import PhasePlan, Thresholds, in_force, plan_pass
+from mixquant.phase import PhasePlan, Thresholds, everything_quantized, in_force, plan_pass
 
 V1 = "vllm.v1.worker.gpu_model_runner"
 V2 = "vllm.v1.worker.gpu.model_runner"
@@ -48,9 +48,11 @@ class Follower:
             min_prefill_tokens=recipe.min_prefill_tokens,
             precise_head=recipe.precise_head or 0,
             precise_tail=recipe.precise_tail,
+            everywhere=recipe.everywhere,
         )
         assert isinstance(recipe.format, dict)
         self._precise = set(recipe.format.values()) == {"bf16"}
+        self._everywhere = recipe.everywhere and not self._precise
         self.model: Any = None
         self.noted: Batch | None = None
         self.profiling = False
@@ -68,14 +70,21 @@ class Follower:
     def finish(self) -> None:
         """The runner's step is over: a pass that was noted but never ran was a graph's replay."""
         if self.noted is not None:
-            self._count(self.noted, None, "graph")
+            rows = int(self.noted.row_counts.sum())
+            everything = everything_quantized(rows) if self._everywhere else None
+            self._count(self.noted, everything, "graph")
             self.noted = None
 
     def _begin(self, model: Any, args: Any, kwargs: dict[str, Any]) -> None:
         batch, self.noted = self.noted, None
         rows = _row_count(args, kwargs)
         plan = None
-        if self.profiling:
+        if self._everywhere:
+            plan = everything_quantized(rows)  # dummy passes, too: graphs are captured from them
+            if batch is not None:
+                counted = everything_quantized(int(batch.row_counts.sum()))  # no padding
+                self._count(batch, counted, "graph" if _may_replay_graph() else None)
+        elif self.profiling:
             plan = plan_pass(Thresholds(), [0], [rows], [rows])  # what the largest pass may be
         elif batch is not None:
             replays = _may_replay_graph()
@@ -105,10 +114,13 @@ class Follower:
         if self._counters is None:
             return
         prompt = np.clip(batch.prompt_lengths - batch.first_positions, 0, batch.row_counts)
-        quantized = plan.quantized_rows if plan is not None else 0
         prefill, total = int(prompt.sum()), int(batch.row_counts.sum())
+        quantized = plan.quantized_rows if plan is not None else 0
         kind = kind or ("quantized" if quantized else "precise")
-        self._counters.add(quantized, prefill - quantized, total - prefill, kind)
+        of_prefill = min(quantized, prefill)
+        of_decode = quantized - of_prefill  # none, unless everything is quantized
+        rows = (of_prefill, prefill - of_prefill, of_decode, total - prefill - of_decode)
+        self._counters.add(rows, kind)
         if self._trace:
             line = {
                 "kind": kind,

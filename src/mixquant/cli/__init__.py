@@ -1,0 +1,78 @@
+"""The command line: parse, call, print. One module for each command; this one joins them."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+
+from mixquant import PrepareError, RecipeError, __version__
+from mixquant.cli.compare import compare
+from mixquant.cli.console import InputError, print_error
+from mixquant.cli.info import info
+from mixquant.cli.quantize import quantize
+from mixquant.cli.talk import chat, generate
+from mixquant.models import ModelError
+
+app = typer.Typer(
+    help="Phase-aware quantized inference: prefill in low precision, decode in BF16.",
+    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+for command in (generate, chat, compare, quantize, info):
+    app.command()(command)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"mixquant {__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")
+    ] = False,
+) -> None:
+    pass
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns its exit code.
+
+    0: done; 2: something that was given cannot be used; 1: an unexpected error. Either error is one
+    line on standard error. With the environment variable MIXQUANT_TRACEBACK set, it is raised.
+    """
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
+    if arguments is None:
+        arguments = sys.argv[1:]
+    try:
+        code = app(args=list(arguments) or ["--help"], prog_name="mixquant", standalone_mode=False)
+        return code if isinstance(code, int) else 0
+    except (KeyboardInterrupt, typer.Abort):
+        return 130
+    except BrokenPipeError:
+        # Who read our output has gone; Python would complain once more when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Exception as error:
+        if os.environ.get("MIXQUANT_TRACEBACK"):
+            raise
+        if isinstance(error, (InputError, ModelError, PrepareError, RecipeError)):
+            print_error(str(error))
+            return 2
+        if hasattr(
+            error, "format_message"
+        ):  # typer's, of a class that its versions place elsewhere
+            print_error(f"{error.format_message()} (mixquant --help)")
+            return 2
+        print_error(f"{type(error).__name__}: {error} (MIXQUANT_TRACEBACK=1 shows where)")
+        return 1

@@ -1,0 +1,92 @@
+"""`mixquant compare`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mixquant.cli.console import (
+    InputError,
+    check_writable,
+    out,
+    progress_bar,
+    read_text,
+    say,
+    write_whole,
+)
+from mixquant.cli.options import (
+    FormatOption,
+    Model,
+    NewTokens,
+    RecipeOption,
+    chosen_recipe,
+    saved_recipe,
+)
+from mixquant.models import find, load_tokenizer
+
+
+def compare(
+    model: Model,
+    recipe: RecipeOption = None,
+    format: FormatOption = None,
+    arms: Annotated[
+        str,
+        typer.Option("--arms", metavar="NAMES", help="Those to report, separated by commas."),
+    ] = "bf16,quantized,mixquant",
+    prompt_file: Annotated[
+        Path | None,
+        typer.Option("--prompt-file", metavar="FILE", help="The document; default: Python's own."),
+    ] = None,
+    max_new_tokens: NewTokens = 24,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Write the results there, too.")
+    ] = None,
+) -> None:
+    """Run an agent-like conversation in BF16, quantized, and with mixquant; show cost and gain."""
+    chosen = chosen_recipe(recipe, format)
+    names = _arms(arms)
+    text = None if prompt_file is None else read_text(prompt_file)
+    if text is not None and not text.strip():
+        raise InputError(f"{prompt_file} is empty")
+    if json_file is not None:
+        check_writable(json_file)
+    checkpoint = find(model, say)
+
+    from transformers.utils import logging
+
+    from mixquant.evaluate.compare import compare as run
+    from mixquant.evaluate.report import answers, table
+    from mixquant.evaluate.workload import agent_workload
+
+    logging.disable_progress_bar()  # ours tells the same
+
+    chosen = chosen or saved_recipe(checkpoint)
+    workload = agent_workload(load_tokenizer(checkpoint), text)
+    with progress_bar() as report:
+        result = run(
+            checkpoint,
+            workload,
+            chosen,
+            arms=names,
+            max_new_tokens=max_new_tokens,
+            progress=report,
+        )
+    if json_file is not None:
+        write_whole(json_file, json.dumps(result.to_dict(), indent=2) + "\n")
+    out.print(table(result))
+    out.print(answers(result))
+
+
+def _arms(text: str) -> list[str]:
+    from mixquant.evaluate.compare import ARMS
+
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    for name in names:
+        if name not in ARMS:
+            raise InputError(f"unknown arm {name!r}; expected {', '.join(ARMS)}")
+    if not names:
+        raise InputError(f"--arms names none of {', '.join(ARMS)}")
+    return names

