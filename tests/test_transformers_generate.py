@@ -429,6 +429,18 @@ def test_a_generation_inside_another_of_another_model(recorder: Recorder) -> Non
 # --- direct calls --------------------------------------------------------------------------------
 
 
+def test_everywhere_quantizes_answers_too(recorder: Recorder) -> None:
+    prompt = tokens(40)
+    model = build("llama")
+    recorder.watch(model)
+    mixquant.prepare(model, {**RECIPE.to_dict(), "everywhere": True})
+    answer = model.generate(prompt, **GREEDY).sequences[0]
+    passes = recorder.take()
+    assert [token for each in passes for token in each.quantized] == answer[:-1].tolist()
+    model(prompt)
+    assert [each.quantized for each in recorder.take()] == [prompt[0].tolist()]
+
+
 def test_direct_calls(recorder: Recorder) -> None:
     prompt = tokens(40)
     model = watched(recorder)

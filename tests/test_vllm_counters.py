@@ -24,15 +24,15 @@ import os, sys
 from mixquant.engines.vllm.counters import Counters
 path = Counters.create(2)
 mine = Counters(path, 0)
-mine.add(5, 2, 1, "quantized")
+mine.add((5, 2, 0, 1), "quantized")
 child = os.fork()
 if child == 0:
     theirs = Counters(path, 1)
     for _ in range(1000):
-        theirs.add(1, 0, 3, "precise")
+        theirs.add((1, 0, 7, 3), "precise")
     sys.exit()  # runs what is registered for the exit
 for _ in range(1000):
-    mine.add(2, 0, 0, "graph")
+    mine.add((2, 0, 0, 0), "graph")
 os.waitpid(child, 0)
 everything = Counters(path)
 print(path, os.path.exists(path), *everything.rows().values(), *everything.passes().values())
@@ -45,7 +45,7 @@ def test_two_processes_share_the_file_and_its_owner_removes_it() -> None:
     )
     path, there, *numbers = done.stdout.split()
     assert there == "True"  # after the child's end
-    assert [int(number) for number in numbers] == [3005, 2, 3001, 1, 1000, 1000]
+    assert [int(number) for number in numbers] == [3005, 2, 7000, 3001, 1, 1000, 1000]
     assert not Path(path).exists()
 
 
@@ -57,15 +57,16 @@ def test_counters_on_the_metrics_page(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(prometheus_client, "REGISTRY", registry)
     monkeypatch.setattr(counters, "_collector", None)
     first, second = Counters.create(2), Counters.create(1)
-    Counters(first, 0).add(100, 4, 3, "quantized")
-    Counters(first, 1).add(10, 0, 0, "quantized")
-    Counters(second, 0).add(0, 0, 7, "graph")
+    Counters(first, 0).add((100, 4, 0, 3), "quantized")
+    Counters(first, 1).add((10, 0, 0, 0), "quantized")
+    Counters(second, 0).add((0, 0, 9, 7), "graph")
     page = generate_latest(registry).decode()
     for line in (
         'mixquant_rows_total{engine="0",phase="prefill",precision="quantized"} 110.0',
         'mixquant_rows_total{engine="0",phase="prefill",precision="precise"} 4.0',
         'mixquant_rows_total{engine="0",phase="decode",precision="precise"} 3.0',
         'mixquant_rows_total{engine="1",phase="decode",precision="precise"} 7.0',
+        'mixquant_rows_total{engine="1",phase="decode",precision="quantized"} 9.0',
         'mixquant_passes_total{engine="0",kind="quantized"} 2.0',
         'mixquant_passes_total{engine="1",kind="graph"} 1.0',
         "# TYPE mixquant_rows_total counter",
@@ -88,12 +89,12 @@ os.environ["PROMETHEUS_MULTIPROC_DIR"] = os.environ["DIRECTORY"]
 from mixquant.engines.vllm.counters import Counters
 assert Counters.create(2) is None
 if os.fork() == 0:
-    Counters(None).add(5, 2, 1, "quantized")
+    Counters(None).add((5, 2, 0, 1), "quantized")
     os._exit(0)
 os.wait()
 counters = Counters(None)
-counters.add(10, 0, 4, "graph")
-assert list(counters.rows().values()) == [10, 0, 4]
+counters.add((10, 0, 0, 4), "graph")
+assert list(counters.rows().values()) == [10, 0, 0, 4]
 """
     environment = {**os.environ, "DIRECTORY": str(tmp_path)}
     subprocess.run([sys.executable, "-c", script], check=True, env=environment)
@@ -114,12 +115,12 @@ def test_a_reader_sees_what_is_counted_meanwhile_and_cannot_write(
     monkeypatch.setattr(counters, "_export", lambda path: None)
     path = Counters.create(1)
     reader, writer = Counters(path), Counters(path, 0)
-    writer.add(1, 2, 3, "precise")
-    writer.add(1, 2, 3, "quantized")
-    assert list(reader.rows().values()) == [2, 4, 6]
+    writer.add((1, 2, 0, 3), "precise")
+    writer.add((1, 2, 0, 3), "quantized")
+    assert list(reader.rows().values()) == [2, 4, 0, 6]
     assert reader.passes() == {"quantized": 1, "precise": 1, "graph": 0}
     with pytest.raises(ValueError):
-        reader.add(1, 1, 1, "graph")
+        reader.add((1, 1, 0, 1), "graph")
 
 
 # --- memory ------------------------------------------------------------------------------------------

@@ -142,6 +142,7 @@ def engines(
             },
             **mixquant(min_prefill_tokens=0),
         ),
+        "everywhere": engine({"few": {"prompts": few}}, **mixquant(everywhere=True)),
         "long head and tail": engine(
             {"chunks of 64": {"prompts": few, "chunk": 64}},
             enforce_eager=True,
@@ -261,7 +262,7 @@ def test_a_request_answers_the_same_in_any_company(engines: dict[str, Any], run:
 
 
 @pytest.mark.parametrize(
-    "engine", ["always", "defaults", "long head and tail", "lora", "fp8 cache"]
+    "engine", ["always", "everywhere", "defaults", "long head and tail", "lora", "fp8 cache"]
 )
 def test_every_layer_multiplied_what_was_planned(
     engines: dict[str, Any], engine: str, smollm2_path: str
@@ -272,6 +273,16 @@ def test_every_layer_multiplied_what_was_planned(
     for run in engines[engine].values():
         planned = sum(bool(one["quantized"]) for one in run["passes"])
         assert run["products"].get("linear", 0) == planned * layers
+
+
+def test_everywhere_quantizes_every_row_and_is_further_from_bf16(engines: dict[str, Any]) -> None:
+    run = engines["everywhere"]["few"]
+    assert any(row[1] >= row[2] for one in run["passes"] for row in rows_of(one))
+    assert all(row[3] for one in run["passes"] for row in rows_of(one))
+    plain, ours = engines["plain"]["all"], engines["always"]["crowd"]
+    few = range(len(run["tokens"]))
+    from_bf16 = [sum(divergence(plain, n, other, n) for n in few) for other in (run, ours)]
+    assert from_bf16[0] > from_bf16[1] > 0
 
 
 def test_without_a_recipe_for_it_nothing_is_quantized(engines: dict[str, Any]) -> None:

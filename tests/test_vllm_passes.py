@@ -191,7 +191,7 @@ def make(
 
 
 def counted(method: MixQuantConfig) -> tuple[list[int], dict[str, int]]:
-    """Rows (quantized, precise of prompts; decode) and passes."""
+    """Rows (of prompts and others, of each quantized and precise) and passes."""
     assert method.counters is not None
     table = Counters(method.counters)
     return list(table.rows().values()), {k: v for k, v in table.passes().items() if v}
@@ -214,7 +214,7 @@ def test_the_plan_is_in_force_in_the_forward_pass_alone(
     runner.drafter.run(22)
     runner.model.run(22)  # by somebody else, not the runner
     assert [runner.drafter.last, runner.model.last] == [None, None]
-    assert counted(method) == ([16, 2, 1], {"quantized": 1})
+    assert counted(method) == ([16, 2, 0, 1], {"quantized": 1})
 
 
 def test_the_rule_holds_in_a_run(make: Callable[..., Any], method: MixQuantConfig) -> None:
@@ -227,12 +227,12 @@ def test_the_rule_holds_in_a_run(make: Callable[..., Any], method: MixQuantConfi
         runner.execute_model(Step(sequences))
         plan = runner.model.last
         assert plan is None or not plan.quantized
-    assert counted(method) == ([0, 7, 9], {"precise": 3})
+    assert counted(method) == ([0, 7, 0, 9], {"precise": 3})
     runner.execute_model(Step([(0, 8, 8)]))
     assert runner.model.last.quantized == ((1, 7),)
     runner.execute_model(Step([(30, 10, 200), (4, 1, 4)], mrope=True))
     assert runner.model.last.quantized == ((0, 10),)
-    assert counted(method) == ([16, 9, 10], {"precise": 3, "quantized": 2})
+    assert counted(method) == ([16, 9, 0, 10], {"precise": 3, "quantized": 2})
 
 
 def test_an_exact_recipe_has_no_plans(make: Callable[..., Any], method: MixQuantConfig) -> None:
@@ -240,7 +240,21 @@ def test_an_exact_recipe_has_no_plans(make: Callable[..., Any], method: MixQuant
     runner = make()
     runner.execute_model(Step([(0, 10, 10)]))
     assert runner.model.last is None or not runner.model.last.quantized
-    assert counted(method) == ([0, 10, 0], {"precise": 1})
+    assert counted(method) == ([0, 10, 0, 0], {"precise": 1})
+
+
+def test_everywhere_quantizes_every_row_of_every_pass(
+    make: Callable[..., Any], method: MixQuantConfig
+) -> None:
+    method.recipe = Recipe(preset="fast", everywhere=True).resolved(frozenset({"int8"}))
+    runner = make()
+    runner.execute_model(Step([(10, 1, 10), (0, 4, 4)], padding=3))
+    assert (runner.model.last.rows, runner.model.last.quantized) == (8, ((0, 8),))
+    runner._dummy_run(50, CUDAGraphMode.PIECEWISE)  # what a graph holds
+    assert runner.model.last.quantized == ((0, 50),)
+    runner.execute_model(Step([(11, 1, 10)], replayed=True))
+    assert counted(method) == ([4, 0, 2, 0], {"quantized": 1, "graph": 1})
+    assert plan_in_force() is None
 
 
 def test_generated_tokens_computed_again_are_precise(make: Callable[..., Any]) -> None:
@@ -287,7 +301,7 @@ def test_profiling_runs_the_largest_pass_quantized(
     runner.model.fails = False
     runner._dummy_run(40)
     assert runner.model.last is None
-    assert counted(method) == ([0, 0, 0], {})
+    assert counted(method) == ([0, 0, 0, 0], {})
 
 
 def test_a_replayed_graph_is_counted_and_leaves_nothing_behind(
@@ -296,7 +310,7 @@ def test_a_replayed_graph_is_counted_and_leaves_nothing_behind(
     runner = make()
     runner.execute_model(Step([(0, 10, 10), (20, 1, 5)], replayed=True))
     assert (runner.model.plans, runner.drafter.last) == ([], None)
-    assert counted(method) == ([0, 10, 1], {"graph": 1})
+    assert counted(method) == ([0, 10, 0, 1], {"graph": 1})
     runner._dummy_run(11)
     assert runner.model.last is None
 
@@ -309,7 +323,7 @@ def test_a_pass_in_a_graph_is_precise(
     runner.execute_model(Step([(0, 10, 10)], mode=mode))
     plan = runner.model.last
     assert plan is None or not plan.quantized
-    assert counted(method) == ([0, 10, 0], {"graph": 1})
+    assert counted(method) == ([0, 10, 0, 0], {"graph": 1})
 
 
 def test_a_pass_that_is_captured_is_precise(
@@ -340,7 +354,7 @@ def test_an_error_in_the_forward_pass_ends_the_plan(make: Callable[..., Any]) ->
 def test_steps_without_tokens(make: Callable[..., Any], method: MixQuantConfig) -> None:
     runner = make()
     assert runner.execute_model(Step([])) == "executed"
-    assert counted(method) == ([0, 0, 0], {})
+    assert counted(method) == ([0, 0, 0, 0], {})
 
 
 def test_a_model_that_is_loaded_anew_is_followed(make: Callable[..., Any]) -> None:
@@ -371,7 +385,7 @@ def test_another_methods_runner_is_left_alone(
         assert runner.model.plans == [None, None]
         assert not runner.model._forward_hooks and not runner.model._forward_pre_hooks
         assert "mixquant_follower" not in vars(runner)
-    assert counted(method) == ([0, 0, 0], {})
+    assert counted(method) == ([0, 0, 0, 0], {})
 
 
 def test_installing_again_changes_nothing(make: Callable[..., Any], method: MixQuantConfig) -> None:
@@ -398,7 +412,7 @@ def test_only_the_first_worker_of_an_engine_counts(
     runner = make()
     runner.execute_model(Step([(0, 10, 10)]))
     assert runner.model.last.quantized == ((1, 9),)  # it quantizes all the same
-    assert counted(method) == ([0, 0, 0], {})
+    assert counted(method) == ([0, 0, 0, 0], {})
 
 
 def test_without_counters_all_else_works(make: Callable[..., Any], method: MixQuantConfig) -> None:

@@ -29,15 +29,11 @@ Range = tuple[int, int]
 
 @dataclass(frozen=True)
 class Thresholds:
-    """The numbers of the rule, all in tokens.
-
-    ``everywhere`` is no part of the rule: it quantizes every row, for comparisons.
-    """
+    """The numbers of the rule, all in tokens."""
 
     min_prefill_tokens: int = 0
     precise_head: int = 0
     precise_tail: int = 1
-    everywhere: bool = False
 
 
 @dataclass(frozen=True)
@@ -100,8 +96,6 @@ def plan_pass(
     row_stop = np.cumsum(count)
     row_start = row_stop - count
     rows = int(row_stop[-1]) if len(row_stop) else 0
-    if thresholds.everywhere:
-        return everything_quantized(rows)
     token_start = np.minimum(row_start + np.maximum(-first, 0), row_stop)
 
     # A sequence's rows in ascending position: [padding | head | quantizable | tail | generated].

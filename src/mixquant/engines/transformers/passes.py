@@ -115,9 +115,10 @@ def everything_in_prefill_format() -> Iterator[None]:
         _quantize_everything.reset(token)
 
 
-def watch(model: nn.Module, thresholds: Thresholds) -> None:
-    """Makes every forward pass of a prepared model run under its plan."""
+def watch(model: nn.Module, thresholds: Thresholds, everywhere: bool) -> None:
+    """Makes every forward pass of a prepared model run under its plan, or quantized everywhere."""
     model.mixquant_thresholds = thresholds  # type: ignore[assignment]
+    model.mixquant_everywhere = everywhere  # type: ignore[assignment]
     put_in_front(model, "forward", _forward)
     put_in_front(model, "generate", _generate)
     put_in_front(model, "_prepare_cache_for_generation", _prepare_cache)
@@ -228,9 +229,7 @@ def _plan(model: nn.Module, kwargs: dict[str, Any]) -> PhasePlan | None:
     if inputs is None:
         return None
     sequences, columns = inputs.shape[:2]
-    thresholds = model.mixquant_thresholds
-    assert isinstance(thresholds, Thresholds)
-    if _quantize_everything.get() or thresholds.everywhere:
+    if _quantize_everything.get() or model.mixquant_everywhere:
         return everything_quantized(sequences * columns)
     generation = _current.get()
     if generation is None or (generation.model is not None and generation.model() is not model):
@@ -262,6 +261,8 @@ def _plan(model: nn.Module, kwargs: dict[str, Any]) -> PhasePlan | None:
         # Beams and returned sequences stand next to each other, and share their prompt's padding.
         padding = np.repeat(prompts.padding, sequences // len(prompts.padding))
         lengths = prompts.columns - padding
+    thresholds = model.mixquant_thresholds
+    assert isinstance(thresholds, Thresholds)
     plan = plan_pass(thresholds, cached - padding, np.full(sequences, columns), lengths)
     return plan if plan.quantized else None
 

@@ -88,8 +88,8 @@ def prepare(
             min_prefill_tokens=resolved.min_prefill_tokens,
             precise_head=resolved.precise_head or 0,
             precise_tail=resolved.precise_tail,
-            everywhere=resolved.everywhere,
         ),
+        everywhere=resolved.everywhere,
     )
     model.mixquant_summary = Summary(resolved, tuple(layers))  # type: ignore[assignment]
     from mixquant.engines.transformers.quantizer import attach

@@ -48,7 +48,6 @@ class Follower:
             min_prefill_tokens=recipe.min_prefill_tokens,
             precise_head=recipe.precise_head or 0,
             precise_tail=recipe.precise_tail,
-            everywhere=recipe.everywhere,
         )
         assert isinstance(recipe.format, dict)
         self._precise = set(recipe.format.values()) == {"bf16"}
