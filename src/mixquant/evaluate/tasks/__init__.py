@@ -1,0 +1,135 @@
+"""What a benchmark is to the runner: items to ask, and how an answer to one is scored."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
+
+Message = dict[str, Any]  # of OpenAI's chat API
+Answer = dict[str, Any]  # JSON; of one request: a `Reply`'s fields
+
+Cut = Callable[[str], str]
+"""Shortens a text in its middle to what the benchmark's ``context_tokens`` and the model leave room
+for; a text that fits comes back as it is."""
+
+
+class TaskError(ValueError):
+    """A benchmark that cannot be run. The message is one line: which file, line and field, and what
+    was expected; or what to install."""
+
+
+class JudgeError(RuntimeError):
+    """The judge gave no verdict. The answer is kept and judged again in the next run."""
+
+
+@dataclass(frozen=True)
+class Item:
+    """One question of a benchmark."""
+
+    id: str  # unique and stable within its benchmark
+    messages: tuple[Message, ...]  # already cut to the context
+    reference: Any  # JSON; what the scorer needs
+    tools: tuple[dict[str, Any], ...] = ()  # OpenAI tool schemas
+    group: str = ""  # category, for sub-scores
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What a model answered to one request."""
+
+    text: str  # without reasoning
+    reasoning: str = ""
+    tool_calls: tuple[dict[str, Any], ...] = ()  # OpenAI's: id, type, function (name, arguments)
+    finish: str = "stop"  # stop, length, tool_calls
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What an answer is worth."""
+
+    score: float  # 0 to 1
+    detail: str = ""  # why, for who reads the answers' file
+
+
+class Chat(Protocol):
+    """A model behind an OpenAI-compatible server, with the run's sampling settings.
+
+    Requests that fail are retried with backoff, and counted for the item that they are made for.
+    """
+
+    url: str  # with /v1
+    key: str
+    model: str
+    options: Mapping[str, Any]  # of each request: temperature, top_p, max_tokens, extra_body
+
+    async def ask(
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: Sequence[dict[str, Any]] = (),
+        seed: int | None = None,
+        **options: Any,
+    ) -> Reply:
+        """One request; ``options`` go before the run's.
+
+        Raises:
+            mixquant.evaluate.chat.ChatError: it failed in the end.
+        """
+        ...
+
+
+class Task:
+    """A benchmark. Subclasses load its items and score answers; what they raise for bad input is
+    `TaskError`.
+
+    Attributes:
+        needs_judge: whether ``run`` or ``score`` asks a second model (a judge, a simulated user).
+        defaults: what the benchmark changes of the run's settings: ``seeds`` (how many),
+            ``max_tokens``, ``context_tokens`` (what `Cut` leaves of a text), ``temperature``,
+            ``top_p``, ``top_k``, ``thinking``.
+        weights: how much each group counts in the score, whatever its number of items; empty: every
+            item counts alike.
+    """
+
+    name: ClassVar[str]
+    needs_judge: ClassVar[bool] = False
+    defaults: ClassVar[Mapping[str, Any]] = {}
+    weights: ClassVar[Mapping[str, float]] = {}
+
+    def load(self, data: Path | None, cut: Cut) -> list[Item]:
+        """All items, in an order that does not change.
+
+        Args:
+            data: a file of the user's in the published schema; None: from the Hub, or from the
+                package that ships it.
+            cut: for texts that may be too long. Only tasks that cut need the model's tokenizer.
+
+        Raises:
+            TaskError: no such file, a wrong schema, or a package is missing.
+        """
+        raise NotImplementedError
+
+    async def run(self, item: Item, chat: Chat, seed: int, judge: Chat | None = None) -> Answer:
+        """The answer to an item, as JSON: that of one request, unless a subclass makes several.
+
+        Args:
+            judge: plays the user where a benchmark simulates one.
+        """
+        reply = await chat.ask(item.messages, tools=item.tools, seed=seed)
+        return {
+            "text": reply.text,
+            "reasoning": reply.reasoning,
+            "tool_calls": list(reply.tool_calls),
+            "finish": reply.finish,
+        }
+
+    async def score(self, item: Item, answer: Answer, judge: Chat | None = None) -> Verdict:
+        """What an answer is worth. Runs in the event loop: what takes longer than some ten
+        milliseconds belongs in `asyncio.to_thread`.
+
+        Raises:
+            JudgeError: the judge said neither yes nor no.
+        """
+        raise NotImplementedError
