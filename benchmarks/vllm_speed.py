@@ -12,11 +12,10 @@ hold within one run only.
 from __future__ import annotations
 
 import argparse
-import datetime
-import importlib.metadata
 import json
 import os
 import random
+import shlex
 import statistics
 import subprocess
 import sys
@@ -24,6 +23,8 @@ import tempfile
 import time
 from pathlib import Path
 from typing import Any
+
+from mixquant.results import Arm, Bench, Environment, Measurement, to_json
 
 ARMS: dict[str, dict[str, Any]] = {
     "bf16": {},
@@ -76,6 +77,7 @@ def measure(arm: str, options: argparse.Namespace) -> list[dict[str, Any]]:
         row = {
             "arm": arm,
             "metric": metric,
+            "workload": "length" if metric == "ttft" else "batch",
             "tokens": tokens,
             "concurrency": concurrency,
             "value": round(statistics.median(values), 3),
@@ -149,8 +151,6 @@ def main() -> None:
         options.one_arm.write_text(json.dumps(measure(options.arms, options)))
         return
 
-    import torch
-
     rows: list[dict[str, Any]] = []
     for arm in options.arms.split(","):
         with tempfile.NamedTemporaryFile(suffix=".json") as result:
@@ -163,37 +163,30 @@ def main() -> None:
             print(f"{arm}: {time.perf_counter() - started:.0f} s", file=sys.stderr, flush=True)
             rows += json.loads(Path(result.name).read_text())
         if options.json:
-            options.json.write_text(
-                json.dumps(
-                    {
-                        "date": datetime.date.today().isoformat(),
-                        "command": " ".join(["python", *sys.argv]).replace(
-                            str(options.json), options.json.name
-                        ),
-                        "model": options.model,
-                        "device": torch.cuda.get_device_name()
-                        if torch.cuda.is_available()
-                        else "CPU",
-                        "versions": {
-                            name: importlib.metadata.version(name)
-                            for name in ("torch", "vllm", "mixquant")
-                            if _installed(name)
-                        },
-                        "results": rows,
-                    },
-                    indent=1,
-                )
-                + "\n"
+            command = shlex.join(["python", *sys.argv]).replace(
+                str(options.json), options.json.name
             )
+            bench = Bench(
+                environment=Environment.here(),
+                command=command,
+                model=options.model,
+                arms=tuple(
+                    Arm(name=name, arguments=arguments(ARMS[name]))
+                    for name in dict.fromkeys(row["arm"] for row in rows)
+                ),
+                results=tuple(Measurement.model_validate(row) for row in rows),
+            )
+            options.json.write_text(to_json(bench))
     print(table(rows))
 
 
-def _installed(name: str) -> bool:
-    try:
-        importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return False
-    return True
+def arguments(options: dict[str, Any]) -> str:
+    """What `vllm serve` would be given for the same."""
+    words = []
+    for name, value in options.items():
+        words += ["--" + name.replace("_", "-")]
+        words += [value if isinstance(value, str) else json.dumps(value)]
+    return shlex.join(words)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from mixquant import cli
+from mixquant import cli, results
 from mixquant.evaluate import compare
 from mixquant.evaluate.compare import divergence
 from mixquant.evaluate.workload import PROMPT_TOKENS, agent_workload
@@ -31,6 +31,12 @@ def test_compare(smollm2_path: str, tmp_path: Path, capsys: pytest.CaptureFixtur
     printed = _compare(capsys, smollm2_path, "--json", str(file), "--max-new-tokens", "12")
     assert [entry.name for entry in tmp_path.iterdir()] == ["results.json"]
     result = json.loads(file.read_text())
+    read = results.read(file)
+    assert isinstance(read, results.Comparison)
+    assert results.to_json(read) == file.read_text()
+    assert result["kind"] == "comparison"
+    assert result["command"] == f"mixquant compare {smollm2_path} --json {file} --max-new-tokens 12"
+    assert result["environment"]["versions"]["torch"] == torch.__version__
 
     assert result["model"] == smollm2_path
     assert result["device"] in ("cpu", "cuda")

@@ -31,8 +31,8 @@ class Environment(_Part):
 
     date: str  # ISO 8601, UTC
     device: str  # of the model; what the vendor calls it, or the processor's vector instructions
-    threads: int
-    platform: str
+    threads: int | None  # these two are None in files older than this format
+    platform: str | None
     versions: dict[str, str]  # of PACKAGES, those that are installed, and python
 
     @classmethod
@@ -200,28 +200,80 @@ class Evaluation(_Part):
     recoveries: tuple[Recovery, ...]
 
 
-Results = Annotated[Bench | Fidelity | Evaluation, Field(discriminator="kind")]
+class ComparedArm(_Part):
+    """What one arm of `mixquant compare` cost and gave. Times in seconds."""
+
+    name: str
+    device: str
+    compute_dtype: str  # of precise products: the faster of bfloat16 and float32 for ``bf16``
+    prefill_tokens: int  # read in all turns; what lies in the KV cache is not read again
+    quantized_prefill_tokens: int  # of these, multiplied in the prefill format
+    ttft_s: float  # sum over the turns of: prompt given until the logits of the first answer token
+    ttft_s_per_turn: tuple[float, ...]  # each the median of the rounds
+    prefill_tokens_per_s: float
+    tpot_s: float | None  # median over all answer tokens but each first; None if there are none
+    kl_mean: float  # KL(reference, arm) in nats per token, teacher-forced on the reference
+    top1_agreement: float  # share of answer positions where the likeliest token is the reference's
+    extra_bytes: int  # memory of the quantized copies
+    text: str  # the arm's own greedy answer to the last question, after the reference's others
 
 
-def to_json(results: Bench | Fidelity | Evaluation) -> str:
+class Comparison(_Part):
+    """What `mixquant compare` writes: the arms side by side."""
+
+    kind: Literal["comparison"] = "comparison"
+    environment: Environment
+    command: str
+    model: str
+    device: str  # cpu or cuda
+    device_name: str
+    threads: int
+    format: str  # of the recipe's other projections, if it names several
+    kernel: str
+    native: bool
+    recipe: dict[str, Any]  # with everything decided
+    workload: str
+    prompt_tokens_per_turn: tuple[int, ...]
+    answer_tokens_per_turn: tuple[int, ...]
+    prefill_rounds: int
+    probed_prefill_s: dict[str, float]  # by type: how ``bf16`` came to compute in what it does
+    answers: tuple[str, ...]  # the reference's
+    arms: tuple[ComparedArm, ...]
+
+
+Results = Bench | Fidelity | Evaluation | Comparison
+
+
+class _NotFiniteError(Exception):
+    pass
+
+
+def _refuse(constant: str) -> None:
+    """Python's parser takes NaN and Infinity, which JSON does not have."""
+    raise _NotFiniteError(constant)
+
+
+def to_json(results: Results) -> str:
     return results.model_dump_json(indent=2) + "\n"
 
 
-def read(path: Path) -> Bench | Fidelity | Evaluation:
+def read(path: Path) -> Results:
     """What a results file holds.
 
     Raises:
         ResultsError: no such file, no JSON, or not what this version writes.
     """
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse)
     except OSError as error:
         raise ResultsError(f"cannot read {path}: {error.strerror or error}") from None
     except UnicodeDecodeError:
         raise ResultsError(f"cannot read {path}: it is not UTF-8 text") from None
     except json.JSONDecodeError as error:
         raise ResultsError(f"{path} is not JSON: line {error.lineno}: {error.msg}") from None
-    adapter: TypeAdapter[Bench | Fidelity | Evaluation] = TypeAdapter(Results)
+    except _NotFiniteError as error:
+        raise ResultsError(f"{path} holds {error}, which is no figure") from None
+    adapter: TypeAdapter[Results] = TypeAdapter(Annotated[Results, Field(discriminator="kind")])
     try:
         return adapter.validate_python(values)
     except ValidationError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from typing import Annotated
@@ -55,7 +56,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if arguments is None:
         arguments = sys.argv[1:]
     try:
-        code = app(args=list(arguments) or ["--help"], prog_name="mixquant", standalone_mode=False)
+        code = app(
+            args=list(arguments) or ["--help"],
+            prog_name="mixquant",
+            standalone_mode=False,
+            obj=shlex.join(["mixquant", *arguments]),  # for the files that commands write
+        )
         return code if isinstance(code, int) else 0
     except (KeyboardInterrupt, typer.Abort):
         return 130

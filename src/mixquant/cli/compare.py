@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
@@ -29,6 +28,7 @@ from mixquant.models import find, load_tokenizer
 
 
 def compare(
+    context: typer.Context,
     model: Model,
     recipe: RecipeOption = None,
     format: FormatOption = None,
@@ -44,6 +44,10 @@ def compare(
     json_file: Annotated[
         Path | None, typer.Option("--json", metavar="FILE", help="Write the results there, too.")
     ] = None,
+    report_file: Annotated[
+        Path | None,
+        typer.Option("--report", metavar="FILE", help="Write them as a page of HTML, too."),
+    ] = None,
 ) -> None:
     """Run an agent-like conversation in BF16, quantized, and with mixquant; show cost and gain."""
     chosen = chosen_recipe(recipe, format)
@@ -51,8 +55,9 @@ def compare(
     text = None if prompt_file is None else read_text(prompt_file)
     if text is not None and not text.strip():
         raise InputError(f"{prompt_file} is empty")
-    if json_file is not None:
-        check_writable(json_file)
+    for file in (json_file, report_file):
+        if file is not None:
+            check_writable(file)
     checkpoint = find(model, say)
 
     from transformers.utils import logging
@@ -60,24 +65,30 @@ def compare(
     from mixquant.evaluate.compare import compare as run
     from mixquant.evaluate.report import answers, table
     from mixquant.evaluate.workload import agent_workload
+    from mixquant.report import page
+    from mixquant.results import to_json
 
     logging.disable_progress_bar()  # ours tells the same
 
     chosen = chosen or saved_recipe(checkpoint)
     workload = agent_workload(load_tokenizer(checkpoint), text)
-    with progress_bar() as report:
+    with progress_bar() as progress:
         result = run(
             checkpoint,
             workload,
             chosen,
             arms=names,
             max_new_tokens=max_new_tokens,
-            progress=report,
+            command=context.obj,
+            progress=progress,
         )
     if json_file is not None:
-        write_whole(json_file, json.dumps(result.to_dict(), indent=2) + "\n")
+        write_whole(json_file, to_json(result))
     out.print(table(result))
     out.print(answers(result))
+    if report_file is not None:
+        write_whole(report_file, page([(None, result)]))
+        say(f"The same with plots: {report_file.absolute()}")
 
 
 def _arms(text: str) -> list[str]:

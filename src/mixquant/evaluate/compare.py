@@ -12,7 +12,7 @@ import copy
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
 
@@ -29,6 +29,7 @@ from mixquant.evaluate.workload import Workload
 from mixquant.models import Checkpoint, ModelError, load_model
 from mixquant.phase import plan_in_force
 from mixquant.recipe import Recipe
+from mixquant.results import ComparedArm, Comparison, Environment
 
 ARMS = ("bf16", "quantized", "mixquant")
 
@@ -42,50 +43,6 @@ _WARM_UP_STEPS = 3
 Progress = Callable[[str, float], None]
 
 
-@dataclass(frozen=True)
-class Arm:
-    """What one arm cost and gave. Times in seconds."""
-
-    name: str
-    device: str
-    compute_dtype: str  # of precise products: the faster of bfloat16 and float32 for ``bf16``
-    prefill_tokens: int  # read in all turns; what lies in the KV cache is not read again
-    quantized_prefill_tokens: int  # of these, multiplied in the prefill format
-    ttft_s: float  # sum over the turns of: prompt given until the logits of the first answer token
-    ttft_s_per_turn: tuple[float, ...]  # each the median of the rounds
-    prefill_tokens_per_s: float
-    tpot_s: float | None  # median over all answer tokens but each first; None if there are none
-    kl_mean: float  # KL(reference, arm) in nats per token, teacher-forced on the reference
-    top1_agreement: float  # share of answer positions where the likeliest token is the reference's
-    extra_bytes: int  # memory of the quantized copies
-    text: str  # the arm's own greedy answer to the last question, after the reference's others
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """The arms side by side."""
-
-    model: str
-    device: str  # cpu or cuda
-    device_name: str
-    threads: int
-    format: str  # of the recipe's other projections, if it names several
-    kernel: str
-    native: bool
-    recipe: dict[str, Any]  # with everything decided
-    workload: str
-    prompt_tokens_per_turn: tuple[int, ...]
-    answer_tokens_per_turn: tuple[int, ...]
-    prefill_rounds: int
-    probed_prefill_s: dict[str, float]  # by type: how ``bf16`` came to compute in what it does
-    answers: tuple[str, ...]  # the reference's
-    arms: tuple[Arm, ...]
-
-    def to_dict(self) -> dict[str, Any]:
-        """All of it, as JSON types."""
-        return asdict(self)
-
-
 def compare(
     checkpoint: Checkpoint,
     workload: Workload,
@@ -93,6 +50,7 @@ def compare(
     *,
     arms: Sequence[str] = ARMS,
     max_new_tokens: int = 24,
+    command: str = "",
     progress: Progress = lambda doing, share: None,
 ) -> Comparison:
     """Runs the workload in the arms.
@@ -100,6 +58,7 @@ def compare(
     Args:
         arms: those to report, in any order. ``bf16`` always runs: it is the reference.
         max_new_tokens: per answer; the reference may end earlier.
+        command: what the user typed, to stand in the result.
         progress: is told what is being done, and the share that is done.
 
     Raises:
@@ -137,6 +96,8 @@ def compare(
     recipe_used = summary(prepared).recipe if prepared is not None else recipe
     used = _format_used(prepared)
     return Comparison(
+        environment=Environment.here(),
+        command=command,
         model=checkpoint.name,
         device=device.type,
         device_name=device_name(device),
@@ -337,7 +298,9 @@ def _force(players: list[_Player], first: list[Tensor], answer: list[int]) -> No
         player.logits.append(torch.stack(its_logits).cpu())
 
 
-def _result(player: _Player, wanted: list[Tensor], workload: Workload, prepared: Any) -> Arm:
+def _result(
+    player: _Player, wanted: list[Tensor], workload: Workload, prepared: Any
+) -> ComparedArm:
     kl, agrees = zip(
         *(divergence(reference, own) for reference, own in zip(wanted, player.logits, strict=True)),
         strict=True,
@@ -345,7 +308,7 @@ def _result(player: _Player, wanted: list[Tensor], workload: Workload, prepared:
     per_turn = tuple(median(seconds) for seconds in player.ttft)
     tokens = sum(player.prompt_tokens)
     extra_bytes = summary(prepared).extra_bytes if player.model is prepared else 0
-    return Arm(
+    return ComparedArm(
         name=player.name,
         device=player.model.device.type,
         compute_dtype=_type_name(player.model.dtype),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from rich import box
 from rich.table import Table
 
-from mixquant.evaluate.compare import Comparison
+from mixquant.results import Comparison
 
 _SHORT = {"bfloat16": "bf16", "float32": "fp32"}
 

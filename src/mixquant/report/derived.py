@@ -1,0 +1,76 @@
+"""What a page shows beyond the figures in a file: ratios to the baseline, and the Pareto front."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from mixquant.results import Measurement
+
+BASELINE = "bf16"
+
+
+@dataclass(frozen=True)
+class Speedup:
+    """How many times as fast as the baseline an arm was in one measurement."""
+
+    arm: str
+    measurement: Measurement  # the arm's
+    ratio: float
+    low: float | None  # the slowest of the arm against the fastest of the baseline
+    high: float | None
+
+
+def higher_is_better(unit: str) -> bool:
+    return "/s" in unit
+
+
+def speedups(measurements: Iterable[Measurement], baseline: str = BASELINE) -> tuple[Speedup, ...]:
+    """Each measurement of the other arms against the baseline's of the same metric, workload, prompt
+    length and concurrency; above 1 the arm is better. What has no counterpart, or is no speed (a
+    share), is left out, and so is what would divide by zero.
+    """
+    measurements = tuple(measurements)
+    base = {_condition(m): m for m in measurements if m.arm == baseline}
+    found = []
+    for own in measurements:
+        reference = base.get(_condition(own))
+        if own.arm == baseline or reference is None or own.unit == "share":
+            continue
+        ratio = _ratio(own.value, reference.value, own.unit)
+        if ratio is None:
+            continue
+        bounds = sorted(
+            bound
+            for a, b in ((own.lowest, reference.highest), (own.highest, reference.lowest))
+            if a is not None and b is not None and (bound := _ratio(a, b, own.unit)) is not None
+        )
+        low, high = bounds if len(bounds) == 2 else (None, None)
+        found.append(Speedup(own.arm, own, ratio, low, high))
+    return tuple(found)
+
+
+def _condition(m: Measurement) -> tuple[str, str, int, int, str]:
+    return m.workload, m.metric, m.tokens, m.concurrency, m.unit
+
+
+def _ratio(own: float, reference: float, unit: str) -> float | None:
+    above, below = (own, reference) if higher_is_better(unit) else (reference, own)
+    return above / below if below > 0 else None
+
+
+def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
+    """The points that no other point beats: at most as high in both coordinates, lower in one.
+
+    Returns:
+        Their indices, by the first coordinate. Equal points are all there or all absent.
+    """
+
+    def beaten(point: tuple[float, float]) -> bool:
+        return any(
+            other[0] <= point[0] and other[1] <= point[1] and other != point for other in points
+        )
+
+    return sorted(
+        (i for i, point in enumerate(points) if not beaten(point)), key=points.__getitem__
+    )
