@@ -136,9 +136,9 @@ class Follower:
 def install(method: Any) -> None:
     """Wraps the model runners of this process, which are loading their models as this is called."""
     if (module := sys.modules.get(V1)) is not None:
-        _wrap(module.GPUModelRunner, "_prepare_inputs", _note_v1, method)
+        _wrap(module.GPUModelRunner, "_prepare_inputs", note_v1, method)
     if (module := sys.modules.get(V2)) is not None:
-        _wrap(module.GPUModelRunner, "prepare_inputs", _note_v2, method)
+        _wrap(module.GPUModelRunner, "prepare_inputs", note_v2, method)
 
 
 def _wrap(runner_class: Any, prepare: str, note: Any, method: Any) -> None:
@@ -198,7 +198,8 @@ def _follower(runner: Any) -> Follower | None:
     return follower
 
 
-def _note_v1(runner: Any, scheduler_output: Any, prepared: Any) -> Batch:
+def note_v1(runner: Any, scheduler_output: Any, prepared: Any) -> Batch:
+    """The sequences of the pass that a V1 runner's ``_prepare_inputs`` has prepared."""
     batch = runner.input_batch
     count = batch.num_reqs
     requests = list(batch.req_ids[:count])
@@ -211,7 +212,8 @@ def _note_v1(runner: Any, scheduler_output: Any, prepared: Any) -> Batch:
     )
 
 
-def _note_v2(runner: Any, scheduler_output: Any, prepared: Any) -> Batch:
+def note_v2(runner: Any, scheduler_output: Any, prepared: Any) -> Batch:
+    """The sequences of the pass that a V2 runner's ``prepare_inputs`` has prepared."""
     count = prepared.num_reqs
     # prefill_len would not do: after a preemption it includes generated tokens.
     prompts = runner.req_states.prompt_len.np[prepared.idx_mapping_np[:count]]
