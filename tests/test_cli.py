@@ -115,7 +115,7 @@ def test_unexpected_error(
     def broken(*args: object) -> None:
         raise ZeroDivisionError("of two\nlines")
 
-    monkeypatch.setattr(cli, "find", broken)
+    monkeypatch.setattr("mixquant.cli.talk.find", broken)
     assert cli.main(["generate", "smollm2", "x"]) == 1
     assert capsys.readouterr().err == (
         "error: ZeroDivisionError: of two lines (MIXQUANT_TRACEBACK=1 shows where)\n"

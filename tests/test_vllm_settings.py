@@ -385,7 +385,7 @@ def test_settling_writes_recipe_and_version_and_keeps_the_rest(device: Callable[
     }
     assert given == {"mixquant": {"min_prefill_tokens": 5}, "other": 1}  # the caller's, untouched
     before, path = dict(config.additional_config), config.quant_config.counters
-    assert Path(path).stat().st_size == 2 * 6 * 8  # six counters for each of two ranks
+    assert Path(path).stat().st_size == 2 * 7 * 8  # seven counters for each of two ranks
     settings._settle(config)  # as `replace` of a configuration does
     assert (config.additional_config, config.quant_config.counters) == (before, path)
 
