@@ -162,6 +162,7 @@ class Score(_Part):
     items: int
     seeds: int
     failed: int  # requests that got no answer in the end; they count as wrong
+    unjudged: int = 0  # answers that no judge gave a verdict on; they do not count
 
 
 class Difference(_Part):
@@ -198,6 +199,7 @@ class Evaluation(_Part):
     scores: tuple[Score, ...]
     differences: tuple[Difference, ...]
     recoveries: tuple[Recovery, ...]
+    subscores: tuple[Score, ...] = ()  # of a benchmark's groups; ``benchmark`` is NAME/GROUP
 
 
 class ComparedArm(_Part):

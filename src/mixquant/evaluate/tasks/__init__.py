@@ -12,7 +12,7 @@ Answer = dict[str, Any]  # JSON; of one request: a `Reply`'s fields
 
 Cut = Callable[[str], str]
 """Shortens a text in its middle to what the benchmark's ``context_tokens`` and the model leave room
-for; a text that fits comes back as it is."""
+for; a text that fits comes back as it is. For the whole prompt, not a part of it."""
 
 
 class TaskError(ValueError):
@@ -59,10 +59,19 @@ class Chat(Protocol):
     Requests that fail are retried with backoff, and counted for the item that they are made for.
     """
 
-    url: str  # with /v1
-    key: str
-    model: str
-    options: Mapping[str, Any]  # of each request: temperature, top_p, max_tokens, extra_body
+    @property
+    def url(self) -> str:
+        """With /v1."""
+
+    @property
+    def key(self) -> str: ...
+
+    @property
+    def model(self) -> str: ...
+
+    @property
+    def options(self) -> Mapping[str, Any]:
+        """Of each request: temperature, top_p, max_tokens, extra_body; of a judge: nothing."""
 
     async def ask(
         self,
