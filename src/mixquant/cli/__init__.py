@@ -15,15 +15,17 @@ from mixquant.cli.compare import compare
 from mixquant.cli.console import InputError, print_error
 from mixquant.cli.info import info
 from mixquant.cli.quantize import quantize
+from mixquant.cli.report import report
 from mixquant.cli.talk import chat, generate
 from mixquant.models import ModelError
+from mixquant.results import ResultsError
 
 app = typer.Typer(
     help="Phase-aware quantized inference: prefill in low precision, decode in BF16.",
     add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (generate, chat, compare, quantize, info):
+for command in (generate, chat, compare, quantize, report, info):
     app.command()(command)
 
 
@@ -72,7 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         if os.environ.get("MIXQUANT_TRACEBACK"):
             raise
-        if isinstance(error, (InputError, ModelError, PrepareError, RecipeError)):
+        if isinstance(error, (InputError, ModelError, PrepareError, RecipeError, ResultsError)):
             print_error(str(error))
             return 2
         if hasattr(

@@ -1,6 +1,115 @@
+"""Results files as one page of HTML that needs nothing else: no network, no script, no file beside it."""
+
+from __future__ import annotations
+
+import json
 from collections.abc import Sequence
-from mixquant.results import Results
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from mixquant.report import bench, comparison, evaluation, fidelity
+from mixquant.report.parts import Panel, Section
+from mixquant.report.plots import Alt
+from mixquant.report.text import plain
+from mixquant.results import Bench, Comparison, Evaluation, Fidelity, Results
 
 
 def page(files: Sequence[tuple[str | None, Results]]) -> str:
-    raise NotImplementedError
+    """The page.
+
+    Args:
+        files: what was read, in the order that the page has it, each with its file's name; None if
+            it was not read from a file.
+
+    Returns:
+        A whole document. The same files give the same text.
+
+    Raises:
+        ValueError: there are no files.
+    """
+    if not files:
+        raise ValueError("a page needs at least one results file")
+    environment = Environment(
+        loader=PackageLoader("mixquant.report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    models = dict.fromkeys(results.model for _, results in files)
+    html = environment.get_template("page.html").render(
+        title=f"mixquant: {', '.join(models)}",
+        models=list(models),
+        files=[_file(f"file-{n}", name, results) for n, (name, results) in enumerate(files, 1)],
+    )
+    # JSON can hold halves of surrogate pairs, UTF-8 cannot.
+    return html.encode("utf-8", "replace").decode("utf-8")
+
+
+def _file(identity: str, name: str | None, results: Results) -> dict[str, Any]:
+    section = _section(results)
+    return {
+        "identity": identity,
+        "name": name,
+        "model": results.model,
+        "section": section,
+        "panels": [_panel(f"{identity}-{n}", p) for n, p in enumerate(section.panels, 1)],
+        "facts": _facts(results),
+        "command": results.command,
+        "arms": _arms(results),
+    }
+
+
+def _section(results: Results) -> Section:
+    match results:
+        case Bench():
+            return bench.section(results)
+        case Fidelity():
+            return fidelity.section(results)
+        case Evaluation():
+            return evaluation.section(results)
+        case Comparison():
+            return comparison.section(results)
+
+
+def _panel(identity: str, panel: Panel) -> dict[str, Any]:
+    finding = plain(panel.finding)
+    return {
+        "title": panel.title,
+        "finding": finding,
+        "plot": panel.draw(Alt(identity, plain(panel.title), finding)),
+        "table": panel.table,
+    }
+
+
+def _facts(results: Results) -> list[tuple[str, str]]:
+    where = results.environment
+    facts = [("Model", results.model), ("Device", where.device), ("Date", where.date)]
+    if where.threads is not None:
+        facts.append(("Threads", str(where.threads)))
+    if where.platform is not None:
+        facts.append(("Platform", where.platform))
+    if isinstance(results, Fidelity):
+        facts.append(("Engine", results.engine))
+    return facts + [(name, version) for name, version in where.versions.items()]
+
+
+def _arms(results: Results) -> list[dict[str, str | None]]:
+    if isinstance(results, Comparison):
+        recipe = _pretty(results.recipe)
+        return [{"name": "mixquant", "arguments": None, "url": None, "recipe": recipe}]
+    return [
+        {
+            "name": arm.name,
+            "arguments": arm.arguments,
+            "url": arm.url,
+            "recipe": None if arm.recipe is None else _pretty(arm.recipe),
+        }
+        for arm in results.arms
+        if arm.arguments or arm.url or arm.recipe is not None
+    ]
+
+
+def _pretty(recipe: dict[str, Any]) -> str:
+    return json.dumps(recipe, indent=2, ensure_ascii=False)

@@ -1,0 +1,264 @@
+"""Benchmark scores with their intervals, paired differences, and how much of the loss is won back."""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+from statistics import fmean
+
+from mixquant.report.bench import arms_of
+from mixquant.report.derived import BASELINE
+from mixquant.report.parts import KeyFigure, Panel, Section, Table
+from mixquant.report.plots import Bar, Point, Series, bars, intervals
+from mixquant.report.style import Look, looks
+from mixquant.report.text import count, listed, percent, points, sentence
+from mixquant.results import Difference, Evaluation, Recovery
+
+_MEAN = "mean"
+
+
+def section(evaluation: Evaluation) -> Section:
+    """What an evaluation file shows. Shares become percent, differences percentage points."""
+    arms = arms_of([arm.name for arm in evaluation.arms] + [s.arm for s in evaluation.scores])
+    looked = looks([*arms, *(d.arm for d in evaluation.differences)])
+    failed = [s for s in evaluation.scores if s.failed]
+    return Section(
+        title="Benchmark scores",
+        key_figures=_key_figures(evaluation, arms),
+        notes=tuple(
+            f"{s.benchmark}, {s.arm}: {count(s.failed)} of {count(s.items * s.seeds)} requests got "
+            "no answer in the end; they count as wrong."
+            for s in failed
+        ),
+        panels=(
+            *_scores(evaluation, arms, looked),
+            *_differences(evaluation.differences, looked),
+            *_recoveries(evaluation.recoveries, looked),
+        ),
+        tables=_settings(evaluation),
+    )
+
+
+def mean_scores(evaluation: Evaluation) -> tuple[dict[str, float], int]:
+    """Each arm's mean over the benchmarks that all arms have, and how many these are."""
+    scored: dict[str, dict[str, float]] = {}
+    for s in evaluation.scores:
+        scored.setdefault(s.arm, {})[s.benchmark] = s.score
+    common = set.intersection(*(set(of_arm) for of_arm in scored.values())) if scored else set()
+    if not common:
+        return {}, 0
+    return {
+        arm: fmean(of_arm[name] for name in sorted(common)) for arm, of_arm in scored.items()
+    }, len(common)
+
+
+def _key_figures(evaluation: Evaluation, arms: tuple[str, ...]) -> tuple[KeyFigure, ...]:
+    means, benchmarks = mean_scores(evaluation)
+    over = f"mean of {benchmarks} benchmarks" if benchmarks > 1 else "score"
+    figures = [KeyFigure(percent(means[arm]), f"{arm}: {over}") for arm in arms if arm in means]
+    figures += [
+        KeyFigure(
+            f"{100 * r.recovery:.0f} %",
+            f"{r.arm}: of the loss of quantizing everything won back ({r.benchmark})",
+        )
+        for r in evaluation.recoveries
+        if r.recovery is not None and r.benchmark == _MEAN
+    ]
+    return tuple(figures[:5])
+
+
+def _scores(evaluation: Evaluation, arms: tuple[str, ...], looked: dict[str, Look]) -> list[Panel]:
+    scores = evaluation.scores
+    if not scores:
+        return []
+    benchmarks = tuple(dict.fromkeys(s.benchmark for s in scores))
+    found = {(s.benchmark, s.arm): s for s in scores}
+    means, common = mean_scores(evaluation)
+    shown = [arm for arm in arms if any(s.arm == arm for s in scores)]
+    said = [
+        f"{name}: "
+        + listed(
+            [
+                f"{arm} {percent(s.score)} ({percent(s.low)} to {percent(s.high)})"
+                for arm in shown
+                if (s := found.get((name, arm)))
+            ]
+        )
+        for name in benchmarks[:3]
+    ]
+    if len(benchmarks) > 3:
+        said = [
+            f"mean of {common}: " + listed([f"{a} {percent(means[a])}" for a in shown if means])
+        ]
+    rows = [
+        (
+            name,
+            *(
+                f"{percent(s.score)} ({percent(s.low)} to {percent(s.high)})"
+                if (s := found.get((name, arm)))
+                else "–"
+                for arm in shown
+            ),
+            listed(
+                sorted({f"{count(s.items)} × {s.seeds}" for s in scores if s.benchmark == name})
+            ),
+        )
+        for name in benchmarks
+    ]
+    if common > 1:
+        rows.append((f"mean of {common}", *(percent(means[arm]) for arm in shown), ""))
+    return [
+        Panel(
+            "Scores with 95 % intervals",
+            sentence("; ".join(said)),
+            partial(
+                intervals,
+                groups=benchmarks,
+                series=[
+                    Series(
+                        arm,
+                        looked[arm],
+                        tuple(
+                            Point(place, 100 * s.score, 100 * s.low, 100 * s.high)
+                            for place, name in enumerate(benchmarks)
+                            if (s := found.get((name, arm)))
+                        ),
+                    )
+                    for arm in shown
+                ],
+                x_label="Score, %; more is better",
+            ),
+            Table("Scores (95 % interval)", ("Benchmark", *shown, "Items × seeds"), tuple(rows)),
+        )
+    ]
+
+
+def _differences(differences: tuple[Difference, ...], looked: dict[str, Look]) -> list[Panel]:
+    if not differences:
+        return []
+    benchmarks = tuple(dict.fromkeys(d.benchmark for d in differences))
+    pairs = tuple(dict.fromkeys((d.arm, d.versus) for d in differences))
+    several = len({versus for _, versus in pairs}) > 1
+    # Two comparisons of one arm need two looks.
+    own = (
+        looks(f"{arm} − {versus}" for arm, versus in pairs)
+        if several
+        else {f"{arm} − {versus}": looked[arm] for arm, versus in pairs}
+    )
+    found = {(d.benchmark, d.arm, d.versus): d for d in differences}
+    clear = [d for d in differences if d.low > 0 or d.high < 0]
+    said = (
+        f"{len(clear)} of {len(differences)} differences are clear of zero: "
+        + listed(
+            [f"{d.benchmark}, {d.arm} − {d.versus}: {points(d.difference)}" for d in clear[:6]]
+        )
+        + (", among others" if len(clear) > 6 else "")
+        if clear
+        else f"none of {len(differences)} differences is clear of zero; the largest: "
+        + _largest(differences)
+    )
+    return [
+        Panel(
+            "Paired differences with 95 % intervals",
+            sentence(said),
+            partial(
+                intervals,
+                groups=benchmarks,
+                series=[
+                    Series(
+                        name,
+                        own[name],
+                        tuple(
+                            Point(place, 100 * d.difference, 100 * d.low, 100 * d.high)
+                            for place, benchmark in enumerate(benchmarks)
+                            if (d := found.get((benchmark, arm, versus)))
+                        ),
+                    )
+                    for arm, versus in pairs
+                    for name in (f"{arm} − {versus}",)
+                ],
+                x_label="Percentage points; right of zero is better",
+                reference=0.0,
+            ),
+            Table(
+                "Differences in percentage points (95 % interval), same items and seeds",
+                ("Benchmark", *(f"{arm} − {versus}" for arm, versus in pairs)),
+                tuple(
+                    (
+                        benchmark,
+                        *(
+                            f"{points(d.difference)} ({points(d.low)} to {points(d.high)})"
+                            if (d := found.get((benchmark, arm, versus)))
+                            else "–"
+                            for arm, versus in pairs
+                        ),
+                    )
+                    for benchmark in benchmarks
+                ),
+            ),
+        )
+    ]
+
+
+def _largest(differences: tuple[Difference, ...]) -> str:
+    d = max(differences, key=lambda d: abs(d.difference))
+    return f"{d.benchmark}, {d.arm} − {d.versus}: {points(d.difference)} percentage points"
+
+
+def _recoveries(recoveries: tuple[Recovery, ...], looked: dict[str, Look]) -> list[Panel]:
+    known = [r for r in recoveries if r.recovery is not None]
+    if not known:
+        return []
+    several = len({r.arm for r in recoveries}) > 1
+    style = looks([BASELINE, *(r.arm for r in recoveries)]) | looked
+
+    def name(r: Recovery) -> str:
+        return f"{r.benchmark}, {r.arm}" if several else r.benchmark
+
+    said = [f"{name(r)} {100 * (r.recovery or 0.0):.0f} %" for r in known]
+    nothing = [name(r) for r in recoveries if r.recovery is None]
+    finding = "share of the loss of quantizing everything that is won back: " + listed(said)
+    if nothing:
+        finding += f"; nothing was lost in {listed(nothing)}"
+    return [
+        Panel(
+            "Recovery" if several else f"Recovery by {known[0].arm}",
+            sentence(finding),
+            partial(
+                bars,
+                rows=[
+                    Bar(
+                        name(r),
+                        style[r.arm],
+                        100 * (r.recovery or 0.0),
+                        f"{100 * (r.recovery or 0.0):.0f} %",
+                    )
+                    for r in known
+                ],
+                x_label=f"% of the loss; 100 is {BASELINE}'s score",
+                reference=100.0,
+            ),
+            Table(
+                "Recovery: (arm − quantized) / (bf16 − quantized)",
+                ("Benchmark", "Arm", "Recovery"),
+                tuple(
+                    (
+                        r.benchmark,
+                        r.arm,
+                        "nothing lost" if r.recovery is None else f"{100 * r.recovery:.0f} %",
+                    )
+                    for r in recoveries
+                ),
+            ),
+        )
+    ]
+
+
+def _settings(evaluation: Evaluation) -> tuple[Table, ...]:
+    if not evaluation.settings:
+        return ()
+    rows = tuple(
+        (name, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
+        for name, value in evaluation.settings.items()
+    )
+    return (Table("Settings", ("Setting", "Value"), rows, True),)

@@ -1,0 +1,82 @@
+"""Figures and names as a reader wants them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+METRICS = {
+    "ttft": "Time to first token",
+    "tpot": "Time per output token",
+    "itl": "Inter-token latency",
+    "e2e": "Time of a request",
+    "prefill": "Prefill throughput",
+    "output": "Output throughput",
+    "total": "Total throughput",
+    "quantized": "Quantized share of the prompt tokens",
+}
+
+
+def metric_name(metric: str) -> str:
+    if metric in METRICS:
+        return METRICS[metric]
+    words = metric.replace("_", " ")
+    return words[:1].upper() + words[1:]
+
+
+def plain(text: str) -> str:
+    """Without what XML cannot hold (control characters) and what would break a line."""
+    return "".join(letter if letter.isprintable() else " " for letter in text)
+
+
+def short(text: str, limit: int = 26) -> str:
+    """For a label in a plot; the table beside it has the whole."""
+    text = plain(text)
+    return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+def number(value: float) -> str:
+    """Three or four significant digits, never an exponent for what people read as a number."""
+    size = abs(value)
+    if size >= 1000:
+        return f"{value:,.0f}"
+    for least, digits in ((100, 1), (10, 1), (1, 2), (0.1, 3), (0.001, 4)):
+        if size >= least:
+            return f"{value:.{digits}f}"
+    return "0" if value == 0 else f"{value:.2e}"
+
+
+def count(value: int) -> str:
+    return f"{value:,}"
+
+
+def percent(value: float) -> str:
+    return f"{100 * value:.1f} %"
+
+
+def points(value: float) -> str:
+    """A difference of shares, in percentage points, with its sign."""
+    return f"{100 * value:+.1f}"
+
+
+def times(ratio: float) -> str:
+    return f"{ratio:.2f}×"
+
+
+def quantity(value: float, unit: str) -> str:
+    return percent(value) if unit == "share" else f"{number(value)} {unit}"
+
+
+def spread(low: float | None, high: float | None) -> str:
+    """Lowest and highest, after the value they belong to."""
+    return "" if low is None or high is None else f" ({number(low)} to {number(high)})"
+
+
+def listed(words: Sequence[str]) -> str:
+    """``a``, ``a and b``, ``a, b and c``."""
+    if len(words) < 2:
+        return "".join(words)
+    return ", ".join(words[:-1]) + " and " + words[-1]
+
+
+def sentence(text: str) -> str:
+    return text[:1].upper() + text[1:] + "."
