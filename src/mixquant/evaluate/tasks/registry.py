@@ -1,0 +1,34 @@
+"""The benchmarks by name. Their modules are imported when they are asked for."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+
+from mixquant.evaluate.tasks import Task, TaskError
+
+TASKS: Mapping[str, tuple[str, str]] = {  # name: module below this package, class
+    "math500": ("mathematics", "Math500"),
+    "aime24": ("mathematics", "Aime24"),
+    "aime25": ("mathematics", "Aime25"),
+    "gsm8k": ("mathematics", "Gsm8k"),
+    "longbench-v2": ("longbench", "LongBenchV2"),
+    "longmemeval": ("longmemeval", "LongMemEval"),
+    "aa-lcr": ("aa_lcr", "AaLcr"),
+    "bfcl-v4": ("bfcl", "BfclV4"),
+    "tau2-bench": ("tau2", "Tau2Bench"),
+}
+
+
+def task(name: str) -> Task:
+    """The benchmark of that name.
+
+    Raises:
+        TaskError: there is none; the message lists those there are.
+    """
+    if name not in TASKS:
+        raise TaskError(f"unknown benchmark {name!r}, expected one of: {', '.join(TASKS)}")
+    module, cls = TASKS[name]
+    found = getattr(importlib.import_module(f"mixquant.evaluate.tasks.{module}"), cls)()
+    assert isinstance(found, Task)
+    return found
