@@ -72,7 +72,7 @@ class Measurement(_Part):
     """One figure of one arm: the median, and how far single values were from it."""
 
     arm: str
-    metric: str  # ttft, tpot, itl, e2e (ms); prefill, output, total (tok/s); quantized (share)
+    metric: str  # ttft, tpot, itl, e2e (ms); prefill, output, total (tok/s); quantized, cached (share)
     workload: str = "length"  # length, batch, concurrency, agent
     tokens: int  # of each prompt; of the agent trace, the mean
     concurrency: int
@@ -99,6 +99,7 @@ class Bench(_Part):
     command: str
     model: str
     arms: tuple[Arm, ...]
+    settings: dict[str, Any] = {}  # lengths of answers, repeats, the seed of the prompts
     results: tuple[Measurement, ...]
     breakdown: tuple[Piece, ...] = ()
 
