@@ -11,12 +11,18 @@ from typing import Annotated
 import typer
 
 from mixquant import PrepareError, RecipeError, __version__
+from mixquant.arms import ArmError
 from mixquant.cli.compare import compare
 from mixquant.cli.console import InputError, print_error
+from mixquant.cli.evaluate import evaluate
 from mixquant.cli.info import info
 from mixquant.cli.quantize import quantize
 from mixquant.cli.report import report
 from mixquant.cli.talk import chat, generate
+from mixquant.engines.vllm.server import ServerError
+from mixquant.evaluate.answer_file import AnswerFileError
+from mixquant.evaluate.plan import EvaluationError
+from mixquant.evaluate.tasks import TaskError
 from mixquant.models import ModelError
 from mixquant.results import ResultsError
 
@@ -25,8 +31,22 @@ app = typer.Typer(
     add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (generate, chat, compare, quantize, report, info):
+for command in (generate, chat, compare, evaluate, quantize, report, info):
     app.command()(command)
+
+# What a user gave that cannot be used: one line, and exit code 2.
+UNUSABLE = (
+    AnswerFileError,
+    ArmError,
+    EvaluationError,
+    InputError,
+    ModelError,
+    PrepareError,
+    RecipeError,
+    ResultsError,
+    ServerError,
+    TaskError,
+)
 
 
 def _version(wanted: bool) -> None:
@@ -74,7 +94,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         if os.environ.get("MIXQUANT_TRACEBACK"):
             raise
-        if isinstance(error, (InputError, ModelError, PrepareError, RecipeError, ResultsError)):
+        if isinstance(error, UNUSABLE):
             print_error(str(error))
             return 2
         if hasattr(

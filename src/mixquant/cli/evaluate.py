@@ -1,0 +1,275 @@
+"""`mixquant evaluate`."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from mixquant import Recipe
+from mixquant.cli.console import InputError, check_writable, err, out, print_error, say, write_whole
+from mixquant.cli.options import FormatOption, Model, RecipeOption, chosen_recipe, saved_recipe
+from mixquant.models import find
+
+if TYPE_CHECKING:
+    from mixquant.evaluate.plan import Judge
+
+JUDGE_KEYS = ("MIXQUANT_JUDGE_KEY", "OPENAI_API_KEY")
+SERVER_KEY = "VLLM_API_KEY"  # which vLLM itself reads
+RESULTS = "results.json"
+
+
+def evaluate(
+    context: typer.Context,
+    model: Model,
+    benchmark: Annotated[
+        list[str],
+        typer.Option("--benchmark", metavar="NAME", help="May be repeated; 'list' lists them."),
+    ],
+    data: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--data",
+            metavar="[NAME=]FILE",
+            help="A benchmark's data in its published schema; default: from the Hub.",
+        ),
+    ] = None,
+    arm: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--arm",
+            metavar="NAME[=ARGUMENTS]",
+            help="bf16, quantized, mixquant, or one of your own with arguments for vLLM.",
+            show_default="those three",
+        ),
+    ] = None,
+    url: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--url", metavar="NAME=URL", help="An arm whose OpenAI-compatible server runs already."
+        ),
+    ] = None,
+    served_name: Annotated[
+        str | None,
+        typer.Option("--served-name", metavar="NAME", help="What the servers call the model."),
+    ] = None,
+    recipe: RecipeOption = None,
+    format: FormatOption = None,
+    vllm_args: Annotated[
+        str, typer.Option("--vllm-args", metavar="ARGUMENTS", help="For every server started.")
+    ] = "",
+    seeds: Annotated[
+        int | None,
+        typer.Option("--seeds", min=1, metavar="N", show_default="by benchmark"),
+    ] = None,
+    limit: Annotated[
+        int | None,
+        typer.Option("--limit", min=1, metavar="N", help="Only so many items of each benchmark."),
+    ] = None,
+    temperature: Annotated[
+        float | None, typer.Option("--temperature", min=0.0, show_default="0.6")
+    ] = None,
+    top_p: Annotated[
+        float | None, typer.Option("--top-p", min=0.0, max=1.0, show_default="0.95")
+    ] = None,
+    top_k: Annotated[int | None, typer.Option("--top-k", min=-1, show_default="20")] = None,
+    max_tokens: Annotated[
+        int | None,
+        typer.Option(
+            "--max-tokens",
+            min=1,
+            help="Longest answer, with reasoning.",
+            show_default="by benchmark",
+        ),
+    ] = None,
+    thinking: Annotated[
+        bool | None, typer.Option("--thinking/--no-thinking", show_default="thinking")
+    ] = None,
+    max_context: Annotated[
+        int | None,
+        typer.Option(
+            "--context",
+            min=1,
+            metavar="N",
+            help="Tokens that the model takes, if fewer than it says.",
+        ),
+    ] = None,
+    judge_url: Annotated[
+        str | None,
+        typer.Option(
+            "--judge-url",
+            metavar="URL",
+            help=f"An OpenAI-compatible server that judges; its key: {' or '.join(JUDGE_KEYS)}.",
+        ),
+    ] = None,
+    judge_model: Annotated[str | None, typer.Option("--judge-model", metavar="NAME")] = None,
+    concurrency: Annotated[
+        int, typer.Option("--concurrency", min=1, metavar="N", help="Items in work at a time.")
+    ] = 16,
+    retries: Annotated[
+        int, typer.Option("--retries", min=0, metavar="N", help="Of a request that fails.")
+    ] = 8,
+    timeout: Annotated[
+        float, typer.Option("--timeout", min=0.1, metavar="SECONDS", help="Of one request.")
+    ] = 3600,
+    out_dir: Annotated[
+        Path,
+        typer.Option("--out", metavar="DIR", help="Answers go there; a stopped run continues."),
+    ] = Path("mixquant-evaluation"),
+    json_file: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Write the results there, too.")
+    ] = None,
+) -> None:
+    """Ask benchmarks in BF16, quantized, and with mixquant; show scores and what is won back."""
+    if "list" in benchmark:
+        from mixquant.evaluate.tasks.registry import TASKS
+
+        for name in TASKS:
+            out.print(name)
+        return
+    for package in ("openai", "scipy"):
+        if importlib.util.find_spec(package) is None:
+            raise InputError(f"{package} is not installed: pip install 'mixquant[eval]'")
+    if json_file is not None:
+        check_writable(json_file)
+    judge = _judge(judge_url, judge_model)
+
+    from mixquant.arms import chosen_arms
+    from mixquant.evaluate.evaluation import evaluate as run
+    from mixquant.evaluate.plan import Options
+    from mixquant.evaluate.runner import RunError
+    from mixquant.evaluate.score_table import tables
+    from mixquant.results import to_json
+
+    chosen = chosen_recipe(recipe, format)
+    if chosen is None:  # servers that run already need no model here
+        chosen = Recipe() if url and not arm else saved_recipe(find(model, say))
+    options = Options(
+        model=model,
+        benchmarks=benchmark,
+        arms=chosen_arms(chosen, arm or (), url or (), vllm_args),
+        out=out_dir,
+        data=_data(data or [], benchmark),
+        settings={
+            "temperature": temperature,
+            "top_p": top_p,
+            "top_k": top_k,
+            "max_tokens": max_tokens,
+            "thinking": thinking,
+            "seeds": seeds,
+        },
+        judge=judge,
+        served_name=served_name,
+        key=os.environ.get(SERVER_KEY),
+        limit=limit,
+        context=max_context,
+        concurrency=concurrency,
+        retries=retries,
+        timeout=timeout,
+        command=context.obj or "",
+    )
+    try:
+        with _progress() as progress:
+            result, problems = run(options, progress)
+    except KeyboardInterrupt:
+        say(f"Stopped; what is finished is in {out_dir}, and the same command goes on from there.")
+        raise
+    except RunError as error:
+        print_error(str(error))
+        raise typer.Exit(1) from None
+    for file in (out_dir / RESULTS, json_file):
+        if file is not None:
+            write_whole(file, to_json(result))
+    for table in tables(result):
+        out.print(table)
+    if problems:
+        for problem in problems:
+            say(problem)
+        print_error("not every answer could be had; the same command asks for those again")
+        raise typer.Exit(1)
+
+
+class _Bar:
+    """`mixquant.evaluate.evaluation.Progress`, on a terminal."""
+
+    def __init__(self, bar: Progress) -> None:
+        self._bar = bar
+        self._task = bar.add_task("Starting", total=None)
+
+    def note(self, message: str) -> None:
+        say(message)
+
+    def doing(self, what: str) -> None:
+        self._bar.update(self._task, description=what)
+
+    def total(self, answers: int) -> None:
+        self._bar.update(self._task, total=answers)
+
+    def advance(self) -> None:
+        self._bar.advance(self._task)
+
+
+@contextmanager
+def _progress() -> Iterator[_Bar]:
+    with Progress(
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left:"),
+        TimeRemainingColumn(),
+        console=err,
+        transient=True,
+        disable=not err.is_terminal,
+        speed_estimate_period=600,  # answers take minutes
+    ) as bar:
+        yield _Bar(bar)
+
+
+def _judge(url: str | None, model: str | None) -> Judge | None:
+    from mixquant.evaluate.plan import Judge
+
+    if url is None and model is None:
+        return None
+    if url is None or model is None:
+        raise InputError("--judge-url and --judge-model go together")
+    if not url.startswith(("http://", "https://")):
+        raise InputError(f"--judge-url {url!r}: expected a URL with http:// or https://")
+    key = next((os.environ[name] for name in JUDGE_KEYS if os.environ.get(name)), None)
+    if key is None:
+        raise InputError(
+            f"the judge's key is missing: set the environment variable {' or '.join(JUDGE_KEYS)} "
+            "(to anything, if it wants none)"
+        )
+    return Judge(url.rstrip("/").removesuffix("/v1"), model, key)
+
+
+def _data(given: list[str], benchmarks: list[str]) -> dict[str, Path]:
+    files: dict[str, Path] = {}
+    for text in given:
+        name, named, file = text.partition("=")
+        if not named or name not in benchmarks:
+            if len(benchmarks) > 1 or (named and not Path(text).exists()):
+                raise InputError(
+                    f"--data {text!r}: expected NAME=FILE with one of {', '.join(benchmarks)}"
+                )
+            name, file = benchmarks[0], text
+        if name in files:
+            raise InputError(f"--data names two files for {name}")
+        files[name] = Path(file).expanduser()
+    return files
