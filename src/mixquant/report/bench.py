@@ -13,13 +13,13 @@ from mixquant.report.parts import KeyFigure, Panel, Section, Table
 from mixquant.report.plots import Alt, Bar, Point, Series, Stack, bars, lines, stacks
 from mixquant.report.style import Look, kinds_of_work, looks
 from mixquant.report.text import (
+    clauses,
     count,
     listed,
     metric_name,
     number,
     percent,
     quantity,
-    sentence,
     spread,
     times,
 )
@@ -27,7 +27,8 @@ from mixquant.results import Bench, Measurement, Piece
 
 _KEY_FIGURES = 4
 _ORDER = ("length", "batch", "concurrency", "agent")
-_AXES = {"length": "Prompt tokens", "batch": "Batch size"}
+_AXES = {"length": ("Prompt tokens", "prompt length"), "batch": ("Batch size", "batch size")}
+_CLIENTS = ("Concurrent requests", "concurrency")
 
 
 def section(bench: Bench) -> Section:
@@ -79,12 +80,12 @@ class _Group:
 
     @property
     def axis(self) -> str:
-        return _AXES.get(self.workload, "Concurrent requests")
+        return _AXES.get(self.workload, _CLIENTS)[0]
 
     @property
     def title(self) -> str:
         name = metric_name(self.metric)
-        by = f" by {self.axis.lower()}" if len(self.xs) > 1 else ""
+        by = f" by {_AXES.get(self.workload, _CLIENTS)[1]}" if len(self.xs) > 1 else ""
         return f"{name}{by}, agent trace" if self.workload == "agent" else name + by
 
     @property
@@ -206,12 +207,13 @@ def _finding(group: _Group, ratios: Sequence[Speedup]) -> str:
     for arm in group.arms:
         own = [r for r in ratios if r.arm == arm]
         if own:
-            said.append(f"{arm} is {_range(own)} as fast as {BASELINE}{_most(group, own)}")
+            said.append(f"{arm} {_range(own)}{_most(group, own)}")
         elif not ratios:
             values = [quantity(m.value, m.unit) for m in group.of(arm)]
             said.append(f"{arm} {values[0]}" + (f" to {values[-1]}" if len(values) > 1 else ""))
     condition = f" ({group.condition})" if group.condition else ""
-    return sentence("; ".join(said) + condition)
+    opening = f"As fast as {BASELINE}" if ratios else "By arm"
+    return f"{opening}{condition}: {clauses(said)}."
 
 
 def _range(own: Sequence[Speedup]) -> str:
@@ -223,7 +225,14 @@ def _most(group: _Group, own: Sequence[Speedup]) -> str:
     if len(own) < 2 or len({times(r.ratio) for r in own}) == 1:
         return ""
     best = max(own, key=lambda r: r.ratio)
-    return f", most at {group.axis.lower()} {count(group.x(best.measurement))}"
+    where = count(group.x(best.measurement))
+    return f", most at {_at(group, where)}"
+
+
+def _at(group: _Group, where: str) -> str:
+    if group.workload == "length":
+        return f"{where} tokens"
+    return f"batch size {where}" if group.workload == "batch" else f"{where} at a time"
 
 
 def _key_figure(group: _Group) -> KeyFigure | None:
@@ -235,10 +244,13 @@ def _key_figure(group: _Group) -> KeyFigure | None:
     own = [r for r in ratios if r.arm == arm]
     where = group.condition
     if len(group.xs) > 1:
-        where = f"{group.axis.lower()} {count(group.xs[0])} to {count(group.xs[-1])}"
-    name = metric_name(group.metric)
+        where = _at(group, f"{count(group.xs[0])} to {count(group.xs[-1])}")
+    name = metric_name(group.metric).lower()
     trace = ", agent trace" if group.workload == "agent" else ""
-    return KeyFigure(_range(own), f"{name}{trace}: {arm} as fast as {BASELINE}; {where}")
+    return KeyFigure(
+        _range(own).replace("× to ", " to "),
+        f"{arm}'s speed against {BASELINE}: {name}{trace}; {where}",
+    )
 
 
 def _table(group: _Group, ratios: Sequence[Speedup]) -> Table:
@@ -303,7 +315,7 @@ def _breakdown(tokens: int, pieces: Sequence[Piece]) -> Panel:
     title = f"Where the time goes, {count(tokens)} prompt tokens"
     return Panel(
         title,
-        sentence("; ".join(said)),
+        f"Sum and largest parts: {clauses(said)}.",
         partial(
             stacks,
             rows=[Stack(arm, tuple((k, ms.get((arm, k), 0.0)) for k in kinds)) for arm in arms],

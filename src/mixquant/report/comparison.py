@@ -9,7 +9,7 @@ from mixquant.report.derived import BASELINE
 from mixquant.report.parts import KeyFigure, Panel, Section, Table
 from mixquant.report.plots import Bar, bars
 from mixquant.report.style import looks
-from mixquant.report.text import count, listed, number, percent, sentence, times
+from mixquant.report.text import clauses, count, number, percent, times
 from mixquant.results import ComparedArm, Comparison
 
 
@@ -37,8 +37,11 @@ def section(comparison: Comparison) -> Section:
             _bars(
                 arms,
                 f"Same likeliest token as {BASELINE}",
-                "% of the answer tokens; more is better",
-                [(arm, 100 * arm.top1_agreement, percent(arm.top1_agreement)) for arm in arms],
+                "Percent of the answer tokens; more is better",
+                [
+                    (arm, 100 * arm.top1_agreement, f"{100 * arm.top1_agreement:.1f}")
+                    for arm in arms
+                ],
             ),
         )
         if arms
@@ -74,8 +77,8 @@ def _prefill(comparison: Comparison) -> Panel:
     panel = _bars(
         arms,
         "Time to first token",
-        "s, sum over the turns; less is better",
-        [(arm, arm.ttft_s, f"{number(arm.ttft_s)} s" + _gain(arm, arms)) for arm in arms],
+        "Seconds, sum over the turns; less is better",
+        [(arm, arm.ttft_s, number(arm.ttft_s) + _gain(arm, arms)) for arm in arms],
     )
     turns = range(len(comparison.prompt_tokens_per_turn))
     table = Table(
@@ -102,8 +105,12 @@ def _prefill(comparison: Comparison) -> Panel:
 
 
 def _decode(arms: Sequence[ComparedArm]) -> tuple[Panel, ...]:
-    ms = [(arm, 1e3 * arm.tpot_s, f"{1e3 * arm.tpot_s:.1f} ms") for arm in arms if arm.tpot_s]
-    return (_bars(arms, "Time per output token", "ms; less is better", ms),) if ms else ()
+    ms = [(arm, 1e3 * arm.tpot_s, f"{1e3 * arm.tpot_s:.1f}") for arm in arms if arm.tpot_s]
+    return (
+        (_bars(arms, "Time per output token", "Milliseconds, median; less is better", ms),)
+        if ms
+        else ()
+    )
 
 
 def _gain(arm: ComparedArm, arms: Sequence[ComparedArm]) -> str:
@@ -122,14 +129,7 @@ def _bars(
     looked = looks(arm.name for arm in arms)
     return Panel(
         title,
-        sentence(
-            listed(
-                [
-                    f"{arm.name} {label.replace(', ', ' (') + (')' if ', ' in label else '')}"
-                    for arm, _, label in values
-                ]
-            )
-        ),
+        f"{x_label.partition(';')[0]}: {clauses([f'{arm.name} {label}' for arm, _, label in values])}.",
         partial(
             bars,
             rows=[Bar(arm.name, looked[arm.name], value, label) for arm, value, label in values],

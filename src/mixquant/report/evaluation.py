@@ -11,7 +11,7 @@ from mixquant.report.derived import BASELINE
 from mixquant.report.parts import KeyFigure, Panel, Section, Table
 from mixquant.report.plots import Bar, Point, Series, bars, intervals
 from mixquant.report.style import Look, looks
-from mixquant.report.text import count, listed, percent, points, sentence
+from mixquant.report.text import clauses, count, listed, percent, points
 from mixquant.results import Difference, Evaluation, Recovery
 
 _MEAN = "mean"
@@ -76,20 +76,18 @@ def _scores(evaluation: Evaluation, arms: tuple[str, ...], looked: dict[str, Loo
     means, common = mean_scores(evaluation)
     shown = [arm for arm in arms if any(s.arm == arm for s in scores)]
     said = [
-        f"{name}: "
+        f"{name} "
         + listed(
             [
-                f"{arm} {percent(s.score)} ({percent(s.low)} to {percent(s.high)})"
+                f"{arm} {percent(s.score)} ± {100 * (s.high - s.low) / 2:.1f}"
                 for arm in shown
                 if (s := found.get((name, arm)))
             ]
         )
         for name in benchmarks[:3]
     ]
-    if len(benchmarks) > 3:
-        said = [
-            f"mean of {common}: " + listed([f"{a} {percent(means[a])}" for a in shown if means])
-        ]
+    if len(benchmarks) > 3 and means:
+        said = [f"mean of {common}, " + listed([f"{arm} {percent(means[arm])}" for arm in shown])]
     rows = [
         (
             name,
@@ -110,7 +108,7 @@ def _scores(evaluation: Evaluation, arms: tuple[str, ...], looked: dict[str, Loo
     return [
         Panel(
             "Scores with 95 % intervals",
-            sentence("; ".join(said)),
+            f"Scores: {clauses(said)}.",
             partial(
                 intervals,
                 groups=benchmarks,
@@ -160,7 +158,7 @@ def _differences(differences: tuple[Difference, ...], looked: dict[str, Look]) -
     return [
         Panel(
             "Paired differences with 95 % intervals",
-            sentence(said),
+            f"{said[:1].upper()}{said[1:]}.",
             partial(
                 intervals,
                 groups=benchmarks,
@@ -217,13 +215,13 @@ def _recoveries(recoveries: tuple[Recovery, ...], looked: dict[str, Look]) -> li
 
     said = [f"{name(r)} {100 * (r.recovery or 0.0):.0f} %" for r in known]
     nothing = [name(r) for r in recoveries if r.recovery is None]
-    finding = "share of the loss of quantizing everything that is won back: " + listed(said)
+    finding = "Share of the loss of quantizing everything that is won back: " + listed(said)
     if nothing:
         finding += f"; nothing was lost in {listed(nothing)}"
     return [
         Panel(
             "Recovery" if several else f"Recovery by {known[0].arm}",
-            sentence(finding),
+            f"{finding}.",
             partial(
                 bars,
                 rows=[

@@ -10,7 +10,7 @@ from mixquant.report.derived import BASELINE, pareto_front
 from mixquant.report.parts import KeyFigure, Panel, Section, Table
 from mixquant.report.plots import Point, Series, lines, scatter
 from mixquant.report.style import Look, looks
-from mixquant.report.text import count, listed, number, percent, sentence
+from mixquant.report.text import clauses, count, listed, number, percent
 from mixquant.results import Cost, Divergence, Fidelity
 
 
@@ -62,14 +62,14 @@ def _against_cost(
     front = pareto_front(points)
     on_it = [f"{here[i].arm} ({number(points[i][0])} bits, {number(points[i][1])})" for i in front]
     off_it = [d.arm for i, d in enumerate(here) if i not in front]
-    finding = f"on the Pareto front: {listed(on_it)}"
+    finding = f"On the Pareto front: {listed(on_it)}"
     if off_it:
         finding += f"; beaten in both: {listed(off_it)}"
     title = f"Divergence against cost, {count(here[0].prompt_tokens)} prompt tokens"
     return [
         Panel(
             title,
-            sentence(finding),
+            f"{finding}.",
             partial(
                 scatter,
                 series=[
@@ -112,7 +112,7 @@ def _after_the_prompt(here: Sequence[Divergence], looked: dict[str, Look]) -> li
     return [
         Panel(
             title,
-            sentence("; ".join(said)),
+            f"KL in nats per token: {clauses(said)}.",
             partial(
                 lines,
                 series=[
@@ -167,7 +167,7 @@ def _by_length(
     return [
         Panel(
             "Divergence by prompt length",
-            sentence("; ".join(said)),
+            f"KL in nats per token: {clauses(said)}.",
             partial(
                 lines,
                 series=[

@@ -1,4 +1,4 @@
-"""Results files as one page of HTML that needs nothing else: no network, no script, no file beside it."""
+"""Results files as one page of HTML that needs nothing else: no network, script or other file."""
 
 from __future__ import annotations
 
@@ -53,6 +53,7 @@ def _file(identity: str, name: str | None, results: Results) -> dict[str, Any]:
         "identity": identity,
         "name": name,
         "model": results.model,
+        "device": results.environment.device,
         "section": section,
         "panels": [_panel(f"{identity}-{n}", p) for n, p in enumerate(section.panels, 1)],
         "facts": _facts(results),

@@ -13,11 +13,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
-from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from mixquant.report.style import Look, color
 from mixquant.report.svg import inline, plot_settings
-from mixquant.report.text import number, plain, short
+from mixquant.report.text import number, plain, short, tick
 
 _WIDTH = 5.4  # inches; half of the page, or all of a telephone's
 _HEIGHT = 3.1
@@ -92,13 +92,14 @@ def lines(
         xs = sorted({p.x for one in series for p in one.points})
         if xs[0] > 0:
             axes.set_xscale("log")
-        axes.set_xticks(_spaced(xs), [number(x) for x in _spaced(xs)])
+        axes.set_xticks(_spaced(xs), [tick(x) for x in _spaced(xs)])
         axes.xaxis.set_minor_locator(NullLocator())
         axes.grid(False, axis="x")
         if log_y and all(p.y > 0 for one in series for p in one.points):
             axes.set_yscale("log")
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             axes.yaxis.set_minor_locator(NullLocator())
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: number(y)))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: tick(y)))
         axes.margins(x=0.08, y=0.16)
         if reference is not None:
             axes.axhline(reference[0], color=color("muted"), linestyle=(0, (4, 3)), linewidth=1.4)
@@ -123,9 +124,6 @@ def bars(alt: Alt, rows: Sequence[Bar], x_label: str, *, reference: float | None
                 row.value,
                 height=0.66,
                 color=row.look.color,
-                hatch=row.look.hatch,
-                edgecolor=color("surface"),
-                linewidth=0,
                 xerr=_spread([(row.value, row.low, row.high)]),
                 ecolor=color("ink"),
                 capsize=3,
@@ -248,6 +246,7 @@ def scatter(
         _from_zero_by_decades(axes, [p.y for one in series for p in one.points])
         axes.margins(x=0.12, y=0.14)
         axes.xaxis.set_major_locator(MaxNLocator(nbins=6))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: tick(x)))
         axes.set_xlabel(x_label)
         axes.set_ylabel(y_label)
         keys: list[tuple[Artist, str]] = [(_key(one.look, line=False), one.name) for one in series]
@@ -279,7 +278,7 @@ def _rows(axes: Axes, names: Sequence[str]) -> None:
     axes.tick_params(axis="y", length=0)
     axes.grid(False, axis="y")
     axes.xaxis.set_major_locator(MaxNLocator(nbins=6))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: number(x)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: tick(x)))
 
 
 def _spread(
@@ -314,15 +313,16 @@ def _label_outermost(axes: Axes, series: Sequence[Series]) -> None:
         return
     for points in by_x.values():
         ordered = sorted(points, key=lambda p: p.y)
-        chosen = [(ordered[-1], 9, "bottom")]
+        top = max(p.y if p.high is None else p.high for p in points)
+        bottom = min(p.y if p.low is None else p.low for p in points)
+        chosen = [(ordered[-1], top, 7, "bottom")]
         if len(ordered) > 1:
-            chosen.append((ordered[0], -9, "top"))
-        for point, shift, side in chosen:
+            chosen.append((ordered[0], bottom, -7, "top"))
+        for point, end, shift, side in chosen:
             if point.label:
-                end = point.high if shift > 0 else point.low
                 axes.annotate(
                     point.label,
-                    (point.x, point.y if end is None else end),
+                    (point.x, end),
                     (0, shift),
                     textcoords="offset points",
                     ha="center",
@@ -346,7 +346,7 @@ def _from_zero_by_decades(axes: Axes, values: Sequence[float]) -> None:
         ticks = [0.0]
     decades = round(math.log10(most / least))
     ticks += [least * 10**power for power in range(0, decades + 1, 1 + decades // 6)]
-    axes.set_yticks(ticks, [number(tick) for tick in ticks])
+    axes.set_yticks(ticks, [tick(y) for y in ticks])
     axes.yaxis.set_minor_locator(NullLocator())
 
 
@@ -366,6 +366,7 @@ def _legend(figure: Figure, keys: Sequence[tuple[Artist, str]]) -> None:
         return
     names = [short(plain(name)) for _, name in keys]
     columns = max(1, min(len(names), 60 // (max(len(name) for name in names) + 6)))
+    figure.set_figheight(figure.get_figheight() + 0.2 * (math.ceil(len(names) / columns) - 1))
     legend = figure.legend(
         [key for key, _ in keys],
         ["x" * len(name) for name in names],

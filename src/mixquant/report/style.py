@@ -17,7 +17,7 @@ VARIABLES = ("ink", "muted", "grid", "surface", *(f"series-{i}" for i in range(8
 STAND_INS = {name: f"#0a{number:02x}fe" for number, name in enumerate(VARIABLES)}
 
 _MARKERS = "osD^vPX*"
-_HATCHES = ("", "////", "....", "xxxx", "\\\\\\\\", "++++", "----", "oooo")
+_HATCHES = ("", "////", "xxx", "\\\\\\\\", "---", "|||", "+++", "///---")
 _DASHES: tuple[tuple[int, tuple[float, ...]], ...] = (
     (0, ()),
     (0, (5, 2)),

@@ -32,7 +32,7 @@ _SETTINGS: dict[Any, Any] = {
     "figure.facecolor": "none",
     "grid.color": STAND_INS["grid"],
     "grid.linewidth": 0.8,
-    "hatch.linewidth": 1.1,
+    "hatch.linewidth": 0.9,
     "legend.frameon": False,
     "lines.linewidth": 2,
     "lines.markersize": 6.5,

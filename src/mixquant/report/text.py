@@ -13,6 +13,7 @@ METRICS = {
     "output": "Output throughput",
     "total": "Total throughput",
     "quantized": "Quantized share of the prompt tokens",
+    "batch_of_16": "Time of 16 requests at once",  # of benchmarks/vllm_speed.py
 }
 
 
@@ -45,6 +46,11 @@ def number(value: float) -> str:
     return "0" if value == 0 else f"{value:.2e}"
 
 
+def tick(value: float) -> str:
+    """A number on an axis: no more digits than it has."""
+    return f"{value:,.6g}".replace("-", "−") if value == 0 or abs(value) >= 1e-4 else f"{value:.0e}"
+
+
 def count(value: int) -> str:
     return f"{value:,}"
 
@@ -55,7 +61,7 @@ def percent(value: float) -> str:
 
 def points(value: float) -> str:
     """A difference of shares, in percentage points, with its sign."""
-    return f"{100 * value:+.1f}"
+    return f"{100 * value:+.1f}".replace("-", "−")
 
 
 def times(ratio: float) -> str:
@@ -78,5 +84,8 @@ def listed(words: Sequence[str]) -> str:
     return ", ".join(words[:-1]) + " and " + words[-1]
 
 
-def sentence(text: str) -> str:
-    return text[:1].upper() + text[1:] + "."
+def clauses(said: Sequence[str], most: int = 4) -> str:
+    """Clauses with semicolons; of many, the first, and how many more there are."""
+    rest = len(said) - most
+    shown = list(said[:most]) + ([f"{rest} more in the table"] if rest > 0 else [])
+    return "; ".join(shown)
