@@ -12,6 +12,9 @@ import typer
 
 from mixquant import PrepareError, RecipeError, __version__
 from mixquant.arms import ArmError
+from mixquant.bench.generator import GeneratorError
+from mixquant.bench.trace import TraceError
+from mixquant.cli.bench import bench
 from mixquant.cli.compare import compare
 from mixquant.cli.console import InputError, print_error
 from mixquant.cli.evaluate import evaluate
@@ -31,7 +34,7 @@ app = typer.Typer(
     add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (generate, chat, compare, evaluate, quantize, report, info):
+for command in (generate, chat, compare, bench, evaluate, quantize, report, info):
     app.command()(command)
 
 # What a user gave that cannot be used: one line, and exit code 2.
@@ -39,6 +42,7 @@ UNUSABLE = (
     AnswerFileError,
     ArmError,
     EvaluationError,
+    GeneratorError,
     InputError,
     ModelError,
     PrepareError,
@@ -46,6 +50,7 @@ UNUSABLE = (
     ResultsError,
     ServerError,
     TaskError,
+    TraceError,
 )
 
 

@@ -1,0 +1,101 @@
+"""From answers to figures: medians and how far single values are from them, and ratios between arms."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from statistics import median
+
+from mixquant.bench.counts import Counts
+from mixquant.bench.generator import Answer
+from mixquant.bench.workloads import Point
+from mixquant.results import Measurement
+
+REFERENCE = "bf16"
+TIMES = ("ttft", "tpot", "itl", "e2e")
+
+
+def measurements(
+    arm: str, point: Point, runs: Sequence[Sequence[Answer]], counts: Counts
+) -> list[Measurement]:
+    """The figures of one arm at one point.
+
+    Times are of all requests of all runs, ``itl`` of all their tokens; rates are of whole runs:
+    ``output`` and ``total`` tokens per second from the first request to the last token, ``prefill``
+    prompt tokens per second until the last request's first token, where all requests begin at once.
+
+    Args:
+        runs: what was answered in each, without the warm-up.
+        counts: the server's, of these runs.
+    """
+    answers = [answer for run in runs for answer in run]
+    ms = {
+        "ttft": [1e3 * answer.ttft for answer in answers],
+        "tpot": [1e3 * answer.tpot for answer in answers if answer.tpot is not None],
+        "itl": [1e3 * gap for answer in answers for gap in answer.itl],
+        "e2e": [1e3 * answer.e2e for answer in answers],
+    }
+    rates = {
+        "output": [sum(a.output_tokens for a in run) / _seconds(run) for run in runs],
+        "total": [
+            sum(a.prompt_tokens + a.output_tokens for a in run) / _seconds(run) for run in runs
+        ],
+    }
+    if point.workload in ("length", "batch"):
+        rates["prefill"] = [
+            sum(a.prompt_tokens for a in run) / _prefill_seconds(run) for run in runs
+        ]
+    shares = {"quantized": counts.quantized_share, "cached": counts.cached_share}
+
+    def figure(metric: str, unit: str, values: Sequence[float]) -> Measurement:
+        spread = (min(values), max(values)) if len(values) > 1 else (None, None)
+        return Measurement(
+            arm=arm,
+            metric=metric,
+            workload=point.workload,
+            tokens=point.tokens,
+            concurrency=point.concurrency,
+            value=median(values),
+            unit=unit,
+            lowest=spread[0],
+            highest=spread[1],
+        )
+
+    found = [figure(metric, "ms", values) for metric, values in ms.items() if values]
+    found += [figure(metric, "tok/s", values) for metric, values in rates.items()]
+    found += [figure(m, "share", [value]) for m, value in shares.items() if value is not None]
+    return found
+
+
+def _seconds(run: Sequence[Answer]) -> float:
+    return max(a.start + a.e2e for a in run) - min(a.start for a in run)
+
+
+def _prefill_seconds(run: Sequence[Answer]) -> float:
+    return max(a.start + a.ttft for a in run) - min(a.start for a in run)
+
+
+def reference_of(arms: Iterable[str]) -> str:
+    """The arm that ratios are to: bf16 if there is one, else the first."""
+    names = list(arms)
+    return REFERENCE if REFERENCE in names else names[0]
+
+
+def gains(found: Iterable[Measurement]) -> dict[tuple[str, str, int, int, str], float]:
+    """How many times as fast as the reference each figure is; above 1 is better.
+
+    Returns:
+        By arm, workload, tokens, concurrency and metric; without shares, and without what the
+        reference does not have.
+    """
+    figures = [figure for figure in found if figure.unit != "share"]
+    if not figures:
+        return {}
+    reference = reference_of(dict.fromkeys(figure.arm for figure in figures))
+    by_key = {(f.arm, f.workload, f.tokens, f.concurrency, f.metric): f.value for f in figures}
+    gained = {}
+    for (arm, *where), value in by_key.items():
+        base = by_key.get((reference, *where))  # type: ignore[arg-type]
+        if base and value:
+            faster = base / value if where[-1] in TIMES else value / base
+            gained[(arm, *where)] = faster
+    return gained  # type: ignore[return-value]

@@ -1,0 +1,307 @@
+"""`mixquant bench`."""
+
+from __future__ import annotations
+
+import secrets
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from mixquant import Recipe
+from mixquant.cli.console import (
+    InputError,
+    check_writable,
+    out,
+    progress_bar,
+    say,
+    write_whole,
+)
+from mixquant.cli.options import FormatOption, Model, RecipeOption, chosen_recipe, saved_recipe
+from mixquant.models import Checkpoint, find, load_tokenizer
+from mixquant.results import Environment
+
+if TYPE_CHECKING:
+    from mixquant.arms import Arm
+    from mixquant.bench.workloads import Point
+    from mixquant.results import Measurement
+
+LENGTHS = (512, 2048, 8192)
+BATCHES = (1, 4, 16)
+CONCURRENCIES = (1, 8)
+
+
+def _shown(numbers: tuple[int, ...]) -> str:
+    return ",".join(map(str, numbers))
+
+
+def bench(
+    context: typer.Context,
+    model: Model,
+    arms: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--arm",
+            metavar="NAME[=ARGUMENTS]",
+            help="bf16, quantized, mixquant, or a name of your own with vLLM's arguments, as in "
+            "'fp8=--quantization fp8'; may be repeated.",
+            show_default="bf16, quantized, mixquant",
+        ),
+    ] = None,
+    urls: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--url",
+            metavar="NAME=URL",
+            help="An OpenAI-compatible server that runs already, instead; may be repeated. "
+            "Its key is taken from OPENAI_API_KEY.",
+        ),
+    ] = None,
+    served_name: Annotated[
+        str | None,
+        typer.Option("--served-name", help="What servers call the model.", show_default="MODEL"),
+    ] = None,
+    engine: Annotated[
+        Literal["vllm", "transformers"],
+        typer.Option("--engine", help="transformers: in process, by prompt length only."),
+    ] = "vllm",
+    recipe: RecipeOption = None,
+    format: FormatOption = None,
+    vllm_args: Annotated[
+        str, typer.Option("--vllm-args", metavar="ARGUMENTS", help="For every server started.")
+    ] = "",
+    lengths: Annotated[
+        str | None,
+        typer.Option(
+            "--lengths",
+            metavar="N,N,...",
+            help="Of prompts, in tokens; or none.",
+            show_default=_shown(LENGTHS),
+        ),
+    ] = None,
+    batches: Annotated[
+        str | None,
+        typer.Option(
+            "--batches",
+            metavar="N,N,...",
+            help="Requests sent at once; or none.",
+            show_default=_shown(BATCHES),
+        ),
+    ] = None,
+    concurrencies: Annotated[
+        str | None,
+        typer.Option(
+            "--concurrencies",
+            metavar="N,N,...",
+            help="Requests kept in flight, and of the trace sessions; or none.",
+            show_default=_shown(CONCURRENCIES),
+        ),
+    ] = None,
+    trace: Annotated[
+        str | None,
+        typer.Option(
+            "--trace",
+            metavar="FILE",
+            help="An agent trace (JSONL); or builtin, or none.",
+            show_default="builtin",
+        ),
+    ] = None,
+    prompt_tokens: Annotated[
+        int,
+        typer.Option("--prompt-tokens", min=1, help="Of each prompt in batches and in flight."),
+    ] = 1024,
+    output_tokens: Annotated[
+        int, typer.Option("--output-tokens", min=1, help="Of each answer, except the trace's.")
+    ] = 32,
+    repeats: Annotated[
+        int, typer.Option("--repeats", min=1, help="Of each measurement, after a warm-up.")
+    ] = 3,
+    seed: Annotated[
+        int | None,
+        typer.Option(
+            "--seed",
+            min=0,
+            help="Of the prompts. The same one twice finds them in a running server's prefix cache.",
+            show_default="a new one",
+        ),
+    ] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Write the results there, too.")
+    ] = None,
+    log_dir: Annotated[
+        Path | None,
+        typer.Option(
+            "--log-dir",
+            metavar="DIR",
+            help="Keep what servers print there.",
+            show_default="kept after an error only",
+        ),
+    ] = None,
+) -> None:
+    """Measure time to first token, time per output token and throughput, arm after arm."""
+    from mixquant.arms import chosen_arms
+    from mixquant.bench.run import check_server, run
+    from mixquant.bench.table import tables
+    from mixquant.bench.trace import BUILTIN, read_trace
+    from mixquant.bench.workloads import Plan, points
+    from mixquant.results import Bench, to_json
+
+    chosen = chosen_recipe(recipe, format)
+    in_process = engine == "transformers"
+    if in_process:
+        given = {"--url": urls, "--vllm-args": vllm_args, "--batches": batches}
+        given |= {"--concurrencies": concurrencies, "--trace": trace, "--served-name": served_name}
+        given |= {"--arm NAME=ARGUMENTS": [arm for arm in arms or () if "=" in arm]}
+        for option, value in given.items():
+            if value and value != "none":
+                raise InputError(f"{option} needs --engine vllm: in process, requests come singly")
+        batches = concurrencies = trace = "none"
+    numbers = {
+        "--lengths": _numbers("--lengths", lengths, LENGTHS),
+        "--batches": _numbers("--batches", batches, BATCHES),
+        "--concurrencies": _numbers("--concurrencies", concurrencies, CONCURRENCIES),
+    }
+    if json_file is not None:
+        check_writable(json_file)
+    sessions = () if trace == "none" else tuple(read_trace(trace or BUILTIN))
+    plan = Plan(
+        lengths=numbers["--lengths"],
+        batches=numbers["--batches"],
+        concurrencies=numbers["--concurrencies"],
+        sessions=sessions,
+        prompt_tokens=prompt_tokens,
+        output_tokens=output_tokens,
+        repeats=repeats,
+        seed=secrets.randbelow(2**32) if seed is None else seed,
+    )
+    chosen_arms(chosen or Recipe(), arms or (), urls or (), vllm_args)  # before any download
+    checkpoint = find(model, say)
+    compared = chosen_arms(chosen or saved_recipe(checkpoint), arms or (), urls or (), vllm_args)
+    given_by = {"length": lengths, "batch": batches, "concurrency": concurrencies, "agent": trace}
+    chosen_workloads = {name for name, given in given_by.items() if given is not None}
+    left = _that_fit(points(plan, load_tokenizer(checkpoint)), checkpoint, chosen_workloads)
+    if not left:
+        raise InputError("there is nothing to measure: every workload is none, or too long")
+    name = served_name or model
+    for arm in compared:
+        if arm.url is not None:
+            check_server(arm.url, name, left)
+
+    environment = _environment(elsewhere=all(arm.url for arm in compared))
+    settings = {
+        "engine": engine,
+        "output_tokens": output_tokens,
+        "repeats": repeats,
+        "seed": plan.seed,
+        "trace": trace or BUILTIN,
+    }
+    found: list[Measurement] = []
+
+    def result(done: Sequence[Arm]) -> Bench:
+        return Bench(
+            environment=environment,
+            command=context.obj,
+            model=checkpoint.name,
+            arms=tuple(arm.to_result() for arm in done),
+            settings=settings,
+            results=tuple(found),
+        )
+
+    done: list[Arm] = []
+    try:
+        with _logs(log_dir) as logs, progress_bar() as report:
+            if in_process:
+                from mixquant.bench import in_process as on_transformers
+
+                measured = on_transformers.run(compared, checkpoint, left, repeats, report)
+            else:
+                measured = run(compared, checkpoint.source, name, left, repeats, logs, report)
+            for arm, figures in measured:
+                done.append(arm)
+                found += figures
+                if json_file is not None:  # now: the next arm may fail, or take an hour
+                    write_whole(json_file, to_json(result(done)))
+    finally:
+        for table in tables(found):
+            out.print(table)
+            out.print()
+        if done and len(done) < len(compared):
+            kept = f", and {json_file} holds them" if json_file is not None else ""
+            say(f"finished: {', '.join(arm.name for arm in done)}{kept}")
+
+
+def _numbers(option: str, text: str | None, default: tuple[int, ...]) -> tuple[int, ...]:
+    if text is None:
+        return default
+    if text.strip() == "none":
+        return ()
+    try:
+        numbers = sorted({int(part) for part in text.split(",")})
+    except ValueError:
+        numbers = [0]
+    if numbers[0] < 1:
+        raise InputError(
+            f"{option} {text!r}: expected numbers from 1, separated by commas, or none"
+        )
+    return tuple(numbers)
+
+
+def _that_fit(points: Sequence[Point], checkpoint: Checkpoint, chosen: set[str]) -> list[Point]:
+    """What the model's context has room for; what was chosen has to fit."""
+    fitting = []
+    for point in points:
+        if checkpoint.context is None or point.longest <= checkpoint.context:
+            fitting.append(point)
+            continue
+        too_long = (
+            f"{point.name}: {point.longest} tokens exceed the context of {checkpoint.name}, "
+            f"{checkpoint.context}"
+        )
+        if point.workload in chosen:
+            raise InputError(too_long)
+        say(f"left out {too_long}")
+    return fitting
+
+
+@contextmanager
+def _logs(directory: Path | None) -> Iterator[Path]:
+    """The user's directory, or one of our own that stays only where something went wrong."""
+    if directory is not None:
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"cannot write into {directory}: {error.strerror or error}") from None
+        check_writable(directory / "any.log")
+        yield directory
+        return
+    own = Path(tempfile.mkdtemp(prefix="mixquant-bench-"))
+    try:
+        yield own
+    except KeyboardInterrupt:
+        shutil.rmtree(own)
+        raise
+    shutil.rmtree(own)
+
+
+def _environment(elsewhere: bool) -> Environment:
+    """This machine's. Asked for in a process of its own: here, CUDA would keep memory from the servers.
+
+    Args:
+        elsewhere: the servers ran already, perhaps on another machine, which is not known then.
+    """
+    ask = "from mixquant.results import Environment; print(Environment.here().model_dump_json())"
+    command = [sys.executable, "-c", ask]
+    told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = Environment.model_validate_json(told.splitlines()[-1])
+    unknown = {
+        "device": "that of the servers at the given addresses",
+        "threads": None,
+        "platform": None,
+    }
+    return found.model_copy(update=unknown) if elsewhere else found
