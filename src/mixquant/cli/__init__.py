@@ -18,12 +18,15 @@ from mixquant.cli.bench import bench
 from mixquant.cli.compare import compare
 from mixquant.cli.console import InputError, print_error
 from mixquant.cli.evaluate import evaluate
+from mixquant.cli.fidelity import fidelity
 from mixquant.cli.info import info
 from mixquant.cli.quantize import quantize
 from mixquant.cli.report import report
 from mixquant.cli.talk import chat, generate
 from mixquant.engines.vllm.server import ServerError
 from mixquant.evaluate.answer_file import AnswerFileError
+from mixquant.evaluate.answers import EngineError
+from mixquant.evaluate.passages import PassageError
 from mixquant.evaluate.plan import EvaluationError
 from mixquant.evaluate.tasks import TaskError
 from mixquant.models import ModelError
@@ -34,17 +37,19 @@ app = typer.Typer(
     add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (generate, chat, compare, bench, evaluate, quantize, report, info):
+for command in (generate, chat, compare, bench, evaluate, fidelity, quantize, report, info):
     app.command()(command)
 
 # What a user gave that cannot be used: one line, and exit code 2.
 UNUSABLE = (
     AnswerFileError,
     ArmError,
+    EngineError,
     EvaluationError,
     GeneratorError,
     InputError,
     ModelError,
+    PassageError,
     PrepareError,
     RecipeError,
     ResultsError,

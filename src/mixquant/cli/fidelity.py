@@ -1,0 +1,217 @@
+"""`mixquant fidelity`."""
+
+from __future__ import annotations
+
+import importlib.util
+import shlex
+from collections.abc import Sequence
+from dataclasses import replace
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from mixquant import Recipe
+from mixquant.cli.console import (
+    InputError,
+    check_writable,
+    out,
+    progress_bar,
+    read_text,
+    say,
+    write_whole,
+)
+from mixquant.cli.options import FormatOption, Model, chosen_recipe, saved_recipe
+from mixquant.models import find, load_tokenizer
+from mixquant.recipe import PRESETS
+
+if TYPE_CHECKING:
+    from mixquant.evaluate.answers import Engine
+    from mixquant.results import Fidelity
+
+BUILT_IN_TEXTS = 4
+
+
+class EngineName(StrEnum):
+    transformers = "transformers"
+    vllm = "vllm"
+
+
+def fidelity(
+    context: typer.Context,
+    model: Model,
+    text: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--text",
+            metavar="FILE",
+            help="A text whose beginning is read; may be repeated. Default: Python's documentation.",
+        ),
+    ] = None,
+    recipe: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--recipe",
+            metavar="RECIPE",
+            help="A preset (fast, balanced, exact), a JSON object, or a JSON file; may be repeated, "
+            "each is an arm.",
+            show_default="balanced",
+        ),
+    ] = None,
+    format: FormatOption = None,
+    length: Annotated[
+        list[int] | None,
+        typer.Option(
+            "--length",
+            min=1,
+            metavar="N",
+            help="Of the prompts, in tokens; may be repeated.",
+            show_default="1024",
+        ),
+    ] = None,
+    answer_tokens: Annotated[
+        int,
+        typer.Option("--answer-tokens", min=1, metavar="N", help="After each prompt."),
+    ] = 96,
+    texts: Annotated[
+        int | None,
+        typer.Option(
+            "--texts",
+            min=1,
+            metavar="N",
+            help="How many of the built-in texts.",
+            show_default=str(BUILT_IN_TEXTS),
+        ),
+    ] = None,
+    quantized: Annotated[
+        bool,
+        typer.Option(help="Add the arm that quantizes both phases, with the first recipe."),
+    ] = True,
+    engine: Annotated[
+        EngineName,
+        typer.Option("--engine", help="What runs the model: vllm for those that only fit there."),
+    ] = EngineName.transformers,
+    vllm_args: Annotated[
+        str,
+        typer.Option(
+            "--vllm-args", metavar="ARGUMENTS", help="vLLM's own, as a shell would read them."
+        ),
+    ] = "",
+    json_file: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Write the results there, too.")
+    ] = None,
+) -> None:
+    """Measure how far recipes are from BF16 on the same texts, next to what they cost.
+
+    Perplexity and task scores of small samples are noise; the divergence of every token's distribution
+    is not.
+    """
+    lengths = list(dict.fromkeys(length or [1024]))
+    sources: list[str | None] = [*recipe] if recipe else [None]
+    chosen = [chosen_recipe(source, format) for source in sources]
+    names = _names(sources)
+    runner = _engine(engine, vllm_args)
+    if text and texts is not None:
+        raise InputError("--texts counts the built-in texts; leave it out with --text")
+    given = {str(file): read_text(file) for file in text or ()}
+    if json_file is not None:
+        check_writable(json_file)
+    checkpoint = find(model, say)
+
+    from transformers.utils import logging
+
+    from mixquant.evaluate.fidelity import measure
+    from mixquant.evaluate.fidelity_table import fading, table
+    from mixquant.evaluate.passages import check_lengths, cut, documentation
+    from mixquant.results import to_json
+
+    logging.disable_progress_bar()  # ours tells the same
+
+    check_lengths(checkpoint, lengths, answer_tokens)
+    given = given or documentation(texts or BUILT_IN_TEXTS)
+    passages = cut(given, load_tokenizer(checkpoint), lengths, answer_tokens)
+    recipes = {
+        name: one or saved_recipe(checkpoint) for name, one in zip(names, chosen, strict=True)
+    }
+    if quantized:
+        recipes["quantized"] = replace(next(iter(recipes.values())), everywhere=True)
+    _check_recipes(engine, recipes)
+
+    finished: list[Fidelity] = []
+
+    def keep(so_far: Fidelity) -> None:
+        finished.append(so_far)
+        if json_file is not None:
+            write_whole(json_file, to_json(so_far))
+
+    try:
+        with progress_bar() as progress:
+            measure(
+                runner,
+                checkpoint,
+                recipes,
+                passages,
+                description={
+                    "command": context.obj,
+                    "engine": engine.value,
+                    "texts": tuple(given),
+                },
+                progress=progress,
+                done=keep,
+            )
+    finally:  # an arm that fails takes none of those before it along
+        if finished:
+            out.print(table(finished[-1]))
+            if len(finished) > 1:
+                out.print(fading(finished[-1]))
+            if json_file is not None:
+                say(f"Written to {json_file.absolute()}")
+
+
+def _names(sources: Sequence[str | None]) -> list[str]:
+    """Of the arms: a recipe's preset or file, or without a recipe what other commands call it."""
+    names: list[str] = []
+    for source in sources:
+        if source is None:
+            name = "mixquant"
+        elif source in PRESETS:
+            name = source
+        else:
+            name = "recipe" if source.lstrip().startswith("{") else Path(source).stem
+        taken = {*names, "bf16", "quantized"}
+        number = 2
+        unique = name
+        while unique in taken:
+            unique, number = f"{name}-{number}", number + 1
+        names.append(unique)
+    return names
+
+
+def _engine(engine: EngineName, vllm_args: str) -> Engine:
+    if engine is EngineName.transformers:
+        if vllm_args:
+            raise InputError("--vllm-args goes with --engine vllm")
+        from mixquant.evaluate.answers_transformers import run
+
+        return run
+    if importlib.util.find_spec("vllm") is None:
+        raise InputError("vLLM is not installed: pip install 'mixquant[vllm]', or '[cpu]' on a CPU")
+    from mixquant.evaluate.answers_vllm import VLLM
+
+    try:
+        return VLLM(tuple(shlex.split(vllm_args)))
+    except ValueError as error:
+        raise InputError(f"--vllm-args: cannot read {vllm_args!r}: {error}") from None
+
+
+def _check_recipes(engine: EngineName, recipes: dict[str, Recipe]) -> None:
+    """Refuses now what an arm would be refused for when its turn comes."""
+    if engine is EngineName.transformers:
+        for one in recipes.values():
+            one.resolved(frozenset())
+        return
+    from mixquant.engines.vllm.settings import resolve
+
+    for one in recipes.values():
+        resolve(one.to_dict())
