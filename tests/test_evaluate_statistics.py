@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 from scipy.stats import binomtest
@@ -21,6 +21,7 @@ def matrices() -> st.SearchStrategy[np.ndarray]:
     )
 
 
+@settings(deadline=None)
 @given(matrices())
 def test_a_score_is_the_mean_of_the_items_means_and_lies_in_its_interval(
     scores: np.ndarray,
@@ -76,6 +77,7 @@ def test_score_intervals_cover(items: int, seeds: int, alike: float) -> None:
     assert min(covered) >= 0.85
 
 
+@settings(deadline=None)
 @given(
     matrices().flatmap(
         lambda a: st.tuples(st.just(a), arrays(np.float64, a.shape, elements=SHARES))
@@ -148,6 +150,7 @@ def test_groups_count_what_they_are_told_to() -> None:
     assert difference(scores, np.zeros((4, 1)), weights).value == pytest.approx(0.5)
 
 
+@settings(deadline=None)
 @given(st.lists(st.sampled_from("abc"), min_size=1), st.integers(1, 4))
 def test_weights_that_are_proportional_to_the_groups_sizes_change_nothing(
     groups: list[str], seeds: int
@@ -160,6 +163,7 @@ def test_weights_that_are_proportional_to_the_groups_sizes_change_nothing(
     assert with_weights.high == pytest.approx(without.high)
 
 
+@settings(deadline=None)
 @given(st.floats(0, 1), st.floats(0, 1))
 def test_recovery_is_none_without_loss_and_runs_from_0_to_1(bf16: float, quantized: float) -> None:
     if bf16 <= quantized:

@@ -7,11 +7,13 @@ it later, in a line of its own. The last line of an (item, seed) counts.
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
+from io import RawIOBase
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from mixquant.evaluate.chat import Usage
 from mixquant.evaluate.tasks import Answer, Verdict
@@ -53,7 +55,7 @@ class AnswerFile:
         self.path = path
         self.entries: dict[Key, Entry] = {}
         self._configuration = json.loads(json.dumps(configuration))
-        self._file: IO[bytes] | None = None
+        self._file: RawIOBase | None = None
         self._length = 0  # of its whole lines, in bytes
         self._read()
 
@@ -78,17 +80,29 @@ class AnswerFile:
         try:
             if self._file is None:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
-                self._file = self.path.open("ab")
+                self._file = self.path.open("ab", buffering=0)
                 self._file.truncate(self._length)
                 if not self._length:
                     header = {"mixquant": "answers", "version": VERSION}
-                    self._file.write(_line({**header, "configuration": self._configuration}))
-            self._file.write(_line(line))
-            self._file.flush()
+                    self._write(self._file, {**header, "configuration": self._configuration})
+            self._write(self._file, line)
         except OSError as error:
             raise AnswerFileError(
                 f"cannot write {self.path}: {error.strerror or error}; what it holds is kept"
             ) from None
+
+    def _write(self, file: RawIOBase, values: Mapping[str, Any]) -> None:
+        # ASCII: no character that something takes for the end of a line.
+        line = json.dumps(values).encode() + b"\n"
+        rest = memoryview(line)
+        try:
+            while rest:
+                rest = rest[file.write(rest) :]
+        except OSError:
+            with contextlib.suppress(OSError):
+                file.truncate(self._length)
+            raise
+        self._length += len(line)
 
     def _read(self) -> None:
         try:
@@ -153,8 +167,3 @@ def first_difference(before: Any, now: Any, name: str = "") -> str | None:
 def _short(value: Any) -> str:
     text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 100 else f"{text[:97]}..."
-
-
-def _line(values: Mapping[str, Any]) -> bytes:
-    # ASCII: no character that something takes for the end of a line.
-    return json.dumps(values).encode() + b"\n"
