@@ -185,13 +185,18 @@ def bench(
     compared = chosen_arms(chosen or saved_recipe(checkpoint), arms or (), urls or (), vllm_args)
     given_by = {"length": lengths, "batch": batches, "concurrency": concurrencies, "agent": trace}
     chosen_workloads = {name for name, given in given_by.items() if given is not None}
-    left = _that_fit(points(plan, load_tokenizer(checkpoint)), checkpoint, chosen_workloads)
+    left, left_out = _that_fit(
+        points(plan, load_tokenizer(checkpoint)), checkpoint, chosen_workloads
+    )
     if not left:
         raise InputError("there is nothing to measure: every workload is none, or too long")
     name = served_name or model
     for arm in compared:
         if arm.url is not None:
             check_server(arm.url, name, left)
+
+    for message in left_out:
+        say(message)
 
     environment = _environment(elsewhere=all(arm.url for arm in compared))
     settings = {
@@ -252,9 +257,16 @@ def _numbers(option: str, text: str | None, default: tuple[int, ...]) -> tuple[i
     return tuple(numbers)
 
 
-def _that_fit(points: Sequence[Point], checkpoint: Checkpoint, chosen: set[str]) -> list[Point]:
-    """What the model's context has room for; what was chosen has to fit."""
-    fitting = []
+def _that_fit(
+    points: Sequence[Point], checkpoint: Checkpoint, chosen: set[str]
+) -> tuple[list[Point], list[str]]:
+    """What the model's context has room for, and what it has none for, in words.
+
+    Raises:
+        InputError: that was chosen by the user.
+    """
+    fitting: list[Point] = []
+    left_out: list[str] = []
     for point in points:
         if checkpoint.context is None or point.longest <= checkpoint.context:
             fitting.append(point)
@@ -265,8 +277,8 @@ def _that_fit(points: Sequence[Point], checkpoint: Checkpoint, chosen: set[str])
         )
         if point.workload in chosen:
             raise InputError(too_long)
-        say(f"left out {too_long}")
-    return fitting
+        left_out.append(f"left out {too_long}")
+    return fitting, left_out
 
 
 @contextmanager
