@@ -193,7 +193,7 @@ def _scaled(value: float, unit: str) -> float:
 
 
 def _scale(unit: str) -> str:
-    return {"share": "%"}.get(unit, unit) + (
+    return {"share": "percent"}.get(unit, unit) + (
         ""
         if unit == "share"
         else ", more is better"
@@ -212,7 +212,7 @@ def _finding(group: _Group, ratios: Sequence[Speedup]) -> str:
             values = [quantity(m.value, m.unit) for m in group.of(arm)]
             said.append(f"{arm} {values[0]}" + (f" to {values[-1]}" if len(values) > 1 else ""))
     condition = f" ({group.condition})" if group.condition else ""
-    opening = f"As fast as {BASELINE}" if ratios else "By arm"
+    opening = f"Speed against {BASELINE}" if ratios else "By arm"
     return f"{opening}{condition}: {clauses(said)}."
 
 

@@ -19,9 +19,10 @@ from mixquant.report.style import Look, color
 from mixquant.report.svg import inline, plot_settings
 from mixquant.report.text import number, plain, short, tick
 
-_WIDTH = 5.4  # inches; half of the page, or all of a telephone's
+_WIDTH = 5.0  # inches; half of the page, or all of a telephone's
 _HEIGHT = 3.1
 _MOST_LABELS = 6  # of values, beside the points of a line
+_LEAST = 1e-9  # a divergence below it is rounding; logarithmic axes begin there
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,7 @@ def lines(
         axes.set_xticks(_spaced(xs), [tick(x) for x in _spaced(xs)])
         axes.xaxis.set_minor_locator(NullLocator())
         axes.grid(False, axis="x")
-        if log_y and all(p.y > 0 for one in series for p in one.points):
+        if log_y and all(p.y > _LEAST for one in series for p in one.points):
             axes.set_yscale("log")
             axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             axes.yaxis.set_minor_locator(NullLocator())
@@ -137,7 +138,7 @@ def bars(alt: Alt, rows: Sequence[Bar], x_label: str, *, reference: float | None
         axes.margins(x=min(0.05 + 0.022 * widest, 0.6))
         if all(row.value >= 0 for row in rows):
             axes.set_xlim(left=0)
-        axes.set_xlabel(x_label)
+        axes.set_xlabel(x_label, loc="right")  # long names leave the axis short
         return inline(figure, alt.identity, alt.title, alt.description)
 
 
@@ -164,7 +165,7 @@ def stacks(alt: Alt, rows: Sequence[Stack], looks: dict[str, Look], x_label: str
         _rows(axes, [row.name for row in rows])
         axes.margins(x=0.16)
         axes.set_xlim(left=0)
-        axes.set_xlabel(x_label)
+        axes.set_xlabel(x_label, loc="right")  # long names leave the axis short
         keys = [
             (
                 Patch(
@@ -208,7 +209,7 @@ def intervals(
         _rows(axes, groups)
         for border in range(1, len(groups)):
             axes.axhline(border - 0.5, color=color("grid"), linewidth=0.8)
-        axes.set_xlabel(x_label)
+        axes.set_xlabel(x_label, loc="right")  # long names leave the axis short
         _legend(figure, [(_key(one.look, line=False), one.name) for one in series])
         return inline(figure, alt.identity, alt.title, alt.description)
 
@@ -333,12 +334,12 @@ def _label_outermost(axes: Axes, series: Sequence[Series]) -> None:
 
 def _from_zero_by_decades(axes: Axes, values: Sequence[float]) -> None:
     """A logarithmic axis that has a zero, too: BF16's distance from itself."""
-    positive = [value for value in values if value > 0]
+    positive = [value for value in values if value > _LEAST]
     if not positive:
         return
     least = 10.0 ** math.floor(math.log10(min(positive)))
     most = 10.0 ** math.ceil(math.log10(max(positive)))
-    if all(value > 0 for value in values):
+    if all(value > _LEAST for value in values):
         axes.set_yscale("log")
         ticks: list[float] = []
     else:
@@ -365,7 +366,7 @@ def _legend(figure: Figure, keys: Sequence[tuple[Artist, str]]) -> None:
     if not keys:
         return
     names = [short(plain(name)) for _, name in keys]
-    columns = max(1, min(len(names), 60 // (max(len(name) for name in names) + 6)))
+    columns = max(1, min(len(names), 52 // (max(len(name) for name in names) + 6)))
     figure.set_figheight(figure.get_figheight() + 0.2 * (math.ceil(len(names) / columns) - 1))
     legend = figure.legend(
         [key for key, _ in keys],

@@ -20,8 +20,8 @@ _SETTINGS: dict[Any, Any] = {
     "svg.fonttype": "none",  # text stays text
     "svg.hashsalt": "mixquant",  # the same figure gives the same SVG
     "text.parse_math": False,  # a dollar sign in an arm's name is one
-    "font.size": 10.5,
-    "axes.labelsize": 10.5,
+    "font.size": 11,
+    "axes.labelsize": 11,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.edgecolor": STAND_INS["muted"],

@@ -38,6 +38,8 @@ def short(text: str, limit: int = 26) -> str:
 def number(value: float) -> str:
     """Three or four significant digits, never an exponent for what people read as a number."""
     size = abs(value)
+    if size >= 1e7:
+        return f"{value:.2e}"
     if size >= 1000:
         return f"{value:,.0f}"
     for least, digits in ((100, 1), (10, 1), (1, 2), (0.1, 3), (0.001, 4)):
