@@ -7,7 +7,8 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 .PHONY: demo test versions lint format benchmark clean
 
 demo: $(VENV)/.ready
-	$(BIN)/mixquant compare smollm2
+	@mkdir -p build/demo
+	$(BIN)/mixquant compare smollm2 --json build/demo/compare.json --report build/demo/report.html
 
 test: $(VENV)/.ready-dev
 	$(BIN)/python -m pytest

@@ -70,6 +70,8 @@ def refused(
         (["compare", "smollm2", "--arms", ","], "--arms"),
         (["compare", "smollm2", "--json", "/no/such/directory/x.json"], "cannot write"),
         (["compare", "smollm2", "--json", "/"], "it is a directory"),
+        (["compare", "smollm2", "--report", "/no/such/directory/x.html"], "cannot write"),
+        (["compare", "smollm2", "--report", "/"], "it is a directory"),
         (["compare", "smollm2", "--prompt-file", "/no/file"], "cannot read"),
         (["compare", "smollm2", "--max-new-tokens", "-3"], "--max-new-tokens"),
     ],

@@ -14,6 +14,7 @@ from mixquant import cli, results
 from mixquant.evaluate import compare
 from mixquant.evaluate.compare import divergence
 from mixquant.evaluate.workload import PROMPT_TOKENS, agent_workload
+from mixquant.report import page
 
 
 @pytest.fixture(autouse=True)
@@ -80,8 +81,12 @@ def test_some_arms_of_a_text_of_ones_own(
         smollm2_path,
         *("--arms", "mixquant", "--prompt-file", str(text), "--json", str(file)),
         *("--recipe", "exact", "--max-new-tokens", "1"),
+        *("--report", str(tmp_path / "report.html")),
     )
     assert "quantized" not in printed
+    html = (tmp_path / "report.html").read_text()
+    assert html == page([(None, results.read(file))])
+    assert html.count("<figure") == 3  # no time of a token after the first
     (arm,) = json.loads(file.read_text())["arms"]
     assert arm["name"] == "mixquant"
     assert arm["tpot_s"] is None  # the first token of an answer comes out of prefill
