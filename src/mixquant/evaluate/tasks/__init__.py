@@ -12,7 +12,7 @@ Answer = dict[str, Any]  # JSON; of one request: a `Reply`'s fields
 
 Cut = Callable[[str], str]
 """Shortens a text in its middle to what the benchmark's ``context_tokens`` and the model leave room
-for; a text that fits comes back as it is. For the whole prompt, not a part of it."""
+for; a text that fits comes back as it is. Some 500 tokens are left for what stands around it."""
 
 
 class TaskError(ValueError):
