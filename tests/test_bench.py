@@ -208,11 +208,26 @@ def test_tables_show_medians_ranges_gains_and_shares() -> None:
         console.print(each)
     lines = console.export_text().splitlines()
     ours = next(line for line in lines if "mixquant" in line)
-    assert "300 (200-400)" in ours
+    assert "300 200-400" in ours
     assert "2.00x" in ours
     assert "75%" in ours and "25%" in ours
     theirs = next(line for line in lines if "bf16" in line)
-    assert "x" not in theirs.replace("bf16", "") and "–" in theirs
+    assert "1.00x" not in theirs and "–" in theirs
+
+
+def test_tables_fit_a_narrow_terminal() -> None:
+    run = [Answer(32768, 2, float(i), 12.0, (0.1234,)) for i in range(16)]
+    point = a_point("batch", 32768, 16)
+    console = Console(width=80, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    found = [
+        figure
+        for arm in ("bf16", "quantized")
+        for figure in summary.measurements(arm, point, [run], FULL)
+    ]
+    console.print(*table.tables(found))
+    text = console.export_text()
+    assert "…" not in text
+    assert "12000 12000-12000 1.00x" in text
 
 
 # --- what the server counts --------------------------------------------------------------------------

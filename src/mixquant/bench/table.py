@@ -10,27 +10,22 @@ from mixquant.bench.summary import gains, reference_of
 from mixquant.results import Measurement
 
 TITLES = {
-    "length": "By prompt length, one request at a time",
-    "batch": "By batch size, all requests at once",
-    "concurrency": "By concurrency, the next request when one is answered",
-    "agent": "Agent trace, sessions at a time",
+    "length": "By prompt length: one request at a time x tokens",
+    "batch": "By batch size: requests sent at once x tokens of each",
+    "concurrency": "By concurrency: requests kept in flight x tokens of each",
+    "agent": "Agent trace: sessions at a time x tokens of a prompt, on average",
 }
 
-# Metrics, their headings, and whether the range is shown.
-_COLUMNS = (
-    ("ttft", "TTFT ms", True),
-    ("tpot", "TPOT ms", False),
-    ("itl", "ITL ms", False),
-    ("total", "tok/s", False),
-)
-_SHARES = (("quantized", "quant."), ("cached", "cached"))
+# Metrics and their headings; times in ms. The others are in the file: 80 columns are full.
+_COLUMNS = (("ttft", "TTFT"), ("tpot", "TPOT"), ("total", "tok/s"))
+_SHARES = (("quantized", "quant"), ("cached", "cached"))
 
 
 def tables(found: Sequence[Measurement]) -> list[Table]:
     """A table for each workload that was measured.
 
     Beside each median stands how many times as fast as the reference it is, and after times to
-    first token, in brackets, the lowest and the highest.
+    first token the lowest and the highest.
     """
     names = list(dict.fromkeys(figure.workload for figure in found))
     return [_table(workload, found) for workload in names]
@@ -46,32 +41,36 @@ def _table(workload: str, found: Sequence[Measurement]) -> Table:
     shares = [column for column in _SHARES if column[0] in metrics]
 
     table = Table(
-        title=TITLES.get(workload, workload), title_justify="left", box=None, pad_edge=False
+        title=TITLES.get(workload, workload),
+        title_justify="left",
+        box=None,
+        pad_edge=False,
+        padding=(0, 1, 0, 0),
     )
-    table.add_column("tokens", justify="right")
-    if workload != "length":
-        table.add_column("at once", justify="right")
-    table.add_column("arm")
-    for _, heading, _ in shown:
+    table.add_column("", justify="right", no_wrap=True)
+    table.add_column("arm", no_wrap=True)
+    for metric, heading in shown:
         table.add_column(heading, justify="right", no_wrap=True)
+        if metric == "ttft":
+            table.add_column("", style="dim", no_wrap=True)
         table.add_column("", justify="right", no_wrap=True)
     for _, heading in shares:
-        table.add_column(heading, justify="right")
+        table.add_column(heading, justify="right", no_wrap=True)
 
     before = None
-    for arm, tokens, concurrency in dict.fromkeys(
-        (f.arm, f.tokens, f.concurrency) for f in _sorted(own)
-    ):
-        point = (tokens, concurrency)
-        place = ["", ""] if point == before else [str(tokens), str(concurrency)]
-        cells = [*(place if workload != "length" else place[:1]), arm]
-        for metric, _, ranged in shown:
-            figure = by_key.get((arm, *point, metric))
-            gain = gained.get((arm, workload, *point, metric))
-            cells.append("–" if figure is None else _number(figure, ranged))
+    for arm, *point in dict.fromkeys((f.arm, f.tokens, f.concurrency) for f in _sorted(own)):
+        tokens, concurrency = point
+        place = f"{concurrency} x {tokens}"
+        cells = ["" if point == before else place, arm]
+        for metric, _ in shown:
+            figure = by_key.get((arm, tokens, concurrency, metric))
+            gain = gained.get((arm, workload, tokens, concurrency, metric))
+            cells.append("–" if figure is None else _digits(figure.value))
+            if metric == "ttft":
+                cells.append("" if figure is None else _range(figure))
             cells.append("" if gain is None or arm == reference else f"{gain:.2f}x")
         for metric, _ in shares:
-            figure = by_key.get((arm, *point, metric))
+            figure = by_key.get((arm, tokens, concurrency, metric))
             cells.append("–" if figure is None else f"{100 * figure.value:.0f}%")
         table.add_row(*cells)
         before = point
@@ -84,11 +83,10 @@ def _sorted(found: Sequence[Measurement]) -> list[Measurement]:
     return sorted(found, key=lambda f: (f.tokens, f.concurrency, order[f.arm]))
 
 
-def _number(figure: Measurement, ranged: bool) -> str:
-    text = _digits(figure.value)
-    if ranged and figure.lowest is not None and figure.highest is not None:
-        text += f" [dim]({_digits(figure.lowest)}-{_digits(figure.highest)})[/dim]"
-    return text
+def _range(figure: Measurement) -> str:
+    if figure.lowest is None or figure.highest is None:
+        return ""
+    return f"{_digits(figure.lowest)}-{_digits(figure.highest)}"
 
 
 def _digits(value: float) -> str:
