@@ -120,7 +120,7 @@ def running(
         return
     arguments = [*arguments_for(arm.recipe), *arm.arguments]
     with (
-        _terminated_like_interrupted(),
+        terminated_like_interrupted(),
         serving(model, arguments, log, name=name, progress=progress) as url,
     ):
         yield url
@@ -189,7 +189,8 @@ def _split(arguments: str, where: str) -> list[str]:
 
 
 @contextlib.contextmanager
-def _terminated_like_interrupted() -> Iterator[None]:
+def terminated_like_interrupted() -> Iterator[None]:
+    """Makes SIGTERM end the block as Ctrl-C does."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file
 
-from mixquant.engines.vllm.server import reason
+from mixquant.arms import terminated_like_interrupted
+from mixquant.engines.vllm.server import end, reason
 from mixquant.evaluate.answers import Answers, EngineError, Progress, Run
 from mixquant.evaluate.passages import Passages
 from mixquant.models import Checkpoint
@@ -60,8 +59,13 @@ class VLLM:
         }
         folder = Path(tempfile.mkdtemp(prefix="mixquant-fidelity-"))
         (folder / "spec.json").write_text(json.dumps(spec))
-        with _process(folder) as process:
-            _wait(process, folder, [one.prompt_tokens for one, _ in prompts], progress)
+        try:
+            with terminated_like_interrupted(), _process(folder) as process:
+                _wait(process, folder, [one.prompt_tokens for one, _ in prompts], progress)
+        except BaseException:
+            for large in folder.glob("*.safetensors"):
+                large.unlink()  # the log stays
+            raise
         about = json.loads((folder / "about.json").read_text())
         numbers = iter(range(len(prompts)))
         run = Run(
@@ -114,17 +118,7 @@ def _process(folder: Path) -> Iterator[subprocess.Popen[bytes]]:
     try:
         yield process
     finally:
-        _end(process)
-
-
-def _end(process: subprocess.Popen[bytes]) -> None:
-    if process.poll() is None:
-        process.send_signal(signal.SIGTERM)
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(30)
-    with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+        end(process)
 
 
 def _wait(

@@ -129,9 +129,10 @@ def _shapes(module: Any, shape: tuple[int, ...]) -> list[tuple[int, ...]]:
         return [shape]
     if (weight := getattr(module, "w13_weight", None)) is not None:
         return _shapes(module, tuple(weight.shape))
-    rows = getattr(module, "output_size_per_partition", None) or getattr(module, "output_size", 0)
-    columns = getattr(module, "input_size_per_partition", None) or getattr(module, "input_size", 0)
-    return [(int(rows), int(columns))]
+    # The weight itself may be packed for a kernel.
+    rows = getattr(module, "output_size_per_partition", 0) or getattr(module, "output_size", 0)
+    columns = getattr(module, "input_size_per_partition", 0) or getattr(module, "input_size", 0)
+    return [(rows, columns)]
 
 
 def main(folder: Path) -> None:

@@ -83,7 +83,7 @@ def serving(
         _wait(process, url, log, patience, progress)
         yield url
     finally:
-        _end(process)
+        end(process)
         shutil.rmtree(scratch, ignore_errors=True)
 
 
@@ -114,8 +114,8 @@ def reason(log: Path) -> str:
     return (own or errors or lines or ["it printed nothing"])[-1][-500:]
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
-    """Asks the server to end, and makes sure of it and of its children."""
+def end(process: subprocess.Popen[bytes]) -> None:
+    """Asks a process with a session of its own to end, and makes sure of it and of its children."""
     if process.poll() is None:
         process.send_signal(signal.SIGTERM)
         with contextlib.suppress(subprocess.TimeoutExpired):
