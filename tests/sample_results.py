@@ -60,6 +60,7 @@ def bench() -> Bench:
         for clients in (1, 16):
             options = {"workload": "concurrency", "concurrency": clients, "unit": "tok/s"}
             results.append(measurement(arm, "output", 180 * clients**0.8, **options))
+        results.append(measurement(arm, "itl", 5.0, lowest=0.1, highest=900.0))
         agent = {"workload": "agent", "tokens": 3000 + len(arm), "concurrency": 4}
         results.append(measurement(arm, "ttft", 80 / speed, **agent))
         share = {"bf16": 0.0, "quantized": 1.0, "mixquant": 0.83}[arm]

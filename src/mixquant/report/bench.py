@@ -25,8 +25,12 @@ from mixquant.report.text import (
 )
 from mixquant.results import Bench, Measurement, Piece
 
-_KEY_FIGURES = 4
 _ORDER = ("length", "batch", "concurrency", "agent")
+# What large type says, of what there is.
+_KEY_FIGURES = 4
+_MAIN = (("length", "ttft"), ("batch", "tpot"), ("concurrency", "output"), ("agent", "ttft"))
+# What follows from the others, or varies little: as tables, without plots.
+_TABLES_ONLY = ("itl", "e2e", "total", "cached")
 _AXES = {"length": ("Prompt tokens", "prompt length"), "batch": ("Batch size", "batch size")}
 _CLIENTS = ("Concurrent requests", "concurrency")
 
@@ -41,11 +45,16 @@ def section(bench: Bench) -> Section:
         )
     )
     groups = _groups(bench.results)
-    figures = [figure for group in groups if (figure := _key_figure(group))]
+    shown = [group for group in groups if group.is_plotted]
+    main_first = sorted(shown, key=lambda group: (group.workload, group.metric) not in _MAIN)
+    figures = [figure for group in main_first if (figure := _key_figure(group))]
     return Section(
         title="Speed",
         key_figures=tuple(figures[:_KEY_FIGURES]),
-        panels=tuple(_panel(group, looked) for group in groups) + _breakdowns(bench.breakdown),
+        panels=tuple(_panel(group, looked) for group in shown) + _breakdowns(bench.breakdown),
+        more=tuple(
+            _table(group, speedups(group.results)) for group in groups if not group.is_plotted
+        ),
     )
 
 
@@ -69,6 +78,12 @@ class _Group:
 
     def of(self, arm: str) -> list[Measurement]:
         return sorted((m for m in self.results if m.arm == arm), key=self.x)
+
+    @property
+    def is_plotted(self) -> bool:
+        if self.unit == "share" and self.workload != "agent":
+            return False
+        return self.metric not in _TABLES_ONLY
 
     @property
     def arms(self) -> tuple[str, ...]:

@@ -47,3 +47,4 @@ class Section:
     notes: tuple[str, ...] = ()
     panels: tuple[Panel, ...] = ()
     tables: tuple[Table, ...] = ()
+    more: tuple[Table, ...] = ()  # shown on demand

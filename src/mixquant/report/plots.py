@@ -102,6 +102,7 @@ def lines(
             axes.yaxis.set_minor_locator(NullLocator())
         axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: tick(y)))
         axes.margins(x=0.08, y=0.16)
+        _hold_off_spread(axes, [p for one in series for p in one.points], reference)
         if reference is not None:
             axes.axhline(reference[0], color=color("muted"), linestyle=(0, (4, 3)), linewidth=1.4)
         _label_outermost(axes, series)
@@ -304,6 +305,17 @@ def _spaced(xs: Sequence[float]) -> list[float]:
     return kept
 
 
+def _hold_off_spread(
+    axes: Axes, points: Sequence[Point], reference: tuple[float, str] | None
+) -> None:
+    """Cuts error bars that would dwarf the values: one slow token among thousands is enough."""
+    ys = [p.y for p in points] + ([] if reference is None else [reference[0]])
+    room = max(max(ys) - min(ys), 0.3 * max(map(abs, ys)))
+    least, most = axes.get_ylim()
+    if axes.get_yscale() == "linear" and (least < min(ys) - room or most > max(ys) + room):
+        axes.set_ylim(max(least, min(ys) - room), min(most, max(ys) + room))
+
+
 def _label_outermost(axes: Axes, series: Sequence[Series]) -> None:
     """Writes values above the highest and below the lowest series, where there are few of them."""
     by_x: dict[float, list[Point]] = {}
@@ -314,8 +326,9 @@ def _label_outermost(axes: Axes, series: Sequence[Series]) -> None:
         return
     for points in by_x.values():
         ordered = sorted(points, key=lambda p: p.y)
-        top = max(p.y if p.high is None else p.high for p in points)
-        bottom = min(p.y if p.low is None else p.low for p in points)
+        least, most = axes.get_ylim()
+        top = min(max(p.y if p.high is None else p.high for p in points), most)
+        bottom = max(min(p.y if p.low is None else p.low for p in points), least)
         chosen = [(ordered[-1], top, 7, "bottom")]
         if len(ordered) > 1:
             chosen.append((ordered[0], bottom, -7, "top"))

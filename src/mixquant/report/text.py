@@ -13,6 +13,7 @@ METRICS = {
     "output": "Output throughput",
     "total": "Total throughput",
     "quantized": "Quantized share of the prompt tokens",
+    "cached": "Cached share of the prompt tokens",
     "batch_of_16": "Time of 16 requests at once",  # of benchmarks/vllm_speed.py
 }
 
@@ -67,7 +68,7 @@ def points(value: float) -> str:
 
 
 def times(ratio: float) -> str:
-    return f"{ratio:.2f}×"
+    return f"{ratio:.2f}×" if ratio < 1e4 else f"{ratio:.1e}×"
 
 
 def quantity(value: float, unit: str) -> str:
