@@ -84,7 +84,7 @@ class Stub:
 
 
 @contextlib.contextmanager
-def serving(stub: Stub) -> Iterator[Stub]:
+def serving(stub: Stub, port: int = 0) -> Iterator[Stub]:
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
 
@@ -122,7 +122,7 @@ def serving(stub: Stub) -> Iterator[Stub]:
         daemon_threads = True
         request_queue_size = 64
 
-    server = Server(("127.0.0.1", 0), Handler)
+    server = Server(("127.0.0.1", port), Handler)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
     stub.url = f"http://127.0.0.1:{server.server_port}"
@@ -134,7 +134,7 @@ def serving(stub: Stub) -> Iterator[Stub]:
         thread.join()
 
 
-def until(true: Callable[[], bool], *, patience: float = 60) -> None:
+def until(true: Callable[[], bool], *, patience: float = 180) -> None:
     """Waits for what another thread or process is about to do."""
     end = time.monotonic() + patience
     while not true():

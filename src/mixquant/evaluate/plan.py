@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -129,18 +130,30 @@ def load(
         seen.add(item.id)
     text = json.dumps([asdict(item) for item in items], sort_keys=True)
     digest = hashlib.sha256(text.encode()).hexdigest()[:16]
-    return Benchmark(task, settings, some_items(items, options.limit), digest)
+    return Benchmark(
+        task, settings, some_items(items, options.limit, in_turns=bool(task.weights)), digest
+    )
 
 
-def some_items(items: Sequence[Item], limit: int | None) -> Sequence[Item]:
+def some_items(items: Sequence[Item], limit: int | None, *, in_turns: bool) -> Sequence[Item]:
     """So many of the items, drawn by chance but always the same, in their order.
 
     A smaller number draws some of what a larger one draws, so that a run can be enlarged.
+
+    Args:
+        in_turns: draw from one group after the other, so that every group is there.
     """
     if limit is None or limit >= len(items):
         return items
-    drawn = sorted(items, key=lambda item: hashlib.sha256(item.id.encode()).digest())[:limit]
-    kept = {item.id for item in drawn}
+    drawn = sorted(items, key=lambda item: hashlib.sha256(item.id.encode()).digest())
+    if in_turns:
+        seen: Counter[str] = Counter()
+        rank = {}
+        for item in drawn:
+            rank[item.id] = seen[item.group]
+            seen[item.group] += 1
+        drawn.sort(key=lambda item: rank[item.id])  # stable
+    kept = {item.id for item in drawn[:limit]}
     return [item for item in items if item.id in kept]
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+
 from rich import box
 from rich.table import Table
 
-from mixquant.results import Evaluation, Score
-
-_NO_INTERVAL = " " * len(" [ 0.0, 100.0]")
+from mixquant.results import Evaluation, Recovery, Score
 
 
 def tables(result: Evaluation) -> list[Table]:
@@ -23,51 +23,46 @@ def _scores(result: Evaluation) -> Table:
     table = Table(
         title=f"{result.model}: scores in percent",
         title_justify="left",
-        caption="In brackets the interval that holds 95 %, over items. Failed requests count as wrong.",
+        caption="Below each score the interval that holds 95 %, over items. Failed requests count "
+        "as wrong.",
         caption_justify="left",
         box=box.SIMPLE_HEAD,
     )
-    table.add_column("benchmark", no_wrap=True)
+    table.add_column("benchmark")
     table.add_column("items", justify="right")
     table.add_column("seeds", justify="right")
     for arm in arms:
         table.add_column(arm, justify="right", no_wrap=True)
-    benchmarks = list(dict.fromkeys(score.benchmark for score in result.scores))
-    for name in benchmarks:
-        table.add_row(*_row(name, name, result.scores, arms))
-        parts = [part for part in result.subscores if part.benchmark.startswith(f"{name}/")]
-        for part in dict.fromkeys(part.benchmark for part in parts):
-            table.add_row(*_row(f"  {part.partition('/')[2]}", part, parts, arms), style="dim")
-    complete = [
-        name
-        for name in benchmarks
-        if all(any((s.benchmark, s.arm) == (name, arm) for s in result.scores) for arm in arms)
-    ]
-    if len(complete) > 1:
+    for name in dict.fromkeys(score.benchmark for score in result.scores):
+        its_parts = [part for part in result.subscores if part.benchmark.startswith(f"{name}/")]
+        for row in (name, *dict.fromkeys(part.benchmark for part in its_parts)):
+            label = row if row == name else f"  {row.removeprefix(f'{name}/')}"
+            its = {s.arm: s for s in (*result.scores, *its_parts) if s.benchmark == row}
+            first = next(iter(its.values()))
+            cells = (_cell(its.get(arm)) for arm in arms)
+            table.add_row(label, str(first.items), str(first.seeds), *cells)
+    if means := _means(result.scores, arms):
         table.add_section()
-        means = [
-            sum(s.score for s in result.scores if s.arm == arm and s.benchmark in complete)
-            / len(complete)
-            for arm in arms
-        ]
-        table.add_row("mean", "", "", *(f"{100 * mean:.1f}{_NO_INTERVAL}" for mean in means))
+        table.add_row("mean", "", "", *(f"{100 * mean:.1f}" for mean in means))
     return table
 
 
-def _row(
-    label: str, name: str, scores: tuple[Score, ...] | list[Score], arms: list[str]
-) -> list[str]:
-    its = {score.arm: score for score in scores if score.benchmark == name}
-    first = next(iter(its.values()))
-    cells = []
-    for arm in arms:
-        score = its.get(arm)
-        if score is None:
-            cells.append("-")
-            continue
-        low, high = 100 * score.low, 100 * score.high
-        cells.append(f"{100 * score.score:5.1f} [{low:4.1f}, {high:5.1f}]".replace("[", r"\["))
-    return [label, str(first.items), str(first.seeds), *cells]
+def _cell(score: Score | None) -> str:
+    if score is None:
+        return "-"
+    interval = f"{100 * score.low:.1f} - {100 * score.high:.1f}"
+    return f"{100 * score.score:.1f}\n[dim]{interval}[/dim]"
+
+
+def _means(scores: Sequence[Score], arms: Sequence[str]) -> list[float]:
+    """Of each arm, over the benchmarks that all arms have a score of, if they are several."""
+    by_benchmark: dict[str, dict[str, float]] = {}
+    for score in scores:
+        by_benchmark.setdefault(score.benchmark, {})[score.arm] = score.score
+    complete = [row for row in by_benchmark.values() if len(row) == len(arms)]
+    if len(complete) < 2:
+        return []
+    return [sum(row[arm] for row in complete) / len(complete) for arm in arms]
 
 
 def _differences(result: Evaluation) -> Table:
@@ -75,36 +70,38 @@ def _differences(result: Evaluation) -> Table:
         title="Differences in points, paired by item and seed",
         title_justify="left",
         caption="Recovery: the share of the loss from bf16 to quantized that an arm wins back; "
-        "in brackets where that loss itself may be chance.",
+        "in brackets where that loss itself may be chance."
+        if result.recoveries
+        else None,
         caption_justify="left",
         box=box.SIMPLE_HEAD,
     )
-    pairs = list(dict.fromkeys((one.arm, one.versus) for one in result.differences))
-    recovered = list(dict.fromkeys(one.arm for one in result.recoveries))
-    table.add_column("benchmark", no_wrap=True)
-    for arm, versus in pairs:
-        table.add_column(f"{arm}\n- {versus}", justify="right", no_wrap=True)
-    for arm in recovered:
-        table.add_column(f"recovery\n{arm}", justify="right", no_wrap=True)
+    table.add_column("benchmark")
+    table.add_column("")
+    table.add_column("difference", justify="right", no_wrap=True)
+    table.add_column("95 % interval", justify="right", no_wrap=True)
     names = [one.benchmark for one in result.differences]
     names += [one.benchmark for one in result.recoveries]
     for name in dict.fromkeys(names):
-        its = {(d.arm, d.versus): d for d in result.differences if d.benchmark == name}
-        cells = []
-        for pair in pairs:
-            found = its.get(pair)
-            if found is None:
-                cells.append("")
-                continue
-            low, high = 100 * found.low, 100 * found.high
-            cells.append(f"{100 * found.difference:+.1f} \\[{low:+.1f}, {high:+.1f}]")
-        loss = its.get(("quantized", "bf16"))
-        by_chance = loss is not None and loss.high >= 0
-        for arm in recovered:
-            value = next(
-                (r.recovery for r in result.recoveries if (r.benchmark, r.arm) == (name, arm)), None
-            )
-            text = "-" if value is None else f"{value:.0%}"
-            cells.append(f"({text})" if by_chance and value is not None else text)
-        table.add_row(name, *cells)
+        for row in _rows(result, name):
+            table.add_row(*row)
+        table.add_section()
     return table
+
+
+def _rows(result: Evaluation, name: str) -> Iterator[tuple[str, ...]]:
+    by_chance = False
+    for one in result.differences:
+        if one.benchmark == name:
+            interval = f"{100 * one.low:+.1f} to {100 * one.high:+.1f}"
+            yield name, f"{one.arm} - {one.versus}", f"{100 * one.difference:+.1f}", interval
+            by_chance |= (one.arm, one.versus) == ("quantized", "bf16") and one.high >= 0
+    for one_back in result.recoveries:
+        if one_back.benchmark == name:
+            yield name, f"recovery of {one_back.arm}", _share(one_back, by_chance), ""
+
+
+def _share(recovery: Recovery, by_chance: bool) -> str:
+    if recovery.recovery is None:
+        return "-"
+    return f"({recovery.recovery:.0%})" if by_chance else f"{recovery.recovery:.0%}"

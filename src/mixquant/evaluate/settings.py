@@ -6,11 +6,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from mixquant.conversation import render
 from mixquant.evaluate.chat import sampling
 from mixquant.evaluate.tasks import Task, TaskError
+from mixquant.evaluate.tasks.cutting import cut_middle
 
-# For what re-tokenizing adds where texts meet.
-_SLACK = 64
+# For the instructions and the question around a text that is cut.
+_AROUND = 512
 
 
 @dataclass(frozen=True)
@@ -72,24 +74,14 @@ class MiddleCutter:
         if self._tokenizer is None:
             self._tokenizer = self._load()
             self._limit = self._room()
-        if len(text.encode()) <= self._limit:  # no token is shorter than a byte
-            return text
-        tokens = self._tokens(text)
-        keep = self._limit
-        # The halves may be cut into more tokens than they were taken from.
-        while len(tokens) > keep and len(self._tokens(text)) > self._limit:
-            text = self._text(tokens[: keep - keep // 2]) + self._text(
-                tokens[len(tokens) - keep // 2 :]
-            )
-            keep -= max(1, len(self._tokens(text)) - self._limit)
-        return text
+        return cut_middle(text, self._tokenizer, self._limit)
 
     def _room(self) -> int:
         assert self._settings.context_tokens is not None
         if self._context is None:
             return self._settings.context_tokens
         answer = self._settings.max_tokens
-        room = self._context - answer - self._of_template() - _SLACK
+        room = self._context - answer - self._of_template() - _AROUND
         if room < 1:
             raise TaskError(
                 f"the model reads and writes {self._context} tokens, which leaves no room for a prompt "
@@ -98,15 +90,5 @@ class MiddleCutter:
         return min(self._settings.context_tokens, room)
 
     def _of_template(self) -> int:
-        text = self._tokenizer.apply_chat_template(
-            [{"role": "user", "content": ""}], tokenize=False, add_generation_prompt=True
-        )
-        return len(self._tokens(text))
-
-    def _tokens(self, text: str) -> list[int]:
-        tokens: list[int] = self._tokenizer(text, add_special_tokens=False)["input_ids"]
-        return tokens
-
-    def _text(self, tokens: list[int]) -> str:
-        text: str = self._tokenizer.decode(tokens, clean_up_tokenization_spaces=False)
-        return text
+        text = render(self._tokenizer, [{"role": "user", "content": ""}])
+        return len(self._tokenizer(text, add_special_tokens=False)["input_ids"])

@@ -32,7 +32,7 @@ class Estimate:
 
 
 def item_weights(groups: Sequence[str], weights: Mapping[str, float]) -> Scores:
-    """What each item counts, ``[items]``, summing to 1.
+    """What each item counts, ``[items]``, in proportion.
 
     Args:
         groups: of each item.
@@ -40,10 +40,9 @@ def item_weights(groups: Sequence[str], weights: Mapping[str, float]) -> Scores:
             are left out. Empty: every item counts alike.
     """
     if not weights:
-        return np.full(len(groups), 1 / len(groups))
+        return np.ones(len(groups))
     sizes = {group: groups.count(group) for group in set(groups)}
-    raw = np.array([weights[group] / sizes[group] for group in groups])
-    return raw / raw.sum()
+    return np.array([weights[group] / sizes[group] for group in groups])
 
 
 def score(scores: Scores, weights: Scores | None = None) -> Estimate:
@@ -63,7 +62,9 @@ def score(scores: Scores, weights: Scores | None = None) -> Estimate:
         ValueError: no score at all.
     """
     means, counts, weights = _by_item(scores, weights)
-    value = float(np.clip(weights @ means, means.min(), means.max()))  # despite rounding
+    value = float(weights @ means / weights.sum())
+    value = min(max(value, float(means.min())), float(means.max()))  # despite rounding
+    weights = weights / weights.sum()
     items = 1 / float(weights @ weights)  # Kish's effective number; with equal weights, the number
     spread = value * (1 - value)
     effective = items
@@ -97,8 +98,8 @@ def difference(scores: Scores, versus: Scores, weights: Scores | None = None) ->
         ValueError: nothing that both have.
     """
     means, _, weights = _by_item(scores - versus, weights)
-    parts = means * weights * len(means)
-    value = float(parts.mean())
+    value = float(weights @ means / weights.sum())
+    parts = means * weights * (len(means) / weights.sum())
     changed = parts[np.flatnonzero(parts)]
     # Signed by the first that differs, so that exchanging the arms negates every resample.
     added = math.copysign(np.abs(changed).max(), changed[0]) if changed.size else 1.0
@@ -137,7 +138,7 @@ def _by_item(scores: Scores, weights: Scores | None) -> tuple[Scores, NDArray[An
         raise ValueError("there is no score to take the mean of")
     means = np.nansum(scores[there], axis=1) / counts[there]
     kept = np.ones(len(means)) if weights is None else weights[there]
-    return means, counts[there], kept / kept.sum()
+    return means, counts[there], kept
 
 
 def _wilson(share: float, number: float) -> tuple[float, float]:
