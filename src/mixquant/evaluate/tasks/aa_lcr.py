@@ -64,7 +64,7 @@ class AaLcr(Task):
 
     name = "aa-lcr"
     needs_judge = True
-    defaults: ClassVar[Mapping[str, Any]] = {"context_tokens": 131_072}
+    defaults: ClassVar[Mapping[str, Any]] = {"context_tokens": 131_072, "seeds": 3}
 
     def load(self, data: Path | None, cut: Cut) -> list[Item]:
         if data is None:

@@ -6,8 +6,9 @@ The prompts are evalscope's (1.14), without its examples: models that think do w
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from pydantic import AliasChoices, Field, field_validator
 
@@ -111,6 +112,7 @@ class Aime24(_Mathematics):
     split = "train"
     schema = _AimeProblem
     prompt = _AIME
+    defaults: ClassVar[Mapping[str, Any]] = {"seeds": 3}
 
 
 class Aime25(_Mathematics):
@@ -120,6 +122,7 @@ class Aime25(_Mathematics):
     repository = "math-ai/aime25"
     schema = _AimeProblem
     prompt = _AIME
+    defaults: ClassVar[Mapping[str, Any]] = {"seeds": 3}
 
 
 class Gsm8k(_Mathematics):
