@@ -281,7 +281,7 @@ class Tokenizer:
 
 def a_plan(**more: Any) -> Plan:
     values: dict[str, Any] = {"lengths": (3, 40), "batches": (1, 4), "concurrencies": (2,)}
-    values |= {"sessions": (), "prompt_tokens": 40, "output_tokens": 6, "repeats": 2, "seed": 1}
+    values |= {"sessions": (), "prompt_tokens": 40, "output_tokens": 6, "seed": 1}
     return Plan(**(values | more))
 
 

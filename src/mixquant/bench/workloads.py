@@ -31,7 +31,6 @@ class Plan:
     sessions: tuple[Session, ...]
     prompt_tokens: int  # of each prompt of batches and concurrencies
     output_tokens: int
-    repeats: int
     seed: int
 
 

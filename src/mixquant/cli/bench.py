@@ -177,7 +177,6 @@ def bench(
         sessions=sessions,
         prompt_tokens=prompt_tokens,
         output_tokens=output_tokens,
-        repeats=repeats,
         seed=secrets.randbelow(2**32) if seed is None else seed,
     )
     chosen_arms(chosen or Recipe(), arms or (), urls or (), vllm_args)  # before any download
