@@ -59,16 +59,22 @@ def _key_figures(comparison: Comparison) -> tuple[KeyFigure, ...]:
     figures = []
     if base is not None:
         gain = main.prefill_tokens_per_s / base.prefill_tokens_per_s
-        figures.append(KeyFigure(times(gain), f"Prefill: mixquant as fast as {BASELINE}"))
+        figures.append(KeyFigure(times(gain), f"mixquant's speed against {BASELINE}: prefill"))
         if main.tpot_s and base.tpot_s:
             ratio = base.tpot_s / main.tpot_s
-            figures.append(KeyFigure(times(ratio), f"Decode: mixquant as fast as {BASELINE}"))
+            figures.append(
+                KeyFigure(
+                    times(ratio), f"mixquant's speed against {BASELINE}: time per output token"
+                )
+            )
     against = f", {number(quantized.kl_mean)} with both phases quantized" if quantized else ""
     figures.append(
         KeyFigure(number(main.kl_mean), f"mixquant: nats per token from {BASELINE}{against}")
     )
     share = main.quantized_prefill_tokens / main.prefill_tokens if main.prefill_tokens else 0.0
-    figures.append(KeyFigure(percent(share), f"of the prompt tokens in {comparison.format}"))
+    figures.append(
+        KeyFigure(percent(share), f"of the prompt tokens multiplied in {comparison.format}")
+    )
     return tuple(figures)
 
 
