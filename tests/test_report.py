@@ -413,7 +413,7 @@ class TestCommand:
             ("", "is not JSON: line 1"),
             ("[]", "not a results file"),
             ("{}", "field 'kind'"),
-            ('{"kind": "else"}', "field 'kind'"),
+            ('{"kind": "else"}', "field 'kind' must be bench, fidelity, evaluation or comparison"),
             ('{"kind": "bench"}', "field 'environment'"),
             (
                 results.to_json(sample_results.bench()).replace('"value": 50.0', '"value": "fast"'),

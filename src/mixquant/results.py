@@ -281,6 +281,11 @@ def read(path: Path) -> Results:
         return adapter.validate_python(values)
     except ValidationError as error:
         first = error.errors()[0]
+        if first["type"].startswith("union_tag"):
+            raise ResultsError(
+                f"{path} is not a results file of mixquant: field 'kind' must be bench, fidelity, "
+                "evaluation or comparison"
+            ) from None
         where = ".".join(str(part) for part in first["loc"][1:]) or "kind"
         raise ResultsError(
             f"{path} is not a results file of this version of mixquant: field {where!r}: {first['msg']}"
