@@ -122,7 +122,7 @@ def fidelity(
     from transformers.utils import logging
 
     from mixquant.evaluate.fidelity import measure
-    from mixquant.evaluate.fidelity_table import fading, table
+    from mixquant.evaluate.fidelity_table import tables
     from mixquant.evaluate.passages import check_lengths, cut, documentation
     from mixquant.results import to_json
 
@@ -162,9 +162,7 @@ def fidelity(
             )
     finally:  # an arm that fails takes none of those before it along
         if finished:
-            out.print(table(finished[-1]))
-            if len(finished) > 1:
-                out.print(fading(finished[-1]))
+            out.print(*tables(finished[-1]), sep="")
             if json_file is not None:
                 say(f"Written to {json_file.absolute()}")
 

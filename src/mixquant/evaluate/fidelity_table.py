@@ -2,96 +2,90 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+
 from rich import box
 from rich.table import Table
 
-from mixquant.results import Fidelity
+from mixquant.results import Divergence, Fidelity
+
+_CAPTION = (
+    "In, bits: what a quantized row of the prompt is multiplied in, by share of the multiply-adds "
+    "in linear layers, and the mean of a weight's bits. Rows: of the prompt, those quantized. KL: "
+    "from bf16, in nats per token of the texts' own continuation; the mean, what 99 % stay below, "
+    "and the largest. Perpl.: of that continuation. Same: tokens of the arm's own greedy answer "
+    "until one is not bf16's."
+)
 
 
-def table(result: Fidelity) -> Table:
-    """The arms by prompt length, one a line, with the cost beside the fidelity."""
-    first = result.results[0]
-    table = Table(
-        title=f"{result.model}: {first.answers} texts, {first.greedy_tokens} tokens after each prompt"
-        f" ({result.engine})",
-        title_justify="left",
-        caption="KL: from bf16, in nats per token of the texts' own continuation; mean, what 99 % of "
-        "the tokens stay below, and the largest. Perplexity: of that continuation. Same: how many "
-        "tokens of the own greedy answer are those of bf16 before the first other one. Prefill in: "
-        "of the multiply-adds in linear layers. Bits: of a multiplied weight, mean. Rows: of the "
-        "prompt tokens, those quantized.",
-        caption_justify="left",
-        box=box.SIMPLE_HEAD,
+def tables(result: Fidelity) -> Iterator[Table]:
+    """For each prompt length the cost beside the fidelity, and how the KL fades after the prompt."""
+    lengths = list(dict.fromkeys(one.prompt_tokens for one in result.results))
+    for length in lengths:
+        here = [one for one in result.results if one.prompt_tokens == length]
+        yield _figures(result, here, _CAPTION if length == lengths[-1] else None)
+    for length in lengths:
+        here = [one for one in result.results if one.prompt_tokens == length]
+        if len(here) > 1:
+            yield _fading(here)
+
+
+def _figures(result: Fidelity, here: Sequence[Divergence], caption: str | None) -> Table:
+    first = here[0]
+    table = _table(
+        f"{result.model} ({result.engine}): {first.answers} prompts of {first.prompt_tokens} "
+        f"tokens, {first.greedy_tokens} after each"
     )
-    table.add_column("\nprompt", justify="right", no_wrap=True)
-    table.add_column("\narm", no_wrap=True)
-    table.add_column("prefill\nin")
-    for heading in (
-        "\nbits",
-        "\nrows",
-        "KL\nmean",
-        "\n99 %",
-        "\nmax",
-        "\ntop-1",
-        "perple-\nxity",
-        "\nsame",
-    ):
+    table.caption = caption
+    table.add_column("\narm", overflow="fold")
+    table.add_column("\nin")
+    headings = ("\nbits", "\nrows", "KL\nmean", "\n99 %", "\nmax", "\ntop-1", "\nperpl.", "\nsame")
+    for heading in headings:
         table.add_column(heading, justify="right", no_wrap=True)
     costs = {cost.arm: cost for cost in result.costs}
-    for length in dict.fromkeys(one.prompt_tokens for one in result.results):
-        for one in result.results:
-            if one.prompt_tokens != length:
-                continue
-            cost = costs[one.arm]
-            table.add_row(
-                str(length) if one.arm == result.results[0].arm else "",
-                one.arm,
-                _shares(cost.share),
-                f"{cost.bits:.1f}",
-                f"{one.quantized_share:.1%}",
-                f"{one.kl_mean:.4f}",
-                f"{one.kl_p99:.3f}",
-                f"{one.kl_max:.3f}",
-                f"{one.top1:.1%}",
-                f"{one.perplexity:.3f}",
-                f"{one.identical_tokens:.1f}",
-            )
-        table.add_section()
+    for one in here:
+        cost = costs[one.arm]
+        table.add_row(
+            one.arm,
+            _shares(cost.share),
+            f"{cost.bits:.1f}",
+            f"{one.quantized_share:.1%}",
+            f"{one.kl_mean:.4f}",
+            f"{one.kl_p99:.3f}",
+            f"{one.kl_max:.3f}",
+            f"{one.top1:.1%}",
+            f"{one.perplexity:.2f}",
+            f"{one.identical_tokens:.1f}",
+        )
     return table
 
 
-def fading(result: Fidelity) -> Table:
-    """The mean KL by the distance from the prompt's end, where it lies in groups that double."""
-    table = Table(
-        title="KL by place after the prompt's end", title_justify="left", box=box.SIMPLE_HEAD
-    )
-    table.add_column("prompt", justify="right", no_wrap=True)
-    table.add_column("arm", no_wrap=True)
-    places = [position.first for position in result.results[0].by_position]
-    last = result.results[0].greedy_tokens
-    for first, after in zip(places, [*places[1:], last + 1], strict=True):
+def _fading(here: Sequence[Divergence]) -> Table:
+    reference, *others = here
+    table = _table(f"KL by place after a prompt of {reference.prompt_tokens} tokens")
+    table.add_column("arm", overflow="fold")
+    places = [position.first for position in reference.by_position]
+    for first, after in zip(places, [*places[1:], reference.greedy_tokens + 1], strict=True):
         heading = str(first) if after == first + 1 else f"{first}-{after - 1}"
         table.add_column(heading, justify="right", no_wrap=True)
-    reference = result.results[0].arm
-    for length in dict.fromkeys(one.prompt_tokens for one in result.results):
-        others = [
-            one for one in result.results if one.prompt_tokens == length and one.arm != reference
-        ]
-        for number, one in enumerate(others):
-            table.add_row(
-                "" if number else str(length),
-                one.arm,
-                *(f"{position.kl_mean:.4f}" for position in one.by_position),
-            )
-        table.add_section()
+    for one in others:
+        table.add_row(one.arm, *(f"{position.kl_mean:.4f}" for position in one.by_position))
     return table
+
+
+def _table(title: str) -> Table:
+    return Table(
+        title=title,
+        title_justify="left",
+        caption_justify="left",
+        box=box.SIMPLE_HEAD,
+        collapse_padding=True,
+        pad_edge=False,
+    )
 
 
 def _shares(share: dict[str, float]) -> str:
     if len(share) == 1:
         return next(iter(share))
-    return " ".join(f"{part:.0%} {name}" for name, part in sorted(share.items(), key=_largest))
-
-
-def _largest(item: tuple[str, float]) -> float:
-    return -item[1]
+    largest = sorted(share.items(), key=lambda item: -item[1])
+    return "\n".join(f"{name} {part:.0%}" for name, part in largest)
