@@ -297,6 +297,21 @@ class TestPage:
         assert max(ticks) < 3
         assert "5.00 (1.00 to 900.0)" in document.text("td")
 
+    def test_nor_one_slow_request_the_bars(self) -> None:
+        runs = [
+            measurement(arm, "ttft", 400.0, workload="agent", lowest=90.0, highest=90_000.0)
+            for arm in ("bf16", "mixquant")
+        ]
+        changed = sample_results.bench().model_copy(
+            update={"results": tuple(runs), "breakdown": ()}
+        )
+        document = Document(page([(None, changed)]))
+        ticks = [
+            float(t.replace(",", "")) for t in document.text("text") if re.fullmatch(r"[\d.,]+", t)
+        ]
+        assert max(ticks) < 2000
+        assert "400.0 (90.0 to 90,000)" in document.text("td")
+
     def test_figures_without_a_plot(self) -> None:
         document = Document(page([(None, sample_results.bench())]))
         assert "More figures" in document.text("summary")

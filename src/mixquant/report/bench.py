@@ -100,7 +100,10 @@ class _Group:
     @property
     def title(self) -> str:
         name = metric_name(self.metric)
-        by = f" by {_AXES.get(self.workload, _CLIENTS)[1]}" if len(self.xs) > 1 else ""
+        if len(self.xs) > 1:
+            by = f" by {_AXES.get(self.workload, _CLIENTS)[1]}"
+        else:
+            by = f", {_at(self, count(self.xs[0]))}"
         return f"{name}{by}, agent trace" if self.workload == "agent" else name + by
 
     @property

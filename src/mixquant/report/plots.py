@@ -96,7 +96,8 @@ def lines(
         axes.set_xticks(_spaced(xs), [tick(x) for x in _spaced(xs)])
         axes.xaxis.set_minor_locator(NullLocator())
         axes.grid(False, axis="x")
-        if log_y and all(p.y > _LEAST for one in series for p in one.points):
+        ys = [p.y for one in series for p in one.points]
+        if log_y and min(ys) > _LEAST and max(ys) > 8 * min(ys):
             axes.set_yscale("log")
             axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             axes.yaxis.set_minor_locator(NullLocator())
@@ -118,19 +119,20 @@ def lines(
 
 def bars(alt: Alt, rows: Sequence[Bar], x_label: str, *, reference: float | None = None) -> Markup:
     """Horizontal bars from zero, the first on top, each with its value."""
+    cut = 2 * max(row.value for row in rows)  # of spreads, for `_hold_off_spread`'s reason
     with _axes(0.75 + 0.36 * len(rows)) as (figure, axes):
-        places = range(len(rows))
-        for place, row in zip(places, rows, strict=True):
+        for place, row in enumerate(rows):
+            high = None if row.high is None else min(row.high, cut)
             axes.barh(
                 place,
                 row.value,
                 height=0.66,
                 color=row.look.color,
-                xerr=_spread([(row.value, row.low, row.high)]),
+                xerr=_spread([(row.value, row.low, high)]),
                 ecolor=color("ink"),
                 capsize=3,
             )
-            end = max(row.value, row.high if row.high is not None else row.value, 0.0)
+            end = max(row.value, row.value if high is None else high, 0.0)
             axes.annotate(row.label, (end, place), (6, 0), textcoords="offset points", va="center")
         if reference is not None:
             axes.axvline(reference, color=color("muted"), linestyle=(0, (4, 3)), linewidth=1.4)

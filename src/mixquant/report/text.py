@@ -14,7 +14,7 @@ METRICS = {
     "total": "Total throughput",
     "quantized": "Quantized share of the prompt tokens",
     "cached": "Cached share of the prompt tokens",
-    "batch_of_16": "Time of 16 requests at once",  # of benchmarks/vllm_speed.py
+    "batch_of_16": "Time of all requests",  # of benchmarks/vllm_speed.py
 }
 
 
