@@ -1,29 +1,29 @@
-"""Speed: ratios to BF16 by prompt length, batch size and concurrency, and where the time goes."""
+"""Speed: ratios to BF16 by prompt length, batch size and concurrency."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 from markupsafe import Markup
 
-from mixquant.report.derived import BASELINE, Speedup, higher_is_better, speedups
+from mixquant.report.axes import Point, Series
+from mixquant.report.breakdown import breakdowns
+from mixquant.report.derived import BASELINE, Speedup, arms_of, higher_is_better, speedups
 from mixquant.report.parts import KeyFigure, Panel, Section, Table
-from mixquant.report.plots import Alt, Bar, Point, Series, Stack, bars, lines, stacks
-from mixquant.report.style import Look, kinds_of_work, looks
+from mixquant.report.plots import Alt, Bar, bars, lines
+from mixquant.report.style import Look, looks
 from mixquant.report.text import (
     clauses,
     count,
-    listed,
     metric_name,
     number,
-    percent,
     quantity,
     spread,
     times,
 )
-from mixquant.results import Bench, Measurement, Piece
+from mixquant.results import Bench, Measurement
 
 _ORDER = ("length", "batch", "concurrency", "agent")
 # What large type says, of what there is.
@@ -51,16 +51,11 @@ def section(bench: Bench) -> Section:
     return Section(
         title="Speed",
         key_figures=tuple(figures[:_KEY_FIGURES]),
-        panels=tuple(_panel(group, looked) for group in shown) + _breakdowns(bench.breakdown),
+        panels=tuple(_panel(group, looked) for group in shown) + breakdowns(bench.breakdown),
         more=tuple(
             _table(group, speedups(group.results)) for group in groups if not group.is_plotted
         ),
     )
-
-
-def arms_of(names: Iterable[str]) -> tuple[str, ...]:
-    """Each once, the baseline first."""
-    return tuple(sorted(dict.fromkeys(names), key=lambda name: name != BASELINE))
 
 
 @dataclass(frozen=True)
@@ -306,50 +301,3 @@ def _speedup(found: Speedup | None) -> str:
         "" if found.low is None or found.high is None else f" ({found.low:.2f} to {found.high:.2f})"
     )
     return times(found.ratio) + bounds
-
-
-def _breakdowns(pieces: Sequence[Piece]) -> tuple[Panel, ...]:
-    return tuple(
-        _breakdown(tokens, [piece for piece in pieces if piece.tokens == tokens])
-        for tokens in sorted({piece.tokens for piece in pieces})
-    )
-
-
-def _breakdown(tokens: int, pieces: Sequence[Piece]) -> Panel:
-    kinds = tuple(dict.fromkeys(piece.kind for piece in pieces))
-    arms = arms_of(piece.arm for piece in pieces)
-    ms = {(piece.arm, piece.kind): piece.ms for piece in pieces}
-    totals = {arm: sum(ms.get((arm, kind), 0.0) for kind in kinds) for arm in arms}
-    said = []
-    for arm in arms:
-        # Two kinds are what one remembers; the table has all.
-        largest = sorted(kinds, key=lambda kind: ms.get((arm, kind), 0.0), reverse=True)[:2]
-        shares = [
-            f"{percent(ms.get((arm, kind), 0.0) / totals[arm])} {kind}"
-            for kind in largest
-            if totals[arm] > 0
-        ]
-        said.append(f"{arm} {number(totals[arm])} ms, of which {listed(shares)}")
-    title = f"Where the time goes, {count(tokens)} prompt tokens"
-    return Panel(
-        title,
-        f"Sum and largest parts: {clauses(said)}.",
-        partial(
-            stacks,
-            rows=[Stack(arm, tuple((k, ms.get((arm, k), 0.0)) for k in kinds)) for arm in arms],
-            looks=kinds_of_work(kinds),
-            x_label="ms, less is better",
-        ),
-        Table(
-            f"{title}, ms",
-            ("Arm", *kinds, "Sum"),
-            tuple(
-                (
-                    arm,
-                    *(number(ms[arm, kind]) if (arm, kind) in ms else "–" for kind in kinds),
-                    number(totals[arm]),
-                )
-                for arm in arms
-            ),
-        ),
-    )

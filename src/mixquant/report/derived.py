@@ -21,6 +21,11 @@ class Speedup:
     high: float | None
 
 
+def arms_of(names: Iterable[str]) -> tuple[str, ...]:
+    """Each once, the baseline first."""
+    return tuple(sorted(dict.fromkeys(names), key=lambda name: name != BASELINE))
+
+
 def higher_is_better(unit: str) -> bool:
     return "/s" in unit
 

@@ -6,10 +6,10 @@ import json
 from functools import partial
 from statistics import fmean
 
-from mixquant.report.bench import arms_of
-from mixquant.report.derived import BASELINE
+from mixquant.report.axes import Point, Series
+from mixquant.report.derived import BASELINE, arms_of
 from mixquant.report.parts import KeyFigure, Panel, Section, Table
-from mixquant.report.plots import Bar, Point, Series, bars, intervals
+from mixquant.report.plots import Bar, bars, intervals
 from mixquant.report.style import Look, looks
 from mixquant.report.text import clauses, count, listed, percent, points
 from mixquant.results import Difference, Evaluation, Recovery

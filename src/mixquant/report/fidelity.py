@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 
-from mixquant.report.bench import arms_of
-from mixquant.report.derived import BASELINE, pareto_front
+from mixquant.report.axes import Point, Series
+from mixquant.report.derived import BASELINE, arms_of, pareto_front
 from mixquant.report.parts import KeyFigure, Panel, Section, Table
-from mixquant.report.plots import Point, Series, lines, scatter
+from mixquant.report.plots import lines, scatter
 from mixquant.report.style import Look, looks
 from mixquant.report.text import clauses, count, listed, number, percent
 from mixquant.results import Cost, Divergence, Fidelity
