@@ -13,7 +13,6 @@ import contextlib
 import functools
 import multiprocessing
 import os
-import resource
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -86,7 +85,12 @@ def _end(workers: Any) -> None:
 
 
 def _limit_memory() -> None:
-    pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
+    import resource
+
+    try:
+        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
+    except OSError:  # not Linux: the time limit has to do
+        return
     limit = pages * os.sysconf("SC_PAGE_SIZE") + _GIBIBYTES * 2**30
     _, hard = resource.getrlimit(resource.RLIMIT_AS)
     if hard != resource.RLIM_INFINITY:
