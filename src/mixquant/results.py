@@ -72,7 +72,8 @@ class Measurement(_Part):
     """One figure of one arm: the median, and how far single values were from it."""
 
     arm: str
-    metric: str  # ttft, tpot, itl, e2e (ms); prefill, output, total (tok/s); quantized, cached (share)
+    # ttft, tpot, itl, e2e (ms); prefill, output, total (tok/s); quantized, cached (share)
+    metric: str
     workload: str = "length"  # length, batch, concurrency, agent
     tokens: int  # of each prompt; of the agent trace, the mean
     concurrency: int
