@@ -200,11 +200,13 @@ def _by_length(
 def _tables(fidelity: Fidelity) -> tuple[Table, ...]:
     tables = []
     if fidelity.results:
-        answers = {f"{count(d.answers)} × {count(d.answer_tokens)}" for d in fidelity.results}
+        answers = {
+            f"{count(d.answer_tokens)} tokens in {count(d.answers)} answers"
+            for d in fidelity.results
+        }
         tables.append(
             Table(
-                f"Distance from {BASELINE}, teacher-forced (answers × tokens of all of them: "
-                f"{listed(sorted(answers))})",
+                f"Distance from {BASELINE}, teacher-forced ({listed(sorted(answers))})",
                 (
                     "Arm",
                     "Prompt tokens",
