@@ -5,8 +5,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
+
+import torch
 
 from mixquant import results
 from mixquant.arms import Arm, ArmError, running, served_models
@@ -20,6 +23,7 @@ from mixquant.evaluate.plan import (
     context_of,
     load,
     name_at_servers,
+    on_cpu,
     work_of,
 )
 from mixquant.evaluate.runner import Work, run
@@ -56,6 +60,8 @@ def evaluate(options: Options, progress: Progress) -> tuple[results.Evaluation, 
     tasks = chosen_tasks(options)
     with _alone_in(options.out):
         context = context_of(options)
+        if not torch.cuda.is_available():
+            options = replace(options, arms=[on_cpu(arm, context) for arm in options.arms])
         benchmarks = []
         for task in tasks:
             progress.doing(f"reading {task.name}")
@@ -96,7 +102,11 @@ def _run_arm(
     def starting(what: str) -> None:
         progress.doing(f"{arm.name}: {what}")
 
-    source = options.model if arm.url is not None else find(options.model).source
+    source = options.model
+    if arm.url is None:
+        checkpoint = find(options.model)
+        source = checkpoint.source
+        arm = replace(arm, arguments=(*_read_whole(checkpoint.context), *arm.arguments))
     log = options.out / f"{arm.name}.log"
     with running(arm, source, name=name_at_servers(options), log=log, progress=starting) as url:
         if arm.url is None:
@@ -107,6 +117,19 @@ def _run_arm(
                     f"give --context {served}"
                 )
         asyncio.run(_ask(arm, url, work, options, progress))
+
+
+def _read_whole(longest: int | None) -> tuple[str, ...]:
+    """On a CPU, the arguments with which vLLM reads no prompt in chunks.
+
+    Its CPU backend ends when it reads a prompt in chunks whose request has a seed, as all have here
+    (0.32: "CPU Generator does not use offset").
+    """
+    import torch
+
+    if longest is None or torch.cuda.is_available():
+        return ()
+    return ("--no-enable-chunked-prefill", "--max-num-batched-tokens", str(longest))
 
 
 async def _ask(
