@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from chat_stub import Body, Drop, Refuse, Stub, question, serving, until
 from fake_vllm import solve
 
@@ -273,6 +274,8 @@ def test_arms_are_started_one_after_the_other(
     assert ["--quantization mixquant" in its for its in arguments] == [False, True, True]
     assert ['"everywhere":true' in its for its in arguments] == [False, False, True]
     assert '"min_prefill_tokens":5' in arguments[1]
+    if not torch.cuda.is_available():
+        assert all("--no-enable-chunked-prefill" in its for its in arguments)
     assert not any(running(one["process"]) for one in started)
     read = results.read(work / "mixquant-evaluation" / "results.json")
     assert isinstance(read, results.Evaluation)

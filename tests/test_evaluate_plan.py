@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mixquant.evaluate.plan import some_items
+from mixquant.arms import Arm
+from mixquant.evaluate.plan import on_cpu, some_items
 from mixquant.evaluate.settings import MiddleCutter, Settings
 from mixquant.evaluate.tasks import Item, Task, TaskError
 from mixquant.models import ModelError
@@ -70,6 +71,24 @@ def test_a_model_without_chat_template_is_refused() -> None:
 
     with pytest.raises(ModelError, match="no chat template"):
         MiddleCutter(Settings.of(Long(), {}, 99999), 99999, Plain)("text")
+
+
+@pytest.mark.parametrize(
+    ("given", "context", "added"),
+    [
+        ("", 100, "--no-enable-chunked-prefill --max-num-batched-tokens 100 --max-model-len 100"),
+        ("--max_model_len=99", 99, "--no-enable-chunked-prefill --max-num-batched-tokens 99"),
+        ("--max-num-batched-tokens 7", 100, ""),
+        ("", None, ""),
+    ],
+)
+def test_on_a_cpu_prompts_are_read_in_one_chunk(
+    given: str, context: int | None, added: str
+) -> None:
+    arm = Arm("bf16", arguments=tuple(given.split()))
+    assert " ".join(on_cpu(arm, context).arguments) == f"{given} {added}".strip()
+    running = Arm("bf16", url="http://x")
+    assert on_cpu(running, context) == running
 
 
 ITEMS = st.lists(st.sampled_from("abc"), min_size=1, max_size=40).map(

@@ -102,11 +102,7 @@ def _run_arm(
     def starting(what: str) -> None:
         progress.doing(f"{arm.name}: {what}")
 
-    source = options.model
-    if arm.url is None:
-        checkpoint = find(options.model)
-        source = checkpoint.source
-        arm = replace(arm, arguments=(*_read_whole(checkpoint.context), *arm.arguments))
+    source = options.model if arm.url is not None else find(options.model).source
     log = options.out / f"{arm.name}.log"
     with running(arm, source, name=name_at_servers(options), log=log, progress=starting) as url:
         if arm.url is None:
@@ -117,19 +113,6 @@ def _run_arm(
                     f"give --context {served}"
                 )
         asyncio.run(_ask(arm, url, work, options, progress))
-
-
-def _read_whole(longest: int | None) -> tuple[str, ...]:
-    """On a CPU, the arguments with which vLLM reads no prompt in chunks.
-
-    Its CPU backend ends when it reads a prompt in chunks whose request has a seed, as all have here
-    (0.32: "CPU Generator does not use offset").
-    """
-    import torch
-
-    if longest is None or torch.cuda.is_available():
-        return ()
-    return ("--no-enable-chunked-prefill", "--max-num-batched-tokens", str(longest))
 
 
 async def _ask(

@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +99,22 @@ def context_of(options: Options) -> int | None:
         else:
             known += [find(options.model).context, _max_model_len(arm.arguments)]
     return min((tokens for tokens in known if tokens is not None), default=None)
+
+
+def on_cpu(arm: Arm, context: int | None) -> Arm:
+    """The arm for a machine without GPU: it reads each prompt in one chunk.
+
+    vLLM's runner on CPUs (0.32) ends with "CPU Generator does not use offset" when a request with a
+    seed is read in several.
+    """
+    given = {argument.partition("=")[0].replace("_", "-") for argument in arm.arguments}
+    chunks = {"--enable-chunked-prefill", "--no-enable-chunked-prefill", "--max-num-batched-tokens"}
+    if arm.url is not None or context is None or given & chunks:
+        return arm
+    added = ["--no-enable-chunked-prefill", "--max-num-batched-tokens", str(context)]
+    if "--max-model-len" not in given:
+        added += ["--max-model-len", str(context)]
+    return replace(arm, arguments=(*arm.arguments, *added))
 
 
 def _max_model_len(arguments: Sequence[str]) -> int | None:
