@@ -34,11 +34,10 @@ def server(smollm2_path: str, tmp_path_factory: pytest.TempPathFactory) -> Itera
     folder = tmp_path_factory.mktemp("server")
     template = folder / "template.jinja"
     template.write_text(TEMPLATE)
-    arguments = [*arguments_for(Recipe()), "--max-model-len", str(CONTEXT), "--enforce-eager"]
+    arguments = ["--max-model-len", str(CONTEXT), "--enforce-eager"]
     arguments += ["--chat-template", str(template)]
-    # As `mixquant evaluate` starts servers on a CPU: prompts with a seed are not read in chunks.
-    arguments += ["--no-enable-chunked-prefill", "--max-num-batched-tokens", str(CONTEXT)]
     arguments += ["--enable-auto-tool-choice", "--tool-call-parser", "hermes"]
+    arm = on_cpu(Arm("mixquant", Recipe(), tuple(arguments)), CONTEXT)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
         patch.setenv("VLLM_LOGGING_LEVEL", "WARNING")

@@ -205,7 +205,7 @@ class TestBadInput:
         arguments: list[str],
         says: str,
     ) -> None:
-        monkeypatch.setattr("mixquant.models.load_model", None)
+        monkeypatch.setattr("mixquant.evaluate.answers_transformers.load_model", None)
         assert says in refused(smollm2_path, *arguments)
 
     def test_short_text(
