@@ -206,7 +206,8 @@ def test_a_run_that_is_ended_goes_on_without_repeating_or_losing_an_item(
             assert len(finished) == wanted
             times = {key: times.get(key) or asked(stub, *key) for key in finished}
         gate.open(1000)
-        assert subprocess.run(command).returncode == 0
+        # Killed, its scorers' processes may hold the directory for a moment longer.
+        until(lambda: subprocess.run(command).returncode == 0)
 
     keys = [(line["item"], line["seed"]) for line in lines(work)]
     assert sorted(keys) == sorted((str(item), seed) for item in range(1, 21) for seed in (0, 1))
@@ -305,7 +306,7 @@ def test_a_stopped_run_leaves_no_server(
     until(lambda: not running(one))
     assert len(lines(work, "bf16")) == 6
     monkeypatch.delenv("FAKE_VLLM_HOLD")
-    assert subprocess.run(asking).returncode == 0
+    until(lambda: subprocess.run(asking).returncode == 0)
     assert len(lines(work, "bf16")) == 20
 
 

@@ -208,7 +208,7 @@ def test_what_the_judge_fails_at_is_judged_again_but_not_asked_again(tmp_path: P
     assert "judge overloaded" in (ran.entries["q2", 0].error or "")
     again = do(tmp_path / "a", Judged(), items(4), judge=lambda body: "no")
     assert again.stub.asked == []
-    assert [echo(body) for body in again.judge.asked] == ["q1", "q2"]
+    assert sorted(echo(body) for body in again.judge.asked) == ["q1", "q2"]
     scores = [again.entries[f"q{place}", 0].verdict for place in range(4)]
     assert scores == [Verdict(1.0), Verdict(0.0), Verdict(0.0), Verdict(1.0)]
     assert all(entry.error is None for entry in again.entries.values())
