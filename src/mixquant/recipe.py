@@ -15,6 +15,7 @@ from pydantic.dataclasses import dataclass
 
 FormatName = Literal["nvfp4", "fp8", "int8", "bf16"]
 PresetName = Literal["fast", "balanced", "exact"]
+RoleName = Literal["both", "prefill", "decode"]
 
 FORMATS: tuple[FormatName, ...] = ("nvfp4", "fp8", "int8", "bf16")
 PRESETS: tuple[PresetName, ...] = ("fast", "balanced", "exact")
@@ -76,6 +77,10 @@ class Recipe:
             with, not what it is for.
         prefill_model: a checkpoint in NVFP4 or FP8 (compressed-tensors) from which the vLLM engine
             takes the quantized copy; None makes the copy from the BF16 weights.
+        role: what a vLLM engine of a disaggregated set is for. ``prefill``: it holds quantized layers
+            in their format alone, without BF16 weights, so every row is quantized there and no
+            threshold counts. ``decode``: nothing is quantized, whatever the format, so that one
+            recipe serves both. ``both``: one engine does both phases.
 
     Raises:
         pydantic.ValidationError: (a ValueError) a value of the wrong type or range. The
@@ -92,6 +97,7 @@ class Recipe:
     emulate: Annotated[bool, Field(strict=True)] = False
     everywhere: Annotated[bool, Field(strict=True)] = False
     prefill_model: Annotated[str, Field(min_length=1, strict=True)] | None = None
+    role: RoleName = "both"
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Recipe:
@@ -175,13 +181,13 @@ class Recipe:
     def resolved(self, native: frozenset[str]) -> Recipe:
         """This recipe with everything decided, for a device that multiplies ``native`` formats.
 
-        In the result ``format`` is a mapping with a ``default`` and no threshold is None.
-        Resolving a second time changes nothing.
+        In the result ``format`` is a mapping with a ``default`` and no threshold is None; for the
+        role ``prefill`` all thresholds are 0. Resolving a second time changes nothing.
 
         Raises:
             RecipeError: a mapping of formats without a ``default``.
         """
-        if self.preset == "exact":
+        if self.preset == "exact" or self.role == "decode":
             by_projection: dict[str, FormatName] = {"default": "bf16"}
         elif isinstance(self.format, dict):
             if "default" not in self.format:
@@ -195,12 +201,17 @@ class Recipe:
             if self.preset == "balanced" and name == "nvfp4":
                 milder: FormatName = "fp8" if "fp8" in native else "bf16"
                 by_projection |= dict.fromkeys(STATE_WRITERS, milder)
+        if self.role == "prefill":
+            return replace(
+                self, format=by_projection, min_prefill_tokens=0, precise_head=0, precise_tail=0
+            )
         used = by_projection.values()
         head = self.precise_head
         return replace(
             self,
             format=by_projection,
             precise_head=max(_PRECISE_HEAD[f] for f in used) if head is None else head,
+            prefill_model=None if self.role == "decode" else self.prefill_model,
         )
 
     def ignores(self, layer: str) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from rich.console import Console
@@ -20,8 +21,9 @@ class Layer:
     format: str  # of its quantized rows; bf16 if it has none
     kernel: str  # what multiplies them
     native: bool
-    nbytes: int  # extra memory, in bytes
+    nbytes: int  # of the quantized copy
     why_precise: str | None  # for bf16
+    freed: int = 0  # bytes of BF16 weight that were given back
 
 
 @dataclass(frozen=True)
@@ -33,14 +35,17 @@ class Summary:
 
     @property
     def extra_bytes(self) -> int:
-        """Memory of the quantized copies, in bytes; the BF16 weights are not copied."""
-        return sum(layer.nbytes for layer in self.layers)
+        """Memory beyond the model's own in BF16, in bytes; negative if BF16 weights were given back."""
+        return sum(layer.nbytes - layer.freed for layer in self.layers)
 
     def table(self) -> Table:
         """One line for each projection and format."""
         recipe = self.recipe
+        gave_back = any(layer.freed for layer in self.layers)
         rule = (
-            "every row of both phases is quantized"
+            "a prefill engine: every row is quantized; no BF16 weight of a quantized layer is kept"
+            if gave_back
+            else "every row of both phases is quantized"
             if recipe.everywhere
             else f"precise: the first {recipe.precise_head} and last {recipe.precise_tail} tokens "
             f"of a prompt, passes with fewer than {recipe.min_prefill_tokens} quantizable tokens, "
@@ -50,8 +55,9 @@ class Summary:
             caption=rule,
             caption_justify="left",
         )
-        for heading in ("projection", "layers", "prefill", "kernel", "extra MiB", "note"):
-            right = heading in ("layers", "extra MiB")
+        sizes = ("copy MiB", "freed MiB") if gave_back else ("extra MiB",)
+        for heading in ("projection", "layers", "prefill", "kernel", *sizes, "note"):
+            right = heading in ("layers", *sizes)
             table.add_column(heading, justify="right" if right else "left")
         groups: dict[tuple[str, str, str, bool, str], list[Layer]] = {}
         for layer in self.layers:
@@ -60,23 +66,29 @@ class Summary:
             key = (projection, layer.format, layer.kernel, layer.native, note)
             groups.setdefault(key, []).append(layer)
         for (projection, name, kernel, native, note), members in groups.items():
-            extra = sum(layer.nbytes for layer in members)
             table.add_row(
                 projection,
                 str(len(members)),
                 name,
                 kernel if native or name == "bf16" else f"{kernel} (slow)",
-                f"{extra / 2**20:.1f}" if extra else "-",
+                *_mebibytes(members, gave_back),
                 note,
             )
         table.add_section()
-        table.add_row("", str(len(self.layers)), "", "", f"{self.extra_bytes / 2**20:.1f}", "")
+        table.add_row("", str(len(self.layers)), "", "", *_mebibytes(self.layers, gave_back), "")
         return table
 
     def __str__(self) -> str:
         text = io.StringIO()
         Console(file=text, width=110).print(self.table())
         return text.getvalue()
+
+
+def _mebibytes(layers: Sequence[Layer], gave_back: bool) -> list[str]:
+    sizes = [sum(layer.nbytes for layer in layers)]
+    if gave_back:
+        sizes.append(sum(layer.freed for layer in layers))
+    return [f"{size / 2**20:.1f}" if size else "-" for size in sizes]
 
 
 IGNORED = "named by the recipe's ignore"

@@ -49,9 +49,15 @@ def prepare(
     Raises:
         RecipeError: an invalid recipe.
         PrepareError: a model that is prepared or quantized already, is not decoder-only, is not on
-            a device, or has a NaN or an infinity in a weight (the message names the layer).
+            a device, or has a NaN or an infinity in a weight (the message names the layer); a recipe
+            with a role, which only an engine of a disaggregated set can have.
     """
     recipe = as_recipe(recipe)
+    if recipe.role != "both":
+        raise PrepareError(
+            f"role {recipe.role!r} is for the vLLM engines of a disaggregated set; here one model does "
+            "both phases, so leave it out"
+        )
     _check(model)
     decoder = model.get_decoder()
     device = decoder.device

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import weakref
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -13,11 +14,18 @@ from torch import Tensor
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 
 from mixquant.engines.vllm.layout import Part, beside, lay_out
+from mixquant.engines.vllm.loading import begins, load_in_turn
 from mixquant.engines.vllm.memory import Ledger
-from mixquant.engines.vllm.products import Product, nbytes_of, product_of, product_of_tensors
+from mixquant.engines.vllm.products import (
+    PreciseProduct,
+    Product,
+    nbytes_of,
+    product_of,
+    product_of_tensors,
+)
 from mixquant.engines.vllm.second_checkpoint import joined, opened, shard
 from mixquant.linear import put, select
-from mixquant.phase import PhasePlan, Range, plan_in_force
+from mixquant.phase import PhasePlan, Range, everything_quantized, plan_in_force
 from mixquant.recipe import Recipe
 from mixquant.summary import Layer
 
@@ -33,6 +41,9 @@ class PhaseLinearMethod(UnquantizedLinearMethod):  # type: ignore[misc]
 
     The choice between them is made in one opaque operator, at run time: torch.compile does not see
     it, so one compiled graph serves every plan.
+
+    In a prefill engine the BF16 weight is given back as soon as the copy is made, layer by layer while
+    the model loads, and every row is multiplied with the copy.
     """
 
     # The copy is made from the weight as it was loaded; a processed one may be packed.
@@ -52,6 +63,7 @@ class PhaseLinearMethod(UnquantizedLinearMethod):  # type: ignore[misc]
         self.members = packed_modules.get(prefix.rpartition(".")[2])
         self.parts: tuple[Part, ...] = ()
         self.products: tuple[tuple[Range, Product | None], ...] = ()
+        self.only_quantized = False  # nothing is left of the BF16 weight
 
     def create_weights(
         self,
@@ -63,16 +75,8 @@ class PhaseLinearMethod(UnquantizedLinearMethod):  # type: ignore[misc]
         params_dtype: torch.dtype,
         **extra_weight_attrs: Any,
     ) -> None:
-        super().create_weights(
-            layer,
-            input_size_per_partition,
-            output_partition_sizes,
-            input_size,
-            output_size,
-            params_dtype,
-            **extra_weight_attrs,
-        )
         self.shape = (sum(output_partition_sizes), input_size_per_partition)
+        self.itemsize = params_dtype.itemsize
         self.parts = lay_out(
             self.recipe,
             self.prefix,
@@ -85,16 +89,40 @@ class PhaseLinearMethod(UnquantizedLinearMethod):  # type: ignore[misc]
             for part in self.parts
             if part.format != "bf16"
         )
+        self.only_quantized = self.recipe.role == "prefill" and copy > 0
+        device = torch.get_default_device()
+        with torch.device("meta") if self.only_quantized else nullcontext():
+            super().create_weights(
+                layer,
+                input_size_per_partition,
+                output_partition_sizes,
+                input_size,
+                output_size,
+                params_dtype,
+                **extra_weight_attrs,
+            )
         weight: Any = layer.weight
-        self.ledger.reserve(weight.device, self.prefix, copy, weight.nbytes, _ADVICE)
+        if self.only_quantized:
+            load_in_turn(self, layer)
+            self.ledger.reserve(device, self.prefix, copy, 0, _ADVICE)
+        else:
+            self.ledger.reserve(weight.device, self.prefix, copy, weight.nbytes, _ADVICE)
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
-        # Before super's: it may pack the weight and leave nothing behind.
-        with torch.no_grad():
-            self.products = tuple(
-                (part.features, self._product(layer, part)) for part in self.parts
+        if self.only_quantized:
+            if not begins(layer, loaded_before=bool(self.products)):
+                return
+            self._make_products(layer)
+            weight: Any = layer.weight
+            layer.weight = torch.nn.Parameter(
+                torch.empty(0, dtype=weight.dtype, device=weight.device), requires_grad=False
             )
-        super().process_weights_after_loading(layer)
+            if hasattr(layer, "_use_min_latency_gemm"):  # DeepSeek's, which reads the weight itself
+                layer._use_min_latency_gemm = False  # type: ignore[assignment]
+        else:
+            # Before super's: it may pack the weight and leave nothing behind.
+            self._make_products(layer)
+            super().process_weights_after_loading(layer)
         if any(product is not None for _, product in self.products):
             layer.mixquant_method = self
             if not hasattr(layer, "mixquant_number"):  # loaded for the first time
@@ -125,14 +153,23 @@ class PhaseLinearMethod(UnquantizedLinearMethod):  # type: ignore[misc]
                     native=product.kernel.native if product else True,
                     nbytes=product.nbytes if product else 0,
                     why_precise=part.why_precise,
+                    freed=(stop - start) * self.shape[1] * self.itemsize
+                    if self.only_quantized
+                    else 0,
                 )
             )
         return lines
 
+    def _make_products(self, layer: torch.nn.Module) -> None:
+        with torch.no_grad():
+            self.products = tuple(
+                (part.features, self._product(layer, part)) for part in self.parts
+            )
+
     def _product(self, layer: Any, part: Part) -> Product | None:
         start, stop = part.features
         if part.format == "bf16":
-            return None
+            return PreciseProduct(layer.weight.data[start:stop]) if self.only_quantized else None
         if self.recipe.prefill_model is None:
             return product_of(part.format, layer.weight.data[start:stop], self.recipe)
         source = opened(self.recipe.prefill_model)
@@ -152,8 +189,8 @@ _numbers = itertools.count()
 def _phase_linear(x: Tensor, bias: Tensor | None, number: Tensor, features: int) -> Tensor:
     layer: Any = _layers[int(number)]
     method: PhaseLinearMethod = layer.mixquant_method
-    plan = plan_in_force()
     rows = x.numel() // x.shape[-1]
+    plan = everything_quantized(rows) if method.only_quantized else plan_in_force()
     if plan is None or plan.rows != rows or not plan.quantized:
         return method.precise(layer, x, bias)
     flat = x.reshape(rows, x.shape[-1])

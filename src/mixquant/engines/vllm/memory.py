@@ -31,7 +31,8 @@ class Ledger:
             device: where it will be.
             prefix: the layer's full name.
             nbytes: of the copy.
-            weight_nbytes: of the BF16 weight, which is allocated already on a GPU.
+            weight_nbytes: of the BF16 weight, which is allocated already on a GPU; 0 if it does not
+                stay.
             advice: what to do if there is too little memory.
 
         Raises:
@@ -48,8 +49,9 @@ class Ledger:
         if needed <= free:
             return
         missing = self._estimate(prefix, device) - free
+        beside = " beside the BF16 ones" if any(self._weights.values()) else ""
         raise CopyDoesNotFit(
-            f"the quantized copy of the weights does not fit beside the BF16 ones: about "
+            f"the quantized copy of the weights does not fit{beside}: about "
             f"{missing / _GIB:.1f} GiB are missing on {device}; {advice}"
         )
 

@@ -51,7 +51,9 @@ class Follower:
         )
         assert isinstance(recipe.format, dict)
         self._precise = set(recipe.format.values()) == {"bf16"}
-        self._everywhere = recipe.everywhere and not self._precise
+        # A prefill engine has no BF16 weights with which a row could be precise.
+        everywhere = recipe.everywhere or recipe.role == "prefill"
+        self._everywhere = everywhere and not self._precise
         self.model: Any = None
         self.noted: Batch | None = None
         self.profiling = False

@@ -6,6 +6,7 @@ import functools
 from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 from packaging.version import Version
 from torch import Tensor
 
@@ -163,6 +164,20 @@ class OneDnnProduct:
         ops.onednn_scaled_mm(self.handler, codes, target, scale, None, None, bias)
         if target is not out:
             out.copy_(target)
+
+
+class PreciseProduct:
+    """The part of a layer that stays BF16 where the rest of its weight is given back."""
+
+    format = "bf16"
+    kernel = Kernel("torch", native=True)
+
+    def __init__(self, weight: Tensor) -> None:
+        self.weight = weight.clone()
+        self.nbytes = self.weight.nbytes
+
+    def __call__(self, rows: Tensor, bias: Tensor | None, out: Tensor) -> None:
+        out.copy_(F.linear(rows, self.weight, bias))
 
 
 class Nvfp4Product:

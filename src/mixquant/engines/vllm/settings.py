@@ -9,7 +9,7 @@ from typing import Any
 from mixquant.engines.vllm import versions
 from mixquant.engines.vllm.config import METHOD, MixQuantConfig
 from mixquant.engines.vllm.counters import Counters
-from mixquant.engines.vllm.log import refusals
+from mixquant.engines.vllm.log import logger, refusals
 from mixquant.engines.vllm.second_checkpoint import opened
 from mixquant.prefill_checkpoint import directory_of
 from mixquant.recipe import FormatName, Recipe, RecipeError
@@ -61,6 +61,11 @@ def _settle(vllm_config: Any) -> None:
         model = vllm_config.model_config
         main = directory_of(model.model, model.revision)  # vLLM would download it all the same
         checkpoint.check_against(model.hf_config.to_dict(), main)
+    if recipe.role == "prefill" and vllm_config.kv_transfer_config is None:
+        logger.warning(
+            "role 'prefill' without --kv-transfer-config: no other engine decodes, so generated "
+            "tokens are quantized, too"
+        )
     method.recipe = recipe
     vllm_config.additional_config = {
         **vllm_config.additional_config,
@@ -91,7 +96,7 @@ def resolve(given: Any) -> Recipe:
     else:
         raise RecipeError(f"additional_config['mixquant'] is a recipe or its file, not {given!r}")
     native, device = native_formats()
-    if recipe.prefill_model is not None:
+    if recipe.prefill_model is not None and recipe.role != "decode":
         recipe = _with_format_of(recipe)
     resolved = recipe.resolved(native)
     assert isinstance(resolved.format, dict)
