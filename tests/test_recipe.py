@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import FrozenInstanceError, fields
+from dataclasses import FrozenInstanceError, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ recipes = st.builds(
     precise_tail=st.integers(0, 10**6),
     block_scale=st.sampled_from(("6", "4/6")),
     ignore=st.lists(names, max_size=4).map(tuple),
+    role=st.sampled_from(("both", "prefill", "decode")),
 )
 natives = st.frozensets(st.sampled_from(("nvfp4", "fp8", "int8")))
 
@@ -108,6 +109,8 @@ def test_an_unknown_key_is_named(key: str) -> None:
         ({"ignore": "lm_head"}, ("ignore", "lm_head")),
         ({"ignore": [1]}, ("ignore",)),
         ({"ignore": None}, ("ignore",)),
+        ({"role": "prefil"}, ("role", "prefil", "decode")),
+        ({"role": None}, ("role",)),
     ],
 )
 def test_a_wrong_value_is_named_with_its_key(values: dict[str, Any], named: tuple[str]) -> None:
@@ -187,9 +190,11 @@ def test_resolving_decides_everything_once(recipe: Recipe, native: frozenset[str
     assert resolved.precise_head is not None
     for other in (native, NOTHING, BLACKWELL):
         assert resolved.resolved(other) == resolved
-    if recipe.precise_head is not None:
-        assert resolved.precise_head == recipe.precise_head
-    for key in ("preset", "min_prefill_tokens", "precise_tail", "block_scale", "ignore"):
+    kept = ["preset", "block_scale", "ignore", "role", "everywhere"]
+    if recipe.role != "prefill":
+        kept += ["min_prefill_tokens", "precise_tail"]
+        kept += ["precise_head"] * (recipe.precise_head is not None)
+    for key in kept:
         assert getattr(resolved, key) == getattr(recipe, key)
 
 
@@ -259,6 +264,25 @@ def test_the_precise_head_goes_by_format(name: Any, head: int) -> None:
     # What the user says stands, zero too.
     said = Recipe(format=name, precise_head=0, min_prefill_tokens=0).resolved(NOTHING)
     assert (said.precise_head, said.min_prefill_tokens) == (0, 0)
+
+
+@given(recipes, natives)
+def test_a_prefill_engine_has_the_formats_of_one_engine_and_no_precise_row(
+    recipe: Recipe, native: frozenset[str]
+) -> None:
+    one, prefill = (replace(recipe, role=role).resolved(native) for role in ("both", "prefill"))
+    assert prefill.format == one.format
+    assert (prefill.precise_head, prefill.precise_tail, prefill.min_prefill_tokens) == (0, 0, 0)
+
+
+@given(recipes, natives)
+def test_a_decode_engine_quantizes_nothing_and_needs_no_second_checkpoint(
+    recipe: Recipe, native: frozenset[str]
+) -> None:
+    decode = replace(recipe, role="decode", prefill_model="elsewhere").resolved(native)
+    assert (decode.format, decode.prefill_model) == ({"default": "bf16"}, None)
+    prefill = replace(recipe, role="prefill", prefill_model="elsewhere").resolved(native)
+    assert prefill.prefill_model == "elsewhere"
 
 
 # --- which layer -------------------------------------------------------------------------------------

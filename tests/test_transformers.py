@@ -574,6 +574,11 @@ def test_a_model_is_prepared_once() -> None:
     assert torch.equal(prefill(model), reference)
 
 
+@pytest.mark.parametrize("role", ["prefill", "decode"])
+def test_a_role_is_for_an_engine_of_a_set(role: str) -> None:
+    assert role in refused(build("llama"), {"role": role})
+
+
 def test_an_invalid_recipe_changes_nothing() -> None:
     model = build("llama")
     assert "min_prefil" in refused(model, {"min_prefil": 3})

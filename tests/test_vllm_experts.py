@@ -49,6 +49,7 @@ from mixquant.engines.vllm import experts, experts_nvfp4, passes
 from mixquant.engines.vllm.config import MixQuantConfig
 from mixquant.engines.vllm.experts import Fp8Experts, PhaseExpertsMethod, by_rows, experts_method
 from mixquant.engines.vllm.experts_nvfp4 import Nvfp4Experts
+from mixquant.engines.vllm.loading import CannotReload
 from mixquant.engines.vllm.memory import CopyDoesNotFit, Ledger
 from mixquant.engines.vllm.products import nbytes_of
 from mixquant.formats import EMULATION, fp8, nvfp4
@@ -511,7 +512,7 @@ def test_monolithic_warms_up_as_well(
 # --- weights -----------------------------------------------------------------------------------------
 
 
-def created(method: PhaseExpertsMethod, moe: FusedMoEConfig) -> Any:
+def created(method: PhaseExpertsMethod, moe: FusedMoEConfig, **attributes: Any) -> Any:
     method.moe = moe
     layer = layer_of(moe)
     n, k = moe.intermediate_size_per_partition, moe.hidden_dim
@@ -521,6 +522,7 @@ def created(method: PhaseExpertsMethod, moe: FusedMoEConfig) -> Any:
         hidden_size=k,
         intermediate_size_per_partition=n,
         params_dtype=torch.bfloat16,
+        **attributes,
     )
     return layer
 
@@ -575,6 +577,73 @@ def test_the_copy_is_made_before_vllm_rearranges_the_weights(
         assert torch.equal(layer.w13_weight, loaded[0].flip(1))
     # The method is a child of the layer, whose parameters a checkpoint has to fill.
     assert not list(method.parameters()) and not list(method.buffers())
+
+
+@pytest.mark.parametrize("fmt", ["fp8", "nvfp4"])
+def test_a_prefill_engine_gives_the_experts_back_when_the_last_was_read(
+    fmt: str, bare: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Any] = []
+    monkeypatch.setattr(
+        UnquantizedFusedMoEMethod,
+        "process_weights_after_loading",
+        lambda self, layer: seen.append(layer.w13_weight.shape),
+    )
+    monkeypatch.setattr(experts, "_quantized_experts", lambda layer, fmt, block_scale: Copy())
+    method = PhaseExpertsMethod(SimpleNamespace(), fmt, PREFIX, Ledger(), only_quantized=True)
+    moe = moe_config(64, 128)
+    loader = {"weight_loader": lambda param, loaded, expert: param.data[expert].copy_(loaded)}
+    layer = created(method, moe, **loader)
+    layer.quant_method = method
+    copy = EXPERTS * (nbytes_of(fmt, 128, 128) + nbytes_of(fmt, 128, 64))
+    assert (method.ledger._copies, method.ledger._weights) == ({PREFIX: copy}, {PREFIX: 0})
+    assert layer.w13_weight.is_meta and layer.w2_weight.is_meta
+    assert method.uses_meta_device
+
+    w13, w2 = random(EXPERTS, 128, 128), random(EXPERTS, 128, 64, seed=1)
+    for expert in reversed(range(EXPERTS)):
+        assert method.quantized is None
+        layer.w2_weight.weight_loader(layer.w2_weight, w2[expert], expert)
+        layer.w13_weight.weight_loader(layer.w13_weight, w13[expert], expert)
+    assert torch.equal(method.quantized.loaded[0], w13)
+    assert torch.equal(method.quantized.loaded[1], w2)
+    assert seen == [(EXPERTS, 128, 128)]  # vLLM's own set-up, with the weights there
+    assert layer.w13_weight.numel() == layer.w2_weight.numel() == 0
+    assert len(layer.w13_weight) == EXPERTS
+    (line,) = method.described("a.experts")
+    assert line.freed == EXPERTS * (128 * 128 + 128 * 64) * 2
+    method.process_weights_after_loading(layer)  # vLLM comes by once more
+    assert len(seen) == 1
+    del layer._already_called_process_weights_after_loading  # a reload
+    with pytest.raises(CannotReload, match="restart"):
+        method.process_weights_after_loading(layer)
+
+
+@pytest.mark.parametrize("plan", PRECISE_PLANS.values(), ids=list(PRECISE_PLANS))
+def test_in_a_prefill_engine_every_row_takes_the_copy(
+    plan: PhasePlan | None, stock: list[tuple[Any, ...]]
+) -> None:
+    """Padding rows, which have no expert, among them: graphs are captured with all rows."""
+    method = method_of()
+    method.only_quantized = True
+    x, (weights, ids) = random(40, 8), routed(40)
+    ids[37:] = -1
+    with in_force(plan):
+        out = method.apply(object(), x, weights, ids, None, None)
+    assert torch.equal(out[:37], -stock_result(x, weights, ids)[:37])
+    assert not stock
+
+
+def test_a_prefill_engine_asks_the_router_where_vllms_kernel_would_route(
+    monolithic: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    method, router = method_of(), Router(monkeypatch)
+    method.only_quantized = True
+    x, logits = random(40, 8), random(40, EXPERTS)
+    out = method.apply_monolithic(SimpleNamespace(layer_name=PREFIX), x, logits)
+    weights, ids = logits.float().softmax(-1).topk(TOP_K, dim=-1)
+    assert torch.equal(out, -stock_result(x, weights, ids))
+    assert not monolithic and router.asked
 
 
 def test_padding_of_the_intermediate_size_is_zero_in_the_copy(

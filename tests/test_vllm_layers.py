@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -32,8 +33,10 @@ from mixquant.engines.vllm import linear, passes
 from mixquant.engines.vllm.config import MixQuantConfig
 from mixquant.engines.vllm.layout import lay_out
 from mixquant.engines.vllm.linear import PhaseLinearMethod
+from mixquant.engines.vllm.loading import CannotReload
 from mixquant.phase import PhasePlan, Thresholds, everything_quantized, in_force, plan_pass
 from mixquant.recipe import Recipe
+from mixquant.summary import Summary
 
 K = 64
 ATTENTION = "model.layers.0.self_attn"
@@ -180,18 +183,20 @@ class Built:
         return self.layer.cpu_linear(x, self.layer.weight, self.layer.bias)
 
 
+RECIPES = {
+    "int8": recipe_of("int8"),
+    "fp8": recipe_of("fp8"),
+    "nvfp4": recipe_of("nvfp4", preset="fast"),
+    "two formats": recipe_of({"k_proj": "fp8", "default": "int8"}),
+    "bf16 between": recipe_of({"k_proj": "bf16", "default": "int8"}),
+}
+
+
 @functools.cache
 def built(kind: str, biased: bool = False, pack: bool = True, seed: int = 0) -> Built:
     """A layer of 128 features. ``pack``: the CPU backend may pack its weight and throw it away."""
-    recipe = {
-        "int8": recipe_of("int8"),
-        "fp8": recipe_of("fp8"),
-        "nvfp4": recipe_of("nvfp4", preset="fast"),
-        "two formats": recipe_of({"k_proj": "fp8", "default": "int8"}),
-        "bf16 between": recipe_of({"k_proj": "bf16", "default": "int8"}),
-    }[kind]
     config = MixQuantConfig()
-    config.recipe = recipe
+    config.recipe = RECIPES[kind]
     default = torch.get_default_dtype()
     patch = pytest.MonkeyPatch()
     try:
@@ -518,3 +523,115 @@ def test_the_ledger_hears_of_every_layer() -> None:
     it = built("bf16 between", seed=5)
     assert it.method.ledger._weights == {f"{ATTENTION}.qkv_proj": 128 * K * 2}
     assert it.method.ledger._copies == {f"{ATTENTION}.qkv_proj": 96 * K + 4 * 96}
+
+
+# --- prefill engines ---------------------------------------------------------------------------------
+
+
+class Loaded:
+    """A layer of a prefill engine, loaded as vLLM loads one: a projection at a time, in any order."""
+
+    def __init__(self, kind: str, biased: bool = False, order: str = "vkq") -> None:
+        config = MixQuantConfig()
+        config.recipe = dataclasses.replace(RECIPES[kind], role="prefill").resolved(frozenset())
+        default = torch.get_default_dtype()
+        patch = pytest.MonkeyPatch()
+        try:
+            torch.set_default_dtype(torch.bfloat16)
+            patch.setattr(passes, "install", lambda method: None)
+            self.layer = QKVParallelLinear(
+                K, 16, 4, 2, bias=biased, quant_config=config, prefix=f"{ATTENTION}.qkv_proj"
+            )
+        finally:
+            torch.set_default_dtype(default)
+            patch.undo()
+        self.method = self.layer.quant_method
+        self.began_without_memory = self.layer.weight.is_meta
+        weight, bias = random(128, K), random(128, seed=1)
+        places = {"q": slice(0, 64), "k": slice(64, 96), "v": slice(96, 128)}
+        self.done = []  # after each projection, whether the copy was there
+        for name in order:
+            self.layer.weight.weight_loader(self.layer.weight, weight[places[name]], name)
+            if biased:
+                self.layer.bias.weight_loader(self.layer.bias, bias[places[name]], name)
+            self.done.append(bool(self.method.products))
+
+
+@on_cpu
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("biased", [False, True])
+def test_a_prefill_engine_gives_the_weight_back_when_the_last_of_it_was_read(
+    kind: str, biased: bool
+) -> None:
+    """And multiplies every row with the copy, whatever the plan."""
+    it, both = Loaded(kind, biased), built(kind, biased)
+    assert it.began_without_memory
+    assert it.done == [False, False, True]
+    assert it.layer.weight.numel() == 0
+    assert it.method.uses_meta_device  # what vLLM's loaders go by
+    x = random(20, K, seed=3)
+    wanted = both(x, everything_quantized(20))
+    for plan in (None, everything_quantized(19), plan_of([(0, 20, 20)], 0, Thresholds())):
+        with in_force(plan):
+            assert torch.equal(it.layer(x)[0], wanted)
+    one = x[:1]
+    assert torch.equal(it.layer(one)[0], both(one, everything_quantized(1)))
+    # vLLM comes by once more when the whole model is loaded.
+    products = it.method.products
+    it.method.process_weights_after_loading(it.layer)
+    assert it.method.products is products
+
+
+@on_cpu
+def test_what_a_prefill_engine_holds_and_what_it_gave_back() -> None:
+    it = Loaded("bf16 between")
+    lines = it.method.described("a.qkv_proj")
+    assert [(line.format, line.freed) for line in lines] == [
+        ("int8", 64 * K * 2),
+        ("bf16", 32 * K * 2),
+        ("int8", 32 * K * 2),
+    ]
+    assert lines[1].nbytes == 32 * K * 2  # the part that stays, in a tensor of its own
+    summary = Summary(it.method.recipe, tuple(lines))
+    assert summary.extra_bytes == 96 * K + 4 * 96 - 96 * K * 2
+    text = str(summary)
+    assert "freed MiB" in text and "prefill engine" in text
+    # Nothing of the weight is counted as staying.
+    assert it.method.ledger._weights == {f"{ATTENTION}.qkv_proj": 0}
+    assert it.method.ledger._copies == {f"{ATTENTION}.qkv_proj": 96 * K + 4 * 96}
+
+
+@on_cpu
+def test_a_layer_that_stays_bf16_is_loaded_as_ever_in_a_prefill_engine() -> None:
+    config = MixQuantConfig()
+    config.recipe = Recipe(preset="exact", role="prefill").resolved(frozenset({"int8"}))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(passes, "install", lambda method: None)
+        layer = ReplicatedLinear(K, 32, False, quant_config=config, prefix="model.layers.0.o_proj")
+    assert not layer.weight.is_meta
+    assert not layer.quant_method.uses_meta_device
+
+
+@on_cpu
+def test_a_prefill_engine_loads_once_and_says_so() -> None:
+    """Captured graphs read the copy; a second one would be somewhere else."""
+    it = Loaded("int8")
+    del it.layer._already_called_process_weights_after_loading  # as vLLM's reload does
+    with pytest.raises(CannotReload, match="restart"):
+        it.method.process_weights_after_loading(it.layer)
+
+
+@on_cpu
+def test_a_loader_that_leaves_weights_where_they_were_is_named() -> None:
+    it = Loaded("int8", order="vk")
+    with pytest.raises(RuntimeError, match="--load-format"):
+        it.method.process_weights_after_loading(it.layer)
+
+
+@on_cpu
+def test_a_kernel_that_reads_the_weight_itself_is_switched_off() -> None:
+    """DeepSeek's for a few rows; here under the name that it has there."""
+    it = Loaded("int8", order="vk")
+    it.layer._use_min_latency_gemm = True
+    it.layer.weight.weight_loader(it.layer.weight, random(64, K), "q")
+    assert it.layer._use_min_latency_gemm is False

@@ -235,18 +235,24 @@ def test_the_rule_holds_in_a_run(make: Callable[..., Any], method: MixQuantConfi
     assert counted(method) == ([16, 9, 0, 10], {"precise": 3, "quantized": 2})
 
 
-def test_an_exact_recipe_has_no_plans(make: Callable[..., Any], method: MixQuantConfig) -> None:
-    method.recipe = Recipe(preset="exact", min_prefill_tokens=0).resolved(frozenset({"int8"}))
+@pytest.mark.parametrize(
+    "recipe", [{"preset": "exact"}, {"role": "decode"}, {"preset": "exact", "role": "prefill"}]
+)
+def test_where_nothing_is_quantized_there_are_no_plans(
+    recipe: dict[str, Any], make: Callable[..., Any], method: MixQuantConfig
+) -> None:
+    method.recipe = Recipe(min_prefill_tokens=0, **recipe).resolved(frozenset({"int8"}))
     runner = make()
     runner.execute_model(Step([(0, 10, 10)]))
     assert runner.model.last is None or not runner.model.last.quantized
     assert counted(method) == ([0, 10, 0, 0], {"precise": 1})
 
 
-def test_everywhere_quantizes_every_row_of_every_pass(
-    make: Callable[..., Any], method: MixQuantConfig
+@pytest.mark.parametrize("recipe", [{"everywhere": True}, {"role": "prefill"}])
+def test_everywhere_and_in_a_prefill_engine_every_row_of_every_pass_is_quantized(
+    recipe: dict[str, Any], make: Callable[..., Any], method: MixQuantConfig
 ) -> None:
-    method.recipe = Recipe(preset="fast", everywhere=True).resolved(frozenset({"int8"}))
+    method.recipe = Recipe(preset="fast", **recipe).resolved(frozenset({"int8"}))
     runner = make()
     runner.execute_model(Step([(10, 1, 10), (0, 4, 4)], padding=3))
     assert (runner.model.last.rows, runner.model.last.quantized) == (8, ((0, 8),))

@@ -143,6 +143,8 @@ def test_balanced_spares_what_writes_the_cache(device: Callable[..., None]) -> N
         {"format": "nvfp4", "emulate": True},
         {"format": {"k_proj": "bf16", "default": "int8"}, "ignore": ["down_proj", "lm_head"]},
         {"precise_head": 3, "precise_tail": 0, "min_prefill_tokens": 0},
+        {"role": "prefill"},
+        {"role": "decode", "format": "nvfp4"},
     ],
 )
 def test_resolved_twice_is_the_same(given: Any, device: Callable[..., None]) -> None:
@@ -225,6 +227,16 @@ def test_a_foreign_format_needs_emulate(
 def test_bf16_is_native_everywhere(device: Callable[..., None]) -> None:
     device()
     assert resolve({"format": "bf16"}).format == {"default": "bf16"}
+
+
+def test_a_decode_engine_asks_for_nothing_of_the_format(device: Callable[..., None]) -> None:
+    """So that it takes the recipe of the prefill engines, whatever it holds."""
+    device()
+    given = {"role": "decode", "prefill_model": "/no/such/directory"}
+    assert resolve(given).format == {"default": "bf16"}
+    assert resolve(resolve(given).to_dict()) == resolve(given)
+    message = refusal({**given, "role": "prefill"}, by=resolve)
+    assert "/no/such/directory" in message
 
 
 @pytest.mark.parametrize(
@@ -535,6 +547,8 @@ def test_two_recipes_never_share_a_key_and_one_has_one(
         {"format": {"k_proj": "bf16", "default": "fp8"}},
         {"ignore": ["lm_head", "down_proj"]},
         "exact",
+        {"role": "prefill"},
+        {"role": "decode"},
     ]
     keys = [engine_config(directory, recipe).compute_hash() for recipe in recipes]
     assert len(set(keys)) == len(recipes)
@@ -566,6 +580,24 @@ def test_refusals_through_vllm(
 ) -> None:
     device("int8")
     assert named in refusal(directory, given, by=engine_config, **arguments)
+
+
+@pytest.mark.parametrize("sends", [False, True])
+def test_a_prefill_engine_that_sends_to_nobody_says_so(
+    sends: bool, directory: Path, device: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device("int8")
+    warnings: list[str] = []
+    monkeypatch.setattr(settings.logger, "warning", lambda text: warnings.append(text))
+    config = engine_config(directory, {"role": "prefill"})
+    assert len(warnings) == 1 and "--kv-transfer-config" in warnings[0]
+    warnings.clear()
+    config.kv_transfer_config = object() if sends else None
+    settings._settle(config)
+    assert bool(warnings) != sends
+    for role in ("both", "decode"):
+        engine_config(directory, {"role": role})
+    assert len(warnings) == (not sends)
 
 
 def test_a_checkpoint_quantized_by_another_method(directory: Path, tmp_path: Path) -> None:

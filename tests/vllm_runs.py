@@ -10,11 +10,14 @@ requests while they run.
 
 from __future__ import annotations
 
+import contextlib
 import json
+import multiprocessing
 import os
 import sys
 import traceback
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +62,63 @@ def main(spec_file: str, out_file: str) -> None:
         Path(out_file).write_text(json.dumps(results))
 
 
-def _engine(model: str, options: dict[str, Any], runs: dict[str, dict[str, Any]]) -> Any:
+def _engine(
+    model: str,
+    options: dict[str, Any],
+    runs: dict[str, dict[str, Any]],
+    prefill: dict[str, Any] | None = None,
+) -> Any:
+    """The runs' results. ``prefill``: the options of another engine, which reads the prompts first."""
+    if prefill is None:
+        with _started(model, options) as llm:
+            return {name: run(llm, **arguments) for name, arguments in runs.items()}
+    results: dict[str, Any] = {}
+    prompts = {name: arguments["prompts"] for name, arguments in runs.items()}
+    with _prefill_engine(model, prefill, prompts) as sent, _started(model, options) as llm:
+        for name, arguments in runs.items():
+            results[name] = run(llm, **arguments, transfers=sent[name]["transfers"])
+            results[f"{name}, prefill"] = sent[name]
+    return results
+
+
+@contextlib.contextmanager
+def _prefill_engine(
+    model: str, options: dict[str, Any], prompts: dict[str, list[list[int]]]
+) -> Iterator[dict[str, Any]]:
+    """An engine in a process of its own that has read the prompts and keeps their keys and values."""
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_prefill, args=(model, options, prompts, theirs))
+    process.start()
+    theirs.close()
+    try:
+        yield ours.recv()
+        ours.send("read")
+    finally:
+        ours.close()
+        process.join()
+
+
+def _prefill(
+    model: str, options: dict[str, Any], prompts: dict[str, list[list[int]]], parent: Any
+) -> None:
+    os.environ[TRACE] += ".prefill"
+    os.environ["VLLM_NIXL_SIDE_CHANNEL_PORT"] = os.environ["PREFILL_SIDE_CHANNEL_PORT"]
+    count_products()
+    ask = {"do_remote_decode": True, "do_remote_prefill": False}
+    with _started(model, options) as llm:
+        parent.send(
+            {
+                name: run(llm, these, new_tokens=1, transfers=[ask] * len(these))
+                for name, these in prompts.items()
+            }
+        )
+        with contextlib.suppress(EOFError):
+            parent.recv()
+
+
+@contextlib.contextmanager
+def _started(model: str, options: dict[str, Any]) -> Iterator[Any]:
     import gc
 
     import torch
@@ -73,7 +132,7 @@ def _engine(model: str, options: dict[str, Any], runs: dict[str, dict[str, Any]]
         defaults |= {"enforce_eager": True}
     llm = LLM(model, **{**defaults, **options})
     try:
-        return {name: run(llm, **arguments) for name, arguments in runs.items()}
+        yield llm
     finally:
         llm.llm_engine.engine_core.shutdown()
         del llm
@@ -89,6 +148,7 @@ def run(
     sampling: dict[str, Any] | None = None,
     lora: str | None = None,
     reload_from: str | None = None,
+    transfers: list[dict[str, Any]] | None = None,
 ) -> dict[str, Any]:
     """Greedy answers to prompts that are submitted together.
 
@@ -100,11 +160,14 @@ def run(
         sampling: further sampling parameters.
         lora: the directory of an adapter for all requests.
         reload_from: a checkpoint whose weights are loaded into the running engine first.
+        transfers: per prompt, what the KV connector is told: to keep the prompt's keys and values for
+            another engine, or where they are.
 
     Returns:
         ``products`` with quantized copies, by kind of layer (in this process: not on several ranks),
         ``tokens`` per prompt, ``logprobs`` per prompt and token (the 20 likeliest), ``prompt_logprobs``
-        if asked for, and the ``passes`` that mixquant traced, requests numbered as the prompts are.
+        if asked for, ``transfers`` for the engine that reads the prompts' keys and values, and the
+        ``passes`` that mixquant traced, requests numbered as the prompts are.
     """
     from vllm import SamplingParams
     from vllm.lora.request import LoRARequest
@@ -117,18 +180,23 @@ def run(
     products.clear()
     trace = Path(os.environ[TRACE])
     seen = trace.stat().st_size if trace.exists() else 0
-    parameters = SamplingParams(
-        temperature=0,
-        max_tokens=new_tokens,
-        ignore_eos=True,
-        logprobs=20,
-        detokenize=False,
-        **(sampling or {}),
-    )
+    each = [{"extra_args": {"kv_transfer_params": one}} for one in transfers or ()]
+    parameters = [
+        SamplingParams(
+            temperature=0,
+            max_tokens=new_tokens,
+            ignore_eos=True,
+            logprobs=20,
+            detokenize=False,
+            **(sampling or {}),
+            **(each[number] if each else {}),
+        )
+        for number in range(len(prompts))
+    ]
     adapter = LoRARequest("adapter", 1, lora) if lora else None
     for number, prompt in enumerate(prompts):
         engine.add_request(
-            str(number), {"prompt_token_ids": prompt}, parameters, lora_request=adapter
+            str(number), {"prompt_token_ids": prompt}, parameters[number], lora_request=adapter
         )
     finished: dict[int, Any] = {}
     step = 0
@@ -158,6 +226,7 @@ def run(
             ]
             for number in range(len(prompts))
         ],
+        "transfers": [finished[number].kv_transfer_params for number in range(len(prompts))],
         "passes": _passes(trace, seen),
     }
 

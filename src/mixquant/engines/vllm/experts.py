@@ -7,6 +7,7 @@ at there: torch.compile does not see it, and what a CUDA graph captures is preci
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -20,12 +21,13 @@ from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import (
 )
 from vllm.platforms import current_platform
 
+from mixquant.engines.vllm.loading import begins, load_in_turn
 from mixquant.engines.vllm.memory import Ledger
 from mixquant.engines.vllm.products import nbytes_of
 from mixquant.formats import fp8
 from mixquant.formats.nvfp4 import BlockScale
 from mixquant.linear import put, select
-from mixquant.phase import PhasePlan, plan_in_force
+from mixquant.phase import PhasePlan, everything_quantized, plan_in_force
 from mixquant.recipe import Recipe
 from mixquant.summary import IGNORED, Layer
 
@@ -71,7 +73,14 @@ def experts_method(
     if why is not None:
         layer.mixquant_why_precise = why
         return None
-    return PhaseExpertsMethod(layer.moe_config, fmt, prefix, ledger, recipe.block_scale)
+    return PhaseExpertsMethod(
+        layer.moe_config,
+        fmt,
+        prefix,
+        ledger,
+        recipe.block_scale,
+        only_quantized=recipe.role == "prefill",
+    )
 
 
 def why_not(layer: RoutedExperts, fmt: str) -> str | None:
@@ -109,11 +118,19 @@ class PhaseExpertsMethod(UnquantizedFusedMoEMethod):  # type: ignore[misc]
     """BF16 experts as vLLM has them, and a copy of them for quantized rows.
 
     vLLM's class is an nn.Module and a child of the layer: the copy is kept in plain attributes, so
-    that it is no parameter that a checkpoint has to fill.
+    that it is no parameter that a checkpoint has to fill. With ``only_quantized``, in a prefill engine,
+    the BF16 weights are given back as soon as it is made, and every row takes it.
     """
 
     def __init__(
-        self, moe: Any, fmt: str, prefix: str, ledger: Ledger, block_scale: BlockScale = "6"
+        self,
+        moe: Any,
+        fmt: str,
+        prefix: str,
+        ledger: Ledger,
+        block_scale: BlockScale = "6",
+        *,
+        only_quantized: bool = False,
     ) -> None:
         super().__init__(moe)
         self.format = fmt
@@ -122,6 +139,8 @@ class PhaseExpertsMethod(UnquantizedFusedMoEMethod):  # type: ignore[misc]
         self.ledger = ledger
         self.quantized: QuantizedExperts | None = None
         self.shape: tuple[int, ...] = ()
+        self.only_quantized = only_quantized
+        self.freed = 0  # bytes
         self._warm = False
 
     @property
@@ -129,22 +148,37 @@ class PhaseExpertsMethod(UnquantizedFusedMoEMethod):  # type: ignore[misc]
         return False
 
     def create_weights(self, layer: Any, *args: Any, **kwargs: Any) -> None:
-        super().create_weights(layer, *args, **kwargs)
+        device = torch.get_default_device()
+        with torch.device("meta") if self.only_quantized else nullcontext():
+            super().create_weights(layer, *args, **kwargs)
         copy = weights = 0
         for weight in (layer.w13_weight, layer.w2_weight):
             experts, rows, columns = weight.shape
             copy += experts * nbytes_of(self.format, rows, columns)
             weights += weight.nbytes
         self.shape = tuple(layer.w13_weight.shape)
-        self.ledger.reserve(layer.w13_weight.device, self.prefix, copy, weights, _ADVICE)
+        if self.only_quantized:
+            load_in_turn(self, layer)
+            self.freed = weights
+            self.ledger.reserve(device, self.prefix, copy, 0, _ADVICE)
+        else:
+            self.ledger.reserve(layer.w13_weight.device, self.prefix, copy, weights, _ADVICE)
 
     def process_weights_after_loading(self, layer: Any) -> None:
+        if self.only_quantized and not begins(layer, loaded_before=self.quantized is not None):
+            return
         # Before super's, which swaps halves or shuffles blocks for some kernels.
         _zero_padding(layer)
         if self.quantized is None:
             self.quantized = _quantized_experts(layer, self.format, self.block_scale)
         self.quantized.load(layer)
+        # Also where no row will take what it sets up: vLLM asks it how a layer of experts is run.
         super().process_weights_after_loading(layer)
+        if self.only_quantized:
+            for name in ("w13_weight", "w2_weight"):
+                weight = getattr(layer, name)
+                nothing = torch.empty(len(weight), 0, 0, dtype=weight.dtype, device=weight.device)
+                setattr(layer, name, torch.nn.Parameter(nothing, requires_grad=False))
 
     def apply(
         self,
@@ -200,17 +234,19 @@ class PhaseExpertsMethod(UnquantizedFusedMoEMethod):  # type: ignore[misc]
         """The layer's line in the table."""
         assert self.quantized is not None
         kernel, nbytes = self.quantized.kernel, self.quantized.nbytes
-        return [Layer(name, self.shape, self.format, kernel, True, nbytes, None)]
+        return [Layer(name, self.shape, self.format, kernel, True, nbytes, None, self.freed)]
 
     def _experts(self, layer: Any, x: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
         assert self.quantized is not None
+        if self.only_quantized:
+            ids = ids.clamp(min=0)  # padding rows have no expert, and are not told apart here
         return self.quantized(layer, x, weights, ids)
 
     def _plan(
         self, x: Tensor, route: Callable[[], tuple[Tensor, Tensor]], layer: Any
     ) -> PhasePlan | None:
         """The plan, if these rows are its rows and some of them are quantized."""
-        plan = plan_in_force()
+        plan = everything_quantized(len(x)) if self.only_quantized else plan_in_force()
         if plan is None or not plan.quantized or plan.rows != x.shape[0]:
             return None
         if not self._warm:
