@@ -23,7 +23,7 @@ COMMAND = (sys.executable, "-m", "vllm.entrypoints.openai.api_server")  # vllm-c
 
 # Becomes the command that follows, which Linux then ends when whoever started it is killed: a server
 # that is left over keeps the GPU's memory, and the next one does not start.
-_TIED = """
+TIED = """
 import ctypes, os, signal, sys
 if sys.platform == "linux":
     PR_SET_PDEATHSIG = 1
@@ -76,7 +76,7 @@ def serving(
         )
     port = _free_port()
     url = f"http://127.0.0.1:{port}"
-    command = [sys.executable, "-c", _TIED, *COMMAND, "--model", model, "--served-model-name", name]
+    command = [sys.executable, "-c", TIED, *COMMAND, "--model", model, "--served-model-name", name]
     command += ["--host", "127.0.0.1", "--port", str(port), *arguments]
     # vLLM makes sockets there, whose paths have to be short.
     scratch = tempfile.mkdtemp(prefix="mixquant-")
@@ -89,11 +89,14 @@ def serving(
             env={**os.environ, "TMPDIR": scratch},
             start_new_session=True,
         )
+    answers = False
     try:
         _wait(process, url, log, patience, progress)
+        answers = True
         yield url
     finally:
-        end(process)
+        # While vLLM starts it has no request to finish, and SIGTERM does not end it.
+        end(process, patience=30 if answers else 0)
         shutil.rmtree(scratch, ignore_errors=True)
 
 
@@ -124,12 +127,16 @@ def reason(log: Path) -> str:
     return (own or errors or lines or ["it printed nothing"])[-1][-500:]
 
 
-def end(process: subprocess.Popen[bytes]) -> None:
-    """Asks a process with a session of its own to end, and makes sure of it and of its children."""
+def end(process: subprocess.Popen[bytes], patience: float = 30) -> None:
+    """Asks a process with a session of its own to end, and makes sure of it and of its children.
+
+    Args:
+        patience: in seconds, until it is killed.
+    """
     if process.poll() is None:
         process.send_signal(signal.SIGTERM)
         with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(30)
+            process.wait(patience)
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)  # its own session
     process.wait()
