@@ -598,7 +598,7 @@ def test_what_a_prefill_engine_holds_and_what_it_gave_back() -> None:
     assert "freed MiB" in text and "prefill engine" in text
     # Nothing of the weight is counted as staying.
     assert it.method.ledger._weights == {f"{ATTENTION}.qkv_proj": 0}
-    assert it.method.ledger._copies == {f"{ATTENTION}.qkv_proj": 96 * K + 4 * 96}
+    assert it.method.ledger._copies == {f"{ATTENTION}.qkv_proj": 96 * K + 4 * 96 + 32 * K * 2}
 
 
 @on_cpu

@@ -43,7 +43,7 @@ class Summary:
         recipe = self.recipe
         gave_back = any(layer.freed for layer in self.layers)
         rule = (
-            "a prefill engine: every row is quantized; no BF16 weight of a quantized layer is kept"
+            "a prefill engine: every row is quantized, no BF16 weight of these layers is kept"
             if gave_back
             else "every row of both phases is quantized"
             if recipe.everywhere

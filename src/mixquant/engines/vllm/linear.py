@@ -104,7 +104,12 @@ class PhaseLinearMethod(UnquantizedLinearMethod):  # type: ignore[misc]
         weight: Any = layer.weight
         if self.only_quantized:
             load_in_turn(self, layer)
-            self.ledger.reserve(device, self.prefix, copy, 0, _ADVICE)
+            in_bf16 = sum(
+                (part.features[1] - part.features[0]) * self.shape[1] * self.itemsize
+                for part in self.parts
+                if part.format == "bf16"
+            )
+            self.ledger.reserve(device, self.prefix, copy + in_bf16, 0, _ADVICE)
         else:
             self.ledger.reserve(weight.device, self.prefix, copy, weight.nbytes, _ADVICE)
 
