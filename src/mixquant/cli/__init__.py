@@ -22,6 +22,7 @@ from mixquant.cli.fidelity import fidelity
 from mixquant.cli.info import info
 from mixquant.cli.quantize import quantize
 from mixquant.cli.report import report
+from mixquant.cli.serve import serve
 from mixquant.cli.talk import chat, generate
 from mixquant.engines.vllm.server import ServerError
 from mixquant.evaluate.answer_file import AnswerFileError
@@ -31,13 +32,14 @@ from mixquant.evaluate.plan import EvaluationError
 from mixquant.evaluate.tasks import TaskError
 from mixquant.models import ModelError
 from mixquant.results import ResultsError
+from mixquant.serve.description import ServeError
 
 app = typer.Typer(
     help="Phase-aware quantized inference: prefill in low precision, decode in BF16.",
     add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (generate, chat, compare, bench, evaluate, fidelity, quantize, report, info):
+for command in (generate, chat, serve, compare, bench, evaluate, fidelity, quantize, report, info):
     app.command()(command)
 
 # What a user gave that cannot be used: one line, and exit code 2.
@@ -53,6 +55,7 @@ UNUSABLE = (
     PrepareError,
     RecipeError,
     ResultsError,
+    ServeError,
     ServerError,
     TaskError,
     TraceError,

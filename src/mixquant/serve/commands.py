@@ -9,9 +9,10 @@ import json
 import shlex
 import socket
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, Literal
 
 from mixquant.serve.description import Deployment
@@ -97,14 +98,15 @@ def processes(
     place: Callable[[str], Place],
     *,
     python: str = sys.executable,
-    gpus: bool = True,
+    gpus: Sequence[str] | None = None,
 ) -> list[Process]:
     """Every process of a deployment, in an order in which they can start.
 
     Args:
         place: where the process of a name runs.
         python: the interpreter that has vLLM, mixquant and the router.
-        gpus: whether each engine of a disaggregated set is given GPUs of its own of this machine.
+        gpus: what the GPUs of this machine are called, by index, of which each engine of a
+            disaggregated set is given its own; none: nothing is assigned. None: their indices.
     """
     if not deployment.disaggregated:
         return [_colocated(deployment, place("engine"), python)]
@@ -121,15 +123,16 @@ def processes(
         transfer += ["--prefill", engine.place.url]
     for engine in decode:
         transfer += ["--decode", engine.place.url]
+    front = place("front")
     direct = ["--worker-urls", *(engine.place.url for engine in decode)]
     routers = [
-        _router(deployment, name, arguments, place(name), python, engines)
+        _router(deployment, name, arguments, place(name), python, engines, front)
         for name, arguments, engines in (
             (TRANSFER_ROUTER, transfer, [*prefill, *decode]),
             (DIRECT_ROUTER, direct, decode),
         )
     ]
-    return [*prefill, *decode, *routers, _front(deployment, routers, place("front"), python)]
+    return [*prefill, *decode, *routers, _front(deployment, routers, front, python)]
 
 
 def local_places(deployment: Deployment) -> Callable[[str], Place]:
@@ -185,7 +188,7 @@ def _engine(
     index: int,
     place: Place,
     python: str,
-    gpus: bool,
+    gpus: Sequence[str] | None,
 ) -> Process:
     transfer = {
         "kv_connector": "NixlConnector",
@@ -203,9 +206,10 @@ def _engine(
         "VLLM_NIXL_SIDE_CHANNEL_PORT": str(place.side_channel),
         **deployment.environment,
     }
-    assigned = deployment.gpus_of(role, index) if gpus else ()
+    assigned = () if gpus is not None and not gpus else deployment.gpus_of(role, index)
     if assigned:
-        environment["CUDA_VISIBLE_DEVICES"] = ",".join(str(gpu) for gpu in assigned)
+        names = [str(gpu) if gpus is None else gpus[gpu] for gpu in assigned]
+        environment["CUDA_VISIBLE_DEVICES"] = ",".join(names)
     return Process(
         f"{role}-{index}",
         role,
@@ -243,6 +247,7 @@ def _router(
     place: Place,
     python: str,
     engines: list[Process],
+    front: Place,
 ) -> Process:
     health = ["--health-check-interval-secs", "1", "--health-check-timeout-secs", "10"]
     health += ["--health-failure-threshold", "1", "--health-success-threshold", "1"]
@@ -252,7 +257,8 @@ def _router(
         name,
         "router",
         (
-            *(python, "-m", "vllm_router.launch_router"),
+            *_own(python, "router"),
+            *("--key-check", f"{front.url}/internal/key-check"),
             *("--host", place.listen, "--port", str(place.port)),
             *arguments,
             *("--policy", deployment.routing),
@@ -273,7 +279,7 @@ def _router(
 
 def _front(deployment: Deployment, routers: list[Process], place: Place, python: str) -> Process:
     transfer, direct = routers
-    argv = [python, "-m", "mixquant.serve.front"]
+    argv = [*_own(python, "front")]
     argv += ["--host", place.listen, "--port", str(place.port)]
     argv += ["--transfer", transfer.place.url, "--direct", direct.place.url]
     argv += ["--min-transfer-tokens", str(deployment.min_transfer_tokens)]
@@ -291,6 +297,14 @@ def _front(deployment: Deployment, routers: list[Process], place: Place, python:
         secrets=secrets,
         after=tuple(router.name for router in routers),
     )
+
+
+def _own(python: str, module: str) -> tuple[str, ...]:
+    """A module of this package as a program."""
+    if python == sys.executable:
+        # By its path: a package's module would import the package, hence torch, for nothing.
+        return (python, "-P", str(Path(__file__).with_name(f"{module}.py")))
+    return (python, "-m", f"{__package__}.{module}")
 
 
 def _json(value: Any) -> str:

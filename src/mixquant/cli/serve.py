@@ -1,0 +1,249 @@
+"""``mixquant serve``: an OpenAI-compatible server, on one engine or on many."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from mixquant import models
+from mixquant.cli.console import err, say
+from mixquant.cli.options import RecipeOption
+from mixquant.serve.description import Deployment, ServeError, read
+
+_SET = "A disaggregated set"
+_ADDRESS = "Address"
+_HOW = "How"
+
+
+def serve(
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="MODEL",
+            help="A directory, a Hugging Face hub name, or [bold]smollm2[/bold]; "
+            "left out, the file of --config names it.",
+        ),
+    ] = None,
+    vllm_arguments: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="-- VLLM...", help="vLLM's own arguments, for every engine."),
+    ] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            "--config", metavar="FILE", help="YAML with the same description; options go before it."
+        ),
+    ] = None,
+    recipe: RecipeOption = None,
+    prefill: Annotated[
+        int | None,
+        typer.Option(
+            "--prefill",
+            metavar="N",
+            help="Engines that read prompts, with quantized weights alone.",
+            rich_help_panel=_SET,
+        ),
+    ] = None,
+    decode: Annotated[
+        int | None,
+        typer.Option(
+            "--decode",
+            metavar="N",
+            help="Engines that write answers, in BF16.",
+            rich_help_panel=_SET,
+        ),
+    ] = None,
+    prefill_gpus: Annotated[
+        str | None,
+        typer.Option(
+            metavar="0,1,...", help="GPUs that the prefill engines share out.", rich_help_panel=_SET
+        ),
+    ] = None,
+    decode_gpus: Annotated[
+        str | None,
+        typer.Option(
+            metavar="2,3,...", help="GPUs that the decode engines share out.", rich_help_panel=_SET
+        ),
+    ] = None,
+    prefill_args: Annotated[
+        str | None,
+        typer.Option(
+            metavar="'ARGS'", help="vLLM's own, for prefill engines.", rich_help_panel=_SET
+        ),
+    ] = None,
+    decode_args: Annotated[
+        str | None,
+        typer.Option(
+            metavar="'ARGS'", help="vLLM's own, for decode engines.", rich_help_panel=_SET
+        ),
+    ] = None,
+    min_transfer_tokens: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="Shorter prompts (estimated) are read by a decode engine.",
+            rich_help_panel=_SET,
+            show_default="256",
+        ),
+    ] = None,
+    decode_fallback: Annotated[
+        bool | None,
+        typer.Option(
+            "--decode-fallback/--no-decode-fallback",
+            help="Decode engines read prompts while no prefill engine lives.",
+            rich_help_panel=_SET,
+            show_default="on",
+        ),
+    ] = None,
+    tensor_parallel_size: Annotated[
+        int | None, typer.Option(metavar="N", help="GPUs of each engine.", show_default="1")
+    ] = None,
+    served_model_name: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME", help="What requests call the model.", rich_help_panel=_ADDRESS
+        ),
+    ] = None,
+    host: Annotated[
+        str | None,
+        typer.Option(
+            metavar="HOST",
+            help="To listen on.",
+            rich_help_panel=_ADDRESS,
+            show_default="127.0.0.1",
+        ),
+    ] = None,
+    port: Annotated[
+        int | None,
+        typer.Option(metavar="PORT", help="Of it.", rich_help_panel=_ADDRESS, show_default="8000"),
+    ] = None,
+    api_key_variable: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Environment variable with the key that clients have to show.",
+            rich_help_panel=_ADDRESS,
+        ),
+    ] = None,
+    api_key_file: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="File with that key.", rich_help_panel=_ADDRESS),
+    ] = None,
+    logs: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Takes one log for each process.", rich_help_panel=_HOW),
+    ] = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run", help="Print the commands and environments only.", rich_help_panel=_HOW
+        ),
+    ] = False,
+) -> None:
+    """Serves a model: one engine for both phases, or engines for prefill and engines for decode.
+
+    vLLM's own arguments follow after [bold]--[/bold]:
+    mixquant serve MODEL --prefill 2 --decode 1 -- --max-model-len 32768
+    """
+    values: dict[str, Any] = read(config) if config else {}
+    given = {
+        "model": model,
+        "recipe": recipe,
+        "prefill": prefill,
+        "decode": decode,
+        "prefill_gpus": prefill_gpus,
+        "decode_gpus": decode_gpus,
+        "vllm_arguments": vllm_arguments or None,
+        "prefill_arguments": prefill_args,
+        "decode_arguments": decode_args,
+        "min_transfer_tokens": min_transfer_tokens,
+        "decode_fallback": decode_fallback,
+        "tensor_parallel_size": tensor_parallel_size,
+        "served_model_name": served_model_name,
+        "host": host,
+        "port": port,
+        "api_key_variable": api_key_variable,
+        "api_key_file": api_key_file,
+        "log_folder": logs,
+    }
+    values |= {name: value for name, value in given.items() if value is not None}
+    if "model" not in values:
+        raise ServeError("give a MODEL, or a --config whose file names one")
+    deployment = Deployment.from_values(values, f"{config}: " if config else "")
+    _run(deployment, dry_run)
+
+
+def _run(described: Deployment, dry_run: bool) -> None:
+    from mixquant.serve import checks
+    from mixquant.serve.commands import dry_run as shown
+    from mixquant.serve.commands import local_places, processes
+    from mixquant.serve.description import api_key
+
+    gpus = checks.visible_gpus()
+    if not dry_run:
+        checks.check_packages(described)
+        checks.check_port(described)
+    checks.check_gpus(described, gpus)
+    checkpoint = models.find(described.model, say)
+    deployment = described.model_copy(
+        update={"model": checkpoint.source, "served_model_name": described.name}
+    )
+    checks.check_memory(deployment, checks.size_of_weights(checkpoint.source), gpus)
+    started = processes(deployment, local_places(deployment), gpus=[gpu.name for gpu in gpus])
+    if dry_run:
+        print(shown(deployment, started), end="")
+        return
+    key = api_key(deployment)
+    if key is None and deployment.host not in ("127.0.0.1", "::1", "localhost"):
+        say(f"{deployment.host} may be reached by others, and no API key is asked for")
+    folder = deployment.log_folder or Path(tempfile.mkdtemp(prefix="mixquant-logs-"))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ServeError(f"cannot write logs to {folder}: {error.strerror or error}") from None
+    _supervise(deployment, started, folder, key)
+
+
+def _supervise(deployment: Deployment, started: list[Any], folder: Path, key: str | None) -> None:
+    import asyncio
+
+    from mixquant.serve.supervisor import Supervisor
+
+    public = started[-1]
+    kind = "one engine"
+    if deployment.disaggregated:
+        kind = f"{deployment.prefill} prefill and {deployment.decode} decode engines"
+    with err.status("starting") if err.is_terminal else _Quiet() as status:
+
+        def ready() -> None:
+            status.stop()
+            print(
+                f"ready: {public.place.url}/v1 serves {deployment.name} with {kind} "
+                f"(logs: {folder})",
+                flush=True,
+            )
+
+        async def run() -> None:
+            supervisor = Supervisor(deployment, started, folder, key, say, status.update)
+            await supervisor.run(ready)
+
+        asyncio.run(run())
+
+
+class _Quiet:
+    """What stands for a spinner where there is no terminal."""
+
+    def __enter__(self) -> _Quiet:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+    def update(self, doing: str) -> None:
+        pass
+
+    def stop(self) -> None:
+        pass

@@ -1,0 +1,153 @@
+"""What this machine has to have for a deployment: asked before anything starts."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import socket
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+from mixquant.serve.description import Deployment, ServeError
+
+# The least of a model's BF16 size that an engine of a role takes: NVFP4 is a little more than a
+# quarter of it, and a colocated engine holds both.
+LEAST_SHARE = {"prefill": 0.28, "decode": 1.0, "colocated": 1.28}
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """``name`` is what CUDA_VISIBLE_DEVICES calls it; ``memory`` is in bytes."""
+
+    name: str
+    memory: int
+
+
+def visible_gpus() -> list[Gpu]:
+    """NVIDIA's GPUs that processes of this one see; none where there is no driver."""
+    if shutil.which("nvidia-smi") is None:
+        return []
+    query = ["nvidia-smi", "--query-gpu=index,uuid,memory.total", "--format=csv,noheader,nounits"]
+    done = subprocess.run(query, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        return []
+    known: dict[str, Gpu] = {}
+    for line in done.stdout.splitlines():
+        index, uuid, mebibytes = (part.strip() for part in line.split(","))
+        known[index] = Gpu(index, int(mebibytes) * 2**20)
+        known[uuid] = Gpu(uuid, int(mebibytes) * 2**20)
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if chosen is None:
+        return [gpu for name, gpu in known.items() if name.isdigit()]
+    return [known[name] for part in chosen.split(",") if (name := part.strip()) in known]
+
+
+def check_packages(deployment: Deployment) -> None:
+    """Raises ServeError where something is not installed, and says how to install it."""
+    if importlib.util.find_spec("vllm") is None:
+        raise ServeError("vLLM is not installed: pip install 'mixquant[vllm]', or '[cpu]' on a CPU")
+    if not deployment.disaggregated:
+        return
+    for module in ("vllm_router", "orjson", "setproctitle"):
+        if importlib.util.find_spec(module) is None:
+            raise ServeError(
+                f"a disaggregated set needs vllm-router, and {module} is not installed: "
+                "pip install 'mixquant[serve]'"
+            )
+    backends = ("nixl_cu13", "nixl_cu12", "nixl_rocm")
+    if importlib.util.find_spec("nixl") is None or not any(
+        importlib.util.find_spec(backend) for backend in backends
+    ):
+        raise ServeError(
+            "a disaggregated set needs NIXL, which is not installed whole: "
+            "pip install nixl-cu13 (or nixl-cu12), then pip install --no-deps nixl"
+        )
+
+
+def check_gpus(deployment: Deployment, gpus: list[Gpu]) -> None:
+    """Raises ServeError where GPUs are named or needed that are not there."""
+    named = [*(deployment.prefill_gpus or ()), *(deployment.decode_gpus or ())]
+    if named and not gpus:
+        raise ServeError("GPUs are named, and this machine has none that can be seen")
+    if missing := [gpu for gpu in named if gpu >= len(gpus)]:
+        raise ServeError(
+            f"there is no GPU {missing[0]}: this machine shows {len(gpus)}, numbered from 0"
+        )
+    engines = (deployment.prefill or 0) + (deployment.decode or 0) or 1
+    needed = engines * deployment.tensor_parallel_size
+    if gpus and needed > len(gpus):
+        raise ServeError(
+            f"{engines} engines of {deployment.tensor_parallel_size} GPUs each need {needed} GPUs, "
+            f"and this machine shows {len(gpus)}"
+        )
+
+
+def check_memory(deployment: Deployment, weights: int, gpus: list[Gpu]) -> None:
+    """Raises ServeError where weights cannot fit. What they leave for the KV cache, vLLM checks.
+
+    Args:
+        weights: bytes of the BF16 checkpoint; 0 if unknown.
+    """
+    counts = {"prefill": deployment.prefill or 0, "decode": deployment.decode or 0}
+    if not deployment.disaggregated:
+        counts = {"colocated": 1}
+    if gpus:
+        for role in counts:
+            size = LEAST_SHARE[role] * weights / deployment.tensor_parallel_size
+            smallest = min(gpu.memory for gpu in gpus)
+            if size > smallest:
+                raise ServeError(
+                    f"a {role} engine needs at least {size / GIB:.1f} GiB for its weights on each "
+                    f"GPU, which has {smallest / GIB:.1f}: raise tensor_parallel_size"
+                )
+        return
+    available = _available_memory()
+    cache = deployment.environment.get(
+        "VLLM_CPU_KVCACHE_SPACE", os.environ.get("VLLM_CPU_KVCACHE_SPACE", "0")
+    )
+    try:
+        caches = float(cache) * GIB * sum(counts.values())
+    except ValueError:
+        raise ServeError(
+            f"VLLM_CPU_KVCACHE_SPACE is a number of GiB for each engine, not {cache!r}"
+        ) from None
+    needed = caches + weights * sum(LEAST_SHARE[role] * count for role, count in counts.items())
+    if available is not None and needed > available:
+        raise ServeError(
+            f"{sum(counts.values())} engines need at least {needed / GIB:.1f} GiB of memory "
+            f"({caches / GIB:.1f} of it KV cache), and {available / GIB:.1f} are available"
+        )
+
+
+def check_port(deployment: Deployment) -> None:
+    """Raises ServeError where the public address cannot be listened on."""
+    try:
+        found = socket.getaddrinfo(deployment.host, deployment.port, type=socket.SOCK_STREAM)
+        family, kind, protocol, _, address = found[0]
+        with socket.socket(family, kind, protocol) as one:
+            one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            one.bind(address)
+    except OSError as error:
+        raise ServeError(
+            f"cannot listen on port {deployment.port} of {deployment.host} "
+            f"({error.strerror or error}): give another --port or --host"
+        ) from None
+
+
+def size_of_weights(model: str) -> int:
+    """Bytes of the weight files in a model's directory; 0 for a hub name."""
+    return sum(file.stat().st_size for file in Path(model).glob("*.safetensors"))
+
+
+def _available_memory() -> int | None:
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    for line in lines:
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return None

@@ -1,0 +1,306 @@
+"""Runs the processes of a deployment: starts, watches, starts again, and ends them all."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import secrets
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from mixquant.engines.vllm.server import TIED, reason
+from mixquant.serve.commands import ENGINE_ROLES, Process
+from mixquant.serve.description import Deployment, ServeError
+from mixquant.serve.leftovers import members, shared_memory
+
+POLL = 1.0  # s between looks at a process
+MEMORY_POLL = 10.0  # s between looks at its shared memory
+UNRESPONSIVE = 60.0  # s without an answer after which a process that lives counts as hung
+PROBE = 10.0  # s that one answer may take
+FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0  # s before a process is started again; doubles each time
+SETTLED = 300.0  # s of health after which earlier ends are forgotten
+LAST_LINES = 8  # of a log, shown when its process ended
+ENDING = 20.0  # s from the request to end to the order
+
+
+class Supervised:
+    """One process through its lives."""
+
+    def __init__(self, process: Process, log: Path, environment: Mapping[str, str]) -> None:
+        self.process = process
+        self.log = log
+        self.environment = {**os.environ, **environment}
+        self.child: asyncio.subprocess.Process | None = None
+        self.ready = asyncio.Event()
+        self.lives = 0
+        self.ends_in_a_row = 0
+        self.given_up = False
+        self.mapped: set[str] = set()  # shared memory that its processes were seen to use
+        self.noted = 0.0  # when they were looked at last
+
+    @property
+    def name(self) -> str:
+        return self.process.name
+
+    async def start(self) -> None:
+        with self.log.open("ab" if self.lives else "wb") as file:
+            self.lives += 1
+            self.child = await asyncio.create_subprocess_exec(
+                *(sys.executable, "-c", TIED, *self.process.argv),
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=file,
+                stderr=asyncio.subprocess.STDOUT,
+                env=self.environment,
+                start_new_session=True,
+            )
+
+    async def end(self, patience: float = ENDING) -> None:
+        """Ends it and whatever it started; it may have ended by itself."""
+        child = self.child
+        if child is None:
+            return
+        self.ready.clear()
+        self.note_memory()
+        if child.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                child.send_signal(signal.SIGTERM)
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(child.wait(), patience)
+        # Its children have a moment of their own: they put their shared memory away when they notice.
+        deadline = time.monotonic() + 5
+        while members(child.pid) and time.monotonic() < deadline:
+            await asyncio.sleep(0.1)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(child.pid, signal.SIGKILL)  # its own session
+        await child.wait()
+        while members(child.pid):
+            await asyncio.sleep(0.05)
+        self.child = None
+
+    def note_memory(self) -> None:
+        if self.child is not None:
+            self.noted = time.monotonic()
+            self.mapped |= shared_memory(members(self.child.pid))
+
+    def last_lines(self) -> str:
+        lines = self.log.read_text(errors="replace").splitlines()[-LAST_LINES:]
+        return "\n".join(f"  | {line[:300]}" for line in lines)
+
+
+class Supervisor:
+    """The processes of one deployment."""
+
+    def __init__(
+        self,
+        deployment: Deployment,
+        processes: Sequence[Process],
+        folder: Path,
+        api_key: str | None,
+        say: Callable[[str], None],
+        progress: Callable[[str], None] = lambda doing: None,
+    ) -> None:
+        """Starts nothing yet.
+
+        Args:
+            folder: takes one log for each process.
+            say: is told what happens, in lines.
+            progress: is told what is waited for, until all is ready.
+        """
+        self.deployment = deployment
+        self.folder = folder
+        self.say = say
+        self.progress = progress
+        # Sockets are made there, whose paths have to be short.
+        self.scratch = Path(tempfile.mkdtemp(prefix="mixquant-"))
+        values = {"engine-key": secrets.token_urlsafe(32), "api-key": api_key or ""}
+        self.supervised = [
+            Supervised(
+                process,
+                folder / f"{process.name}.log",
+                {
+                    **process.environment,
+                    **{name: values[secret] for name, secret in process.secrets.items()},
+                    "TMPDIR": str(self.scratch),
+                },
+            )
+            for process in processes
+        ]
+        self.by_name = {one.name: one for one in self.supervised}
+        self.stopping = asyncio.Event()
+        self.failure: str | None = None
+
+    async def run(self, on_ready: Callable[[], None]) -> None:
+        """Starts everything, tells when it is ready, and returns once it was told to stop.
+
+        Raises:
+            ServeError: something did not start, or ended more often than the description allows.
+        """
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            loop.add_signal_handler(number, self.stop)
+        keepers = [asyncio.create_task(self._keep(one)) for one in self.supervised]
+        try:
+            if await self._all_ready():
+                on_ready()
+                await self.stopping.wait()
+        finally:
+            for keeper in keepers:
+                keeper.cancel()
+            await asyncio.gather(*keepers, return_exceptions=True)
+            await self._end_all()
+        if self.failure is not None:
+            raise ServeError(self.failure)
+
+    def stop(self) -> None:
+        """Drains and ends everything; a second time, at once."""
+        if self.stopping.is_set():
+            for one in self.supervised:
+                if one.child is not None:
+                    with contextlib.suppress(ProcessLookupError):
+                        os.killpg(one.child.pid, signal.SIGKILL)
+        self.stopping.set()
+
+    async def _all_ready(self) -> bool:
+        begun = time.monotonic()
+        ready = [asyncio.create_task(one.ready.wait()) for one in self.supervised]
+        stop = asyncio.create_task(self.stopping.wait())
+        try:
+            while not all(task.done() for task in ready) and not stop.done():
+                waiting = [
+                    one.name
+                    for one, task in zip(self.supervised, ready, strict=True)
+                    if not task.done()
+                ]
+                self.progress(f"starting {', '.join(waiting)} ({time.monotonic() - begun:.0f} s)")
+                await asyncio.wait((stop,), timeout=0.5)
+            return not self.stopping.is_set()
+        finally:
+            for task in (*ready, stop):
+                task.cancel()
+
+    async def _keep(self, one: Supervised) -> None:
+        """Has one process running until the set stops."""
+        try:
+            for name in one.process.after:
+                await self.by_name[name].ready.wait()
+            while not self.stopping.is_set():
+                await one.start()
+                ended = await self._watch(one)
+                await self._restart_or_give_up(one, ended)
+                if one.given_up:
+                    return
+        except asyncio.CancelledError:
+            raise
+        except Exception as error:  # of our own making: it must not pass for a server that runs
+            self._fail(f"{one.name}: {type(error).__name__}: {error}")
+
+    async def _watch(self, one: Supervised) -> str:
+        """Returns how a life of a process ended, which is over then."""
+        assert one.child is not None
+        begun = healthy_at = time.monotonic()
+        exit_ = asyncio.create_task(one.child.wait())
+        try:
+            while not exit_.done():
+                now = time.monotonic()
+                if now - one.noted > MEMORY_POLL:
+                    one.note_memory()
+                if await answers(one.process.health_url):
+                    healthy_at = time.monotonic()
+                    one.ready.set()
+                    if healthy_at - begun > SETTLED:
+                        one.ends_in_a_row = 0
+                elif one.ready.is_set() and now - healthy_at > UNRESPONSIVE:
+                    return f"did not answer for {UNRESPONSIVE:.0f} s"
+                elif not one.ready.is_set() and now - begun > self.deployment.start_timeout:
+                    return f"did not answer within {self.deployment.start_timeout:.0f} s"
+                await asyncio.wait((exit_,), timeout=POLL)
+            code = exit_.result()
+            return f"ended by signal {-code}" if code < 0 else f"ended with exit code {code}"
+        finally:
+            exit_.cancel()
+
+    async def _restart_or_give_up(self, one: Supervised, ended: str) -> None:
+        was_ready = one.ready.is_set()
+        await one.end(patience=1)
+        self._clear_memory(one)
+        if self.stopping.is_set():
+            return
+        one.ends_in_a_row += 1
+        if not was_ready and one.ends_in_a_row == 1:
+            # What fails at once fails again.
+            self._fail(f"{one.name} {ended}: {reason(one.log)} (all of it: {one.log})")
+            return
+        self.say(f"{one.name} {ended}; the last lines of {one.log}:\n{one.last_lines()}")
+        if one.ends_in_a_row > self.deployment.max_restarts:
+            one.given_up = True
+            self.say(f"{one.name} ended {one.ends_in_a_row} times in a row and stays down")
+            if not self._can_serve():
+                self._fail(
+                    f"{one.name} {ended}, and without it nothing can be served (see {one.log})"
+                )
+            return
+        pause = min(FIRST_PAUSE * 2 ** (one.ends_in_a_row - 1), LONGEST_PAUSE)
+        self.say(f"{one.name} starts again in {pause:.0f} s")
+        await asyncio.sleep(pause)
+
+    def _can_serve(self) -> bool:
+        """Whether what was not given up is enough to answer requests."""
+        left = [one.process.role for one in self.supervised if not one.given_up]
+        if not self.deployment.disaggregated:
+            return bool(left)
+        gone = {one.process.role for one in self.supervised if one.given_up}
+        prefills = "prefill" in left or self.deployment.decode_fallback
+        return "decode" in left and prefills and not gone - set(ENGINE_ROLES)
+
+    def _fail(self, message: str) -> None:
+        self.failure = self.failure or message
+        self.stopping.set()
+
+    def _clear_memory(self, one: Supervised) -> None:
+        """Removes shared memory that a process which was killed could not put away.
+
+        Engines of one machine map parts of each other's; what another one still uses stays.
+        """
+        others = [
+            other for other in self.supervised if other is not one and other.child is not None
+        ]
+        used = set()
+        for other in others:
+            assert other.child is not None
+            used |= shared_memory(members(other.child.pid))
+        for path in one.mapped - used:
+            with contextlib.suppress(OSError):
+                os.unlink(path)
+        one.mapped = set()
+
+    async def _end_all(self) -> None:
+        """The front first, which drains; then what it needs."""
+        drain = self.deployment.drain_timeout + ENDING
+        for one in reversed(self.supervised):
+            if one.process.role in ("front", "router"):
+                await one.end(drain)
+        engines = [one for one in self.supervised if one.process.role in ENGINE_ROLES]
+        await asyncio.gather(
+            *(one.end(drain if one.process.role == "colocated" else ENDING) for one in engines)
+        )
+        for one in self.supervised:
+            self._clear_memory(one)
+        shutil.rmtree(self.scratch, ignore_errors=True)
+
+
+async def answers(url: str) -> bool:
+    """Whether a GET of this address has status 200."""
+    import httpx
+
+    try:
+        # verify: nothing here is encrypted, and reading the certificates takes long.
+        async with httpx.AsyncClient(trust_env=False, verify=False, timeout=PROBE) as client:
+            return (await client.get(url)).status_code == 200
+    except httpx.HTTPError:
+        return False
