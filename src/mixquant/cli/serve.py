@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -142,6 +142,23 @@ def serve(
             "--dry-run", help="Print the commands and environments only.", rich_help_panel=_HOW
         ),
     ] = False,
+    render: Annotated[
+        Literal["compose", "kubernetes"] | None,
+        typer.Option(
+            "--render",
+            help="Print a manifest that runs the same, each process in a container.",
+            rich_help_panel=_HOW,
+        ),
+    ] = None,
+    image: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="For --render: a container image with vLLM and mixquant.",
+            rich_help_panel=_HOW,
+            show_default="compose: built from vLLM's",
+        ),
+    ] = None,
 ) -> None:
     """Serves a model: one engine for both phases, or engines for prefill and engines for decode.
 
@@ -173,7 +190,20 @@ def serve(
     if "model" not in values:
         raise ServeError("give a MODEL, or a --config whose file names one")
     deployment = Deployment.from_values(values, f"{config}: " if config else "")
-    _run(deployment, dry_run)
+    if image is not None and render is None:
+        raise ServeError("--image is for --render, which this is without")
+    if render is not None:
+        print(_rendered(deployment, render, image), end="")
+    else:
+        _run(deployment, dry_run)
+
+
+def _rendered(deployment: Deployment, kind: str, image: str | None) -> str:
+    """The machine that this runs on need not be the one that serves: nothing of it is looked at."""
+    from mixquant.serve import render_compose, render_kubernetes
+
+    renderer = {"compose": render_compose, "kubernetes": render_kubernetes}[kind]
+    return renderer.render(deployment, image)
 
 
 def _run(described: Deployment, dry_run: bool) -> None:

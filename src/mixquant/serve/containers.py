@@ -1,0 +1,86 @@
+"""What the manifests share: each process of a deployment runs in a container of its own."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from mixquant import __version__
+from mixquant.serve.commands import Place, Process, processes
+from mixquant.serve.description import Deployment, ServeError
+
+PYTHON = "python3"  # of the image
+CACHE = "/root/.cache"  # the hub's files, and what vLLM compiled
+PORT, SIDE_CHANNEL, METRICS = 8000, 5600, 29000
+PROBE_SECONDS = 10
+
+# vLLM's own image, whose NIXL and CUDA go together, and what it lacks. `uv` is in that image.
+DOCKERFILE = f"""\
+FROM vllm/vllm-openai:v0.32.0
+RUN uv pip install --system 'mixquant[serve]=={__version__}' vllm==0.32.0 \\
+ && uv pip install --system --no-deps nixl
+"""
+
+
+def in_containers(deployment: Deployment, place: Callable[[str], Place]) -> list[Process]:
+    """The processes of a deployment, each with a container's GPUs, which are numbered from 0.
+
+    Raises:
+        ServeError: a checkpoint is a directory without a path that holds elsewhere, too.
+    """
+    for name in _checkpoints(deployment):
+        if not os.path.isabs(name) and Path(name).is_dir():
+            raise ServeError(f"{name} is a directory: in containers it needs its absolute path")
+    return processes(deployment, place, python=PYTHON, gpus=())
+
+
+def alone(host: str) -> Place:
+    """In a container that the others reach by this name."""
+    return Place("0.0.0.0", host, PORT, SIDE_CHANNEL, METRICS)
+
+
+def folders(deployment: Deployment) -> list[str]:
+    """Directories of checkpoints, which engines see at the same paths."""
+    return [name for name in _checkpoints(deployment) if os.path.isabs(name)]
+
+
+def needs_hub(deployment: Deployment) -> bool:
+    return len(folders(deployment)) < len(_checkpoints(deployment))
+
+
+def is_engine(process: Process) -> bool:
+    return process.role in ("colocated", "prefill", "decode")
+
+
+def health_command(process: Process) -> list[str]:
+    """Fails unless the process, in the same container, says that it can serve."""
+    url = f"http://127.0.0.1:{process.place.port}{process.health}"
+    return [PYTHON, "-c", f"import urllib.request as u; u.urlopen({url!r}, timeout=5)"]
+
+
+def start_probes(deployment: Deployment) -> int:
+    """How many probes, `PROBE_SECONDS` apart, an engine that starts may fail."""
+    return math.ceil(deployment.start_timeout / PROBE_SECONDS)
+
+
+def grace_seconds(deployment: Deployment) -> int:
+    """From SIGTERM until SIGKILL."""
+    return math.ceil(deployment.drain_timeout) + 30
+
+
+def as_yaml(documents: list[dict[str, Any]], introduction: str) -> str:
+    """YAML documents, below the introduction as comments."""
+    import yaml
+
+    lines = [f"Written by mixquant {__version__} (mixquant serve --render).", ""]
+    lines += introduction.splitlines()
+    comments = "".join(f"# {line}".rstrip() + "\n" for line in lines)
+    return comments + yaml.safe_dump_all(documents, sort_keys=False, width=math.inf)
+
+
+def _checkpoints(deployment: Deployment) -> list[str]:
+    prefill = deployment.chosen_recipe().prefill_model
+    return [deployment.model, *([prefill] if prefill else [])]
