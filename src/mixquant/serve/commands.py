@@ -24,6 +24,8 @@ ENGINE_ROLES: tuple[Role, ...] = ("colocated", "prefill", "decode")
 TRANSFER_ROUTER = "router-transfer"  # prefill on one engine, decode on another
 DIRECT_ROUTER = "router-direct"  # both on a decode engine
 
+LOOPBACK = "127.0.0.1"
+
 # A prefill engine gives a KV cache up, unread, after so many seconds without a sign of the decode
 # engine. vLLM's 30 are too few for machines so busy that the sign itself comes late.
 LEASE = 120
@@ -63,7 +65,8 @@ class Process:
         environment: its variables, beside the inherited ones. They hold no secret.
         secrets: variables whose values are secrets, and which.
         place: where it runs.
-        health: a path that answers with status 200 when it can serve.
+        health: a path that answers with status 200 when it can serve; of a router, one of its port
+            for metrics, since its other port answers nobody without the key.
         after: names of the processes that have to be healthy before it starts.
         gpus: indices of its GPUs; none where nothing was assigned.
     """
@@ -79,8 +82,12 @@ class Process:
     gpus: tuple[int, ...] = ()
 
     @property
+    def health_port(self) -> int:
+        return self.place.metrics if self.role == "router" else self.place.port
+
+    @property
     def health_url(self) -> str:
-        return self.place.url + self.health
+        return f"http://{_bracketed(self.place.host)}:{self.health_port}{self.health}"
 
     @property
     def ports(self) -> dict[str, int]:
@@ -142,7 +149,7 @@ def local_places(deployment: Deployment) -> Callable[[str], Place]:
     ports = iter(_free_ports(3 * names, deployment.port))
 
     def place(name: str) -> Place:
-        one = Place("127.0.0.1", "127.0.0.1", next(ports), next(ports), next(ports))
+        one = Place(LOOPBACK, LOOPBACK, next(ports), next(ports), next(ports))
         if name != public:
             return one
         return replace(
@@ -204,8 +211,12 @@ def _engine(
     environment = {
         "VLLM_NIXL_SIDE_CHANNEL_HOST": place.host,
         "VLLM_NIXL_SIDE_CHANNEL_PORT": str(place.side_channel),
-        **deployment.environment,
     }
+    if place.listen == LOOPBACK:
+        # Left to themselves, these listen on every interface.
+        environment |= {"VLLM_HOST_IP": LOOPBACK, "UCX_NET_DEVICES": "lo"}
+        environment |= dict.fromkeys(("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"), "lo")
+    environment |= deployment.environment
     assigned = () if gpus is not None and not gpus else deployment.gpus_of(role, index)
     if assigned:
         names = [str(gpu) if gpus is None else gpus[gpu] for gpu in assigned]
@@ -272,6 +283,8 @@ def _router(
             *("--log-level", "error"),
         ),
         place,
+        health="/metrics",
+        environment={"NO_PROXY": "*"},
         secrets={"OPENAI_API_KEY": "engine-key"},
         after=tuple(engine.name for engine in engines),
     )

@@ -180,17 +180,24 @@ def application(settings: Settings, client: httpx.AsyncClient | None = None) -> 
         kind = answer.headers.get("content-type")
         return Response(answer.content, answer.status_code, {"content-type": kind} if kind else {})
 
-    async def health(request: Request) -> Response:
-        wanted = (
-            [settings.direct] if settings.decode_fallback else [settings.direct, settings.transfer]
-        )
+    async def ready(base: str) -> bool:
+        headers = {"Authorization": f"Bearer {settings.engine_key}"}
         try:
-            answers = [await upstream.get(base + "/health", timeout=10) for base in wanted]
+            answer = await upstream.get(base + "/readiness", headers=headers, timeout=10)
         except httpx.HTTPError:
-            return PlainTextResponse("no router answers", 503)
-        if any(answer.status_code != 200 for answer in answers):
-            return PlainTextResponse("engines are missing", 503)
-        return PlainTextResponse("ok")
+            return False
+        return answer.status_code == 200
+
+    async def health(request: Request) -> Response:
+        """Whether requests can be served."""
+        fine = await ready(settings.direct)
+        fine = fine and (settings.decode_fallback or await ready(settings.transfer))
+        return PlainTextResponse("ok" if fine else "engines are missing", 200 if fine else 503)
+
+    async def whole(request: Request) -> Response:
+        """Whether they can be served as they are meant to be, with prefill on its own engines."""
+        fine = await ready(settings.direct) and await ready(settings.transfer)
+        return PlainTextResponse("ok" if fine else "engines are missing", 200 if fine else 503)
 
     async def metrics(request: Request) -> Response:
         return Response(prometheus.generate_latest(), media_type=prometheus.CONTENT_TYPE_LATEST)
@@ -218,6 +225,7 @@ def application(settings: Settings, client: httpx.AsyncClient | None = None) -> 
     ]
     routes += [
         Route("/health", health),
+        Route("/ready", whole),
         Route("/metrics", metrics),
         Route("/internal/key-check", key_check),
     ]

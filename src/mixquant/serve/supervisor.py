@@ -169,6 +169,7 @@ class Supervisor:
     async def _all_ready(self) -> bool:
         begun = time.monotonic()
         ready = [asyncio.create_task(one.ready.wait()) for one in self.supervised]
+        whole = f"{self.supervised[-1].process.place.url}/ready"
         stop = asyncio.create_task(self.stopping.wait())
         try:
             while not all(task.done() for task in ready) and not stop.done():
@@ -178,6 +179,9 @@ class Supervisor:
                     if not task.done()
                 ]
                 self.progress(f"starting {', '.join(waiting)} ({time.monotonic() - begun:.0f} s)")
+                await asyncio.wait((stop,), timeout=0.5)
+            while self.deployment.disaggregated and not stop.done() and not await answers(whole):
+                self.progress(f"starting to route ({time.monotonic() - begun:.0f} s)")
                 await asyncio.wait((stop,), timeout=0.5)
             return not self.stopping.is_set()
         finally:
