@@ -1204,6 +1204,10 @@ def test_experts_that_are_quantized(fmt: str, on_blackwell: None) -> None:
         assert type(method) is PhaseExpertsMethod
         assert (method.format, method.prefix, method.ledger) == (fmt, PREFIX, ledger)
         assert not hasattr(layer, "mixquant_why_precise")
+        assert not method.only_quantized
+        prefill = dataclasses.replace(recipe_of(fmt), role="prefill")
+        method = experts_method(layer, prefill, PREFIX, ledger)
+        assert method is not None and method.only_quantized
 
 
 def precise(layer: Any, recipe: Recipe) -> str:

@@ -14,6 +14,7 @@ import contextlib
 import json
 import multiprocessing
 import os
+import socket
 import sys
 import traceback
 from collections import Counter
@@ -48,9 +49,38 @@ def count_products() -> None:
     experts.PhaseExpertsMethod._experts = counted_experts  # type: ignore[method-assign]
 
 
+most_layers_in_bf16 = 0
+
+
+def watch_loading() -> None:
+    """Notes how many of our layers hold a BF16 weight at once, at the most, while they are loaded."""
+    from weakref import WeakSet
+
+    from mixquant.engines.vllm.linear import PhaseLinearMethod
+
+    layers: WeakSet[Any] = WeakSet()
+    creating = PhaseLinearMethod.create_weights
+    processing = PhaseLinearMethod.process_weights_after_loading
+
+    def create_weights(self: Any, layer: Any, *arguments: Any, **more: Any) -> None:
+        creating(self, layer, *arguments, **more)
+        layers.add(layer)
+
+    def process_weights_after_loading(self: Any, layer: Any) -> None:
+        global most_layers_in_bf16
+        weights = [one.weight for one in layers]
+        there = sum(weight.numel() > 0 and not weight.is_meta for weight in weights)
+        most_layers_in_bf16 = max(most_layers_in_bf16, there)
+        processing(self, layer)
+
+    PhaseLinearMethod.create_weights = create_weights
+    PhaseLinearMethod.process_weights_after_loading = process_weights_after_loading
+
+
 def main(spec_file: str, out_file: str) -> None:
     os.environ[TRACE] = f"{out_file}.trace"
     count_products()
+    watch_loading()
     results: dict[str, Any] = {}
     for name, engine in json.loads(Path(spec_file).read_text()).items():
         print(f"== {name}", flush=True)
@@ -68,16 +98,25 @@ def _engine(
     runs: dict[str, dict[str, Any]],
     prefill: dict[str, Any] | None = None,
 ) -> Any:
-    """The runs' results. ``prefill``: the options of another engine, which reads the prompts first."""
+    """The runs' results.
+
+    ``prefill``: the options of another engine, which reads the prompts first, but for runs with
+    ``"sent": False``.
+    """
     if prefill is None:
         with _started(model, options) as llm:
             return {name: run(llm, **arguments) for name, arguments in runs.items()}
     results: dict[str, Any] = {}
-    prompts = {name: arguments["prompts"] for name, arguments in runs.items()}
+    prompts = {
+        name: arguments["prompts"]
+        for name, arguments in runs.items()
+        if arguments.pop("sent", True)
+    }
     with _prefill_engine(model, prefill, prompts) as sent, _started(model, options) as llm:
+        results |= {f"{name}, prefill": its for name, its in sent.items()}
         for name, arguments in runs.items():
-            results[name] = run(llm, **arguments, transfers=sent[name]["transfers"])
-            results[f"{name}, prefill"] = sent[name]
+            transfers = sent[name]["transfers"] if name in sent else None
+            results[name] = run(llm, **arguments, transfers=transfers)
     return results
 
 
@@ -103,8 +142,9 @@ def _prefill(
     model: str, options: dict[str, Any], prompts: dict[str, list[list[int]]], parent: Any
 ) -> None:
     os.environ[TRACE] += ".prefill"
-    os.environ["VLLM_NIXL_SIDE_CHANNEL_PORT"] = os.environ["PREFILL_SIDE_CHANNEL_PORT"]
+    os.environ["VLLM_NIXL_SIDE_CHANNEL_PORT"] = str(_free_port())
     count_products()
+    watch_loading()
     ask = {"do_remote_decode": True, "do_remote_prefill": False}
     with _started(model, options) as llm:
         parent.send(
@@ -124,6 +164,8 @@ def _started(model: str, options: dict[str, Any]) -> Iterator[Any]:
     import torch
     from vllm import LLM
 
+    global most_layers_in_bf16
+    most_layers_in_bf16 = 0
     defaults: dict[str, Any] = {"skip_tokenizer_init": True, "disable_log_stats": True}
     if torch.cuda.is_available():
         # The compiled model and its CUDA graphs are tested, too; engines share the memory.
@@ -167,7 +209,8 @@ def run(
         ``products`` with quantized copies, by kind of layer (in this process: not on several ranks),
         ``tokens`` per prompt, ``logprobs`` per prompt and token (the 20 likeliest), ``prompt_logprobs``
         if asked for, ``transfers`` for the engine that reads the prompts' keys and values, and the
-        ``passes`` that mixquant traced, requests numbered as the prompts are.
+        ``passes`` that mixquant traced, requests numbered as the prompts are. Of the loaded model
+        ``parameter_bytes``, and ``most_layers_in_bf16`` at once while it was loaded.
     """
     from vllm import SamplingParams
     from vllm.lora.request import LoRARequest
@@ -226,9 +269,21 @@ def run(
             ]
             for number in range(len(prompts))
         ],
+        "most_layers_in_bf16": most_layers_in_bf16,
+        "parameter_bytes": sum(llm.apply_model(_parameter_bytes)),
         "transfers": [finished[number].kv_transfer_params for number in range(len(prompts))],
         "passes": _passes(trace, seen),
     }
+
+
+def _free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return int(one.getsockname()[1])
+
+
+def _parameter_bytes(model: Any) -> int:
+    return sum(parameter.nbytes for parameter in model.parameters())
 
 
 def _passes(trace: Path, start: int) -> list[dict[str, Any]]:
@@ -248,6 +303,8 @@ if __name__ == "__main__":
         HF_HUB_OFFLINE="1",
         VLLM_CPU_KVCACHE_SPACE="1",
         VLLM_ENABLE_V1_MULTIPROCESSING="0",
+        VLLM_NIXL_SIDE_CHANNEL_HOST="127.0.0.1",
+        VLLM_NIXL_SIDE_CHANNEL_PORT=str(_free_port()),
         VLLM_CPU_OMP_THREADS_BIND="nobind",  # several ranks on one NUMA node
         VLLM_WORKER_MULTIPROC_METHOD=os.environ.get("VLLM_WORKER_MULTIPROC_METHOD", "fork"),
         VLLM_LOGGING_LEVEL=os.environ.get("VLLM_LOGGING_LEVEL", "WARNING"),
