@@ -27,6 +27,7 @@ FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0  # s before a process is started again; d
 SETTLED = 300.0  # s of health after which earlier ends are forgotten
 LAST_LINES = 8  # of a log, shown when its process ended
 ENDING = 20.0  # s from the request to end to the order
+CHILDREN_ENDING = 5.0  # s that its children have to notice
 
 
 class Supervised:
@@ -73,7 +74,7 @@ class Supervised:
             with contextlib.suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(child.wait(), patience)
         # Its children have a moment of their own: they put their shared memory away when they notice.
-        deadline = time.monotonic() + 5
+        deadline = time.monotonic() + CHILDREN_ENDING
         while members(child.pid) and time.monotonic() < deadline:
             await asyncio.sleep(0.1)
         with contextlib.suppress(ProcessLookupError):

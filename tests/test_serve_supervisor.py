@@ -1,0 +1,358 @@
+"""The supervisor over small servers that stand in for engines, routers and front: real processes."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+import time
+import uuid
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from multiprocessing import shared_memory as shm
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mixquant.serve import leftovers, supervisor
+from mixquant.serve.commands import Place, Process, Role, _free_ports
+from mixquant.serve.description import Deployment, ServeError
+from mixquant.serve.supervisor import Supervised, Supervisor
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+
+PATIENCE = 120  # s, for what takes a moment: only a hang is a fault
+SERVER = """
+import os, signal, subprocess, sys, time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+port, *habits = sys.argv[1:]
+print("hello", *habits, "key", os.environ.get("KEY"), flush=True)
+if "fails" in habits:
+    sys.exit("ValueError: this model is not one")
+if "deaf" in habits:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+else:
+    def end(*_):
+        print("goodbye", time.monotonic(), flush=True)
+        sys.exit()
+    signal.signal(signal.SIGTERM, end)
+if "child" in habits:
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(1000)"])
+    print("child", child.pid, flush=True)
+if "memory" in habits:
+    import ctypes, mmap
+    path = "/dev/shm/" + os.environ["MEMORY"]
+    file = open(path, "w+b"); file.truncate(4096); kept = mmap.mmap(file.fileno(), 4096)
+class Handler(BaseHTTPRequestHandler):
+    def do_GET(self):
+        if os.path.exists(os.environ.get("STUCK", "/nowhere")):
+            time.sleep(1000)
+        self.send_response(200); self.end_headers(); self.wfile.write(b"ok")
+    def log_message(self, *_): pass
+ThreadingHTTPServer(("127.0.0.1", int(port)), Handler).serve_forever()
+"""
+
+
+@pytest.fixture(autouse=True)
+def soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(supervisor, "POLL", 0.05)
+    monkeypatch.setattr(supervisor, "MEMORY_POLL", 0.05)
+    monkeypatch.setattr(supervisor, "FIRST_PAUSE", 0.05)
+    monkeypatch.setattr(supervisor, "CHILDREN_ENDING", 0.2)
+    monkeypatch.setattr(supervisor, "ENDING", 1.0)
+
+
+@dataclass
+class Set:
+    """A deployment of stand-ins in a test."""
+
+    folder: Path
+    habits: dict[str, list[str]]
+    environment: dict[str, str] = field(default_factory=dict)
+    deployment: Deployment = field(
+        default_factory=lambda: Deployment(model="m", prefill=1, decode=1, drain_timeout=1)
+    )
+    said: list[str] = field(default_factory=list)
+    ready: bool = False
+    supervisor: Supervisor = field(init=False)
+
+    def __post_init__(self) -> None:
+        ports = iter(_free_ports(len(self.habits), 0))
+        processes = []
+        for name, habits in self.habits.items():
+            role: Role = next(
+                one for one in ("prefill", "decode", "router", "front") if name.startswith(one)
+            )
+            port = next(ports)
+            place = Place("127.0.0.1", "127.0.0.1", port, 0, port)
+            argv = (sys.executable, "-c", SERVER, str(port), *habits)
+            after = () if role in ("prefill", "decode") else ("decode-0",)
+            processes.append(
+                Process(
+                    name,
+                    role,
+                    argv,
+                    place,
+                    "/health",
+                    self.environment,
+                    {"KEY": "engine-key"},
+                    after,
+                )
+            )
+        self.supervisor = Supervisor(
+            self.deployment, processes, self.folder, None, self.said.append
+        )
+
+    def __getitem__(self, name: str) -> Supervised:
+        return self.supervisor.by_name[name]
+
+    def log(self, name: str) -> str:
+        return (self.folder / f"{name}.log").read_text()
+
+    def pid(self, name: str) -> int:
+        child = self[name].child
+        assert child is not None
+        return child.pid
+
+    def run(self, script: Callable[[], Awaitable[Any]]) -> None:
+        """Runs the set, and the script as soon as it is ready; then stops it."""
+
+        async def main() -> None:
+            task: asyncio.Task[Any] | None = None
+
+            async def then() -> None:
+                try:
+                    await asyncio.wait_for(script(), PATIENCE)
+                finally:
+                    self.supervisor.stop()
+
+            def on_ready() -> None:
+                nonlocal task
+                self.ready = True
+                task = asyncio.ensure_future(then())
+
+            try:
+                await asyncio.wait_for(self.supervisor.run(on_ready), PATIENCE)
+            finally:
+                if task is not None:
+                    await task
+
+        asyncio.run(main())
+
+    def left(self) -> list[str]:
+        """Processes that still run, by the marks of this set."""
+        found = []
+        for entry in os.listdir("/proc"):
+            try:
+                line = Path(f"/proc/{entry}/cmdline").read_bytes()
+            except OSError:
+                continue
+            ports = [str(one.process.place.port).encode() for one in self.supervisor.supervised]
+            if b"ThreadingHTTPServer" in line and any(port in line.split(b"\0") for port in ports):
+                found.append(entry)
+        return found
+
+
+async def until(what: Callable[[], bool]) -> None:
+    end = time.monotonic() + PATIENCE
+    while not what():
+        assert time.monotonic() < end
+        await asyncio.sleep(0.02)
+
+
+async def nothing() -> None:
+    pass
+
+
+ALL: dict[str, list[str]] = {"prefill-0": [], "decode-0": [], "router-direct": [], "front": []}
+
+
+def test_a_set_starts_and_ends_in_order_and_leaves_nothing(tmp_path: Path) -> None:
+    whole = Set(tmp_path, {**ALL, "prefill-0": ["child"], "router-direct": ["deaf"]})
+    whole.run(nothing)
+    assert whole.ready
+    assert whole.said == []
+    assert whole.left() == []
+    assert not whole.supervisor.scratch.exists()
+    child = int(whole.log("prefill-0").split("child ")[2].split()[0])
+    assert leftovers._is_zombie(str(child))
+    goodbye = {
+        name: float(whole.log(name).split("goodbye")[1].split()[0])
+        for name in ("front", "decode-0")
+    }
+    assert goodbye["front"] < goodbye["decode-0"]
+
+
+def test_the_engine_key_is_one_and_secret(tmp_path: Path) -> None:
+    whole = Set(tmp_path, ALL)
+    lines: list[bytes] = []
+
+    async def look() -> None:
+        for name in ALL:
+            lines.append(Path(f"/proc/{whole.pid(name)}/cmdline").read_bytes())
+
+    whole.run(look)
+    keys = {whole.log(name).split("key ")[1].split()[0] for name in ALL}
+    (key,) = keys
+    assert len(key) > 30
+    assert not any(key.encode() in line for line in lines)
+
+
+@pytest.mark.parametrize("name", list(ALL))
+def test_whatever_is_killed_starts_again(tmp_path: Path, name: str) -> None:
+    whole = Set(tmp_path, ALL)
+
+    async def kill() -> None:
+        first = whole.pid(name)
+        os.kill(first, signal.SIGKILL)
+        await until(lambda: whole[name].ready.is_set() and whole.pid(name) != first)
+
+    whole.run(kill)
+    assert whole.left() == []
+    assert any(f"{name} ended by signal 9; the last lines" in line for line in whole.said)
+    assert "  | hello" in "".join(whole.said)
+    assert any(f"{name} starts again in" in line for line in whole.said)
+    assert whole.log(name).count("hello") == 2
+
+
+def test_one_that_does_not_start_ends_all_and_says_why(tmp_path: Path) -> None:
+    whole = Set(tmp_path, {**ALL, "decode-0": ["fails"], "prefill-0": ["child"]})
+    with pytest.raises(ServeError, match="decode-0 ended with exit code 1: ValueError: this model"):
+        whole.run(nothing)
+    assert not whole.ready
+    assert whole.left() == []
+    assert "\n" not in str(whole.supervisor.failure)
+
+
+def test_one_that_never_answers_ends_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "stuck").touch()
+    whole = Set(
+        tmp_path,
+        ALL,
+        {"STUCK": str(tmp_path / "stuck")},
+        Deployment(model="m", prefill=1, decode=1, start_timeout=0.5),
+    )
+    monkeypatch.setattr(supervisor, "PROBE", 0.1)
+    with pytest.raises(ServeError, match="did not answer within"):
+        whole.run(nothing)
+    assert whole.left() == []
+
+
+def test_one_that_hangs_is_started_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(supervisor, "UNRESPONSIVE", 0.5)
+    monkeypatch.setattr(supervisor, "PROBE", 0.2)
+    whole = Set(tmp_path, ALL)
+
+    async def stop() -> None:
+        first = whole.pid("decode-0")
+        os.kill(first, signal.SIGSTOP)
+        await until(lambda: whole["decode-0"].ready.is_set() and whole.pid("decode-0") != first)
+
+    whole.run(stop)
+    assert any(line.startswith("decode-0 did not answer for") for line in whole.said)
+    assert whole.left() == []
+
+
+@pytest.mark.parametrize(
+    ("name", "fallback", "goes_on"),
+    [
+        ("prefill-0", True, True),
+        ("prefill-0", False, False),
+        ("decode-0", True, False),
+        ("front", True, False),
+    ],
+)
+def test_what_ends_too_often_stays_down(
+    tmp_path: Path, name: str, fallback: bool, goes_on: bool
+) -> None:
+    described = Deployment(
+        model="m", prefill=1, decode=1, max_restarts=1, decode_fallback=fallback, drain_timeout=1
+    )
+    whole = Set(tmp_path, ALL, deployment=described)
+
+    async def kill() -> None:
+        seen: set[int] = set()
+        while not whole[name].given_up:
+            child = whole[name].child
+            if child is not None and child.pid not in seen:
+                seen.add(child.pid)
+                os.kill(child.pid, signal.SIGKILL)
+            await asyncio.sleep(0.02)
+        assert len(seen) == 2
+        await asyncio.sleep(0.2)
+        assert whole.supervisor.stopping.is_set() != goes_on
+
+    if goes_on:
+        whole.run(kill)
+    else:
+        with pytest.raises(ServeError, match=f"{name} .* without it nothing can be served"):
+            whole.run(kill)
+    assert any(f"{name} ended 2 times in a row and stays down" in line for line in whole.said)
+    assert whole.left() == []
+
+
+def test_shared_memory_of_a_killed_process_is_removed(tmp_path: Path) -> None:
+    name = f"mixquant-test-{uuid.uuid4().hex}"
+    whole = Set(tmp_path, {**ALL, "decode-0": ["memory"]}, {"MEMORY": name})
+    path = Path("/dev/shm") / name
+
+    async def kill() -> None:
+        await until(lambda: str(path) in whole["decode-0"].mapped)
+        os.kill(whole.pid("decode-0"), signal.SIGKILL)
+        path_of_first = path.stat().st_ino
+        await until(lambda: path.exists() and path.stat().st_ino != path_of_first)
+
+    try:
+        whole.run(kill)
+        assert not path.exists()
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def test_shared_memory_that_another_one_uses_stays(tmp_path: Path) -> None:
+    name = f"mixquant-test-{uuid.uuid4().hex}"
+    whole = Set(
+        tmp_path, {**ALL, "decode-0": ["memory"], "prefill-0": ["memory"]}, {"MEMORY": name}
+    )
+    path = Path("/dev/shm") / name
+
+    async def kill() -> None:
+        # Both have opened it under one name; which of them made it does not matter.
+        await until(lambda: str(path) in whole["decode-0"].mapped & whole["prefill-0"].mapped)
+        first = whole.pid("decode-0")
+        os.kill(first, signal.SIGKILL)
+        await until(lambda: whole["decode-0"].child is None)
+        await until(lambda: whole["decode-0"].child is not None)
+        assert path.exists()
+
+    try:
+        whole.run(kill)
+        assert not path.exists()
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def test_memory_is_seen_in_the_maps_of_a_process() -> None:
+    block = shm.SharedMemory(create=True, size=4096)
+    try:
+        assert f"/dev/shm/{block.name}" in leftovers.shared_memory([os.getpid()])
+        assert leftovers.shared_memory([2**30]) == set()
+    finally:
+        block.close()
+        block.unlink()
+    assert f"/dev/shm/{block.name}" not in leftovers.shared_memory([os.getpid()])
+    assert os.getpid() in leftovers.members(os.getsid(0))
+
+
+def test_a_second_request_to_stop_does_not_wait(tmp_path: Path) -> None:
+    described = Deployment(model="m", prefill=1, decode=1, drain_timeout=1000)
+    whole = Set(tmp_path, {**ALL, "front": ["deaf"]}, deployment=described)
+
+    async def stop_twice() -> None:
+        whole.supervisor.stop()
+        await asyncio.sleep(0.1)
+
+    whole.run(stop_twice)  # which stops it once more, long before the drain is over
+    assert whole.left() == []
