@@ -153,7 +153,7 @@ def test_the_routers_can_ask_about_their_key() -> None:
             assert client.get("/internal/key-check", headers=headers).status_code == status
 
 
-@pytest.mark.parametrize("content", [b"{", b"[1]", b"\xff", b""])
+@pytest.mark.parametrize("content", [b"{", b"[1]", b"\xff", b"", b'{"a": NaN}', b"[" * 10**5])
 def test_what_is_no_request(content: bytes) -> None:
     routers = Routers()
     with served(routers) as client:

@@ -79,8 +79,8 @@ def application(settings: Settings, client: httpx.AsyncClient | None = None) -> 
     async def generate(request: Request) -> Response:
         raw = await request.body()
         try:
-            body = json.loads(raw)
-        except ValueError:
+            body = json.loads(raw, parse_constant=no_number)
+        except (ValueError, RecursionError):
             return failure(400, "the request's body is not JSON")
         if not isinstance(body, dict):
             return failure(400, "the request's body has to be a JSON object")
@@ -289,6 +289,10 @@ async def pieces(answer: httpx.Response) -> AsyncIterator[bytes]:
         yield f"data: {json.dumps(error)}\n\n".encode()
     finally:
         await answer.aclose()
+
+
+def no_number(name: str) -> Any:
+    raise ValueError(f"{name} is not JSON")  # though Python reads it
 
 
 async def disconnected(request: Request) -> None:

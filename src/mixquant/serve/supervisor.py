@@ -144,7 +144,8 @@ class Supervisor:
         """
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            loop.add_signal_handler(number, self.stop)
+            if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup has it for SIGHUP
+                loop.add_signal_handler(number, self.stop)
         keepers = [asyncio.create_task(self._keep(one)) for one in self.supervised]
         try:
             if await self._all_ready():
