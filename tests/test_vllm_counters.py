@@ -190,6 +190,22 @@ def test_a_layer_counts_once_however_often_it_is_made(free: Callable[[float], No
         lay_out(ledger, GPU, layers=2)
 
 
+@pytest.mark.parametrize("device", [GPU, CPU])
+def test_weights_that_do_not_stay_need_no_room(
+    device: torch.device, free: Callable[[float], None]
+) -> None:
+    """In a prefill engine."""
+    ledger = Ledger()
+    free(0.6)
+    ledger.reserve(device, "model.layers.0.qkv_proj", GIB // 2, 0, "")
+    with pytest.raises(CopyDoesNotFit) as caught:  # of four layers: two of 2 GiB
+        ledger.reserve(device, "model.layers.0.down_proj", GIB // 2, 0, "do this")
+    assert str(caught.value) == (
+        f"the quantized copy of the weights does not fit: about 3.4 GiB are missing on {device}; "
+        "do this"
+    )
+
+
 def test_layers_without_a_number(free: Callable[[float], None]) -> None:
     free(1.0)
     with pytest.raises(CopyDoesNotFit, match=r"1\.0 GiB"):

@@ -40,6 +40,7 @@ _OVERWRITE_UP_TO = 1 / 8
 _WARM_ROWS = (256, 512, 1024, 1536, 2048, 3072, 4096)
 
 _ADVICE = "name experts in the recipe's 'ignore', or spread the model with --tensor-parallel-size"
+_ADVICE_FOR_PREFILL = "spread the model with --tensor-parallel-size"
 
 
 class QuantizedExperts(Protocol):
@@ -160,7 +161,7 @@ class PhaseExpertsMethod(UnquantizedFusedMoEMethod):  # type: ignore[misc]
         if self.only_quantized:
             load_in_turn(self, layer)
             self.freed = weights
-            self.ledger.reserve(device, self.prefix, copy, 0, _ADVICE)
+            self.ledger.reserve(device, self.prefix, copy, 0, _ADVICE_FOR_PREFILL)
         else:
             self.ledger.reserve(layer.w13_weight.device, self.prefix, copy, weights, _ADVICE)
 

@@ -34,6 +34,10 @@ _ADVICE = (
     "more than a quarter of the weights, fp8's half), spread the model with --tensor-parallel-size, "
     "or serve without a copy (preset exact)"
 )
+_ADVICE_FOR_PREFILL = (
+    "take format nvfp4 where the GPU has it (half of fp8's), or spread the model with "
+    "--tensor-parallel-size"
+)
 
 
 class PhaseLinearMethod(UnquantizedLinearMethod):  # type: ignore[misc]
@@ -109,7 +113,7 @@ class PhaseLinearMethod(UnquantizedLinearMethod):  # type: ignore[misc]
                 for part in self.parts
                 if part.format == "bf16"
             )
-            self.ledger.reserve(device, self.prefix, copy + in_bf16, 0, _ADVICE)
+            self.ledger.reserve(device, self.prefix, copy + in_bf16, 0, _ADVICE_FOR_PREFILL)
         else:
             self.ledger.reserve(weight.device, self.prefix, copy, weight.nbytes, _ADVICE)
 
