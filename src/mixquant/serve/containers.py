@@ -57,7 +57,7 @@ def is_engine(process: Process) -> bool:
 
 def health_command(process: Process) -> list[str]:
     """Fails unless the process, in the same container, says that it can serve."""
-    url = f"http://127.0.0.1:{process.place.port}{process.health}"
+    url = f"http://127.0.0.1:{process.health_port}{process.health}"
     return [PYTHON, "-c", f"import urllib.request as u; u.urlopen({url!r}, timeout=5)"]
 
 
