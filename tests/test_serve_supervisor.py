@@ -49,7 +49,8 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self):
         if os.path.exists(os.environ.get("STUCK", "/nowhere")):
             time.sleep(1000)
-        self.send_response(200); self.end_headers(); self.wfile.write(b"ok")
+        well = not os.path.exists(os.environ.get("UNWELL", "/nowhere"))
+        self.send_response(200 if well else 503); self.end_headers(); self.wfile.write(b"ok")
     def log_message(self, *_): pass
 ThreadingHTTPServer(("127.0.0.1", int(port)), Handler).serve_forever()
 """
@@ -253,6 +254,21 @@ def test_one_that_hangs_is_started_again(tmp_path: Path, monkeypatch: pytest.Mon
     whole.run(stop)
     assert any(line.startswith("decode-0 did not answer for") for line in whole.said)
     assert whole.left() == []
+
+
+def test_one_that_says_it_is_not_well_is_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the front does while engines are missing."""
+    monkeypatch.setattr(supervisor, "UNRESPONSIVE", 0.3)
+    whole = Set(tmp_path, ALL, {"UNWELL": str(tmp_path / "unwell")})
+
+    async def wait() -> None:
+        (tmp_path / "unwell").touch()
+        await asyncio.sleep(1.5)
+
+    whole.run(wait)
+    assert whole.said == []
 
 
 @pytest.mark.parametrize(

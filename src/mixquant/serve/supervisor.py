@@ -182,7 +182,9 @@ class Supervisor:
                 ]
                 self.progress(f"starting {', '.join(waiting)} ({time.monotonic() - begun:.0f} s)")
                 await asyncio.wait((stop,), timeout=0.5)
-            while self.deployment.disaggregated and not stop.done() and not await answers(whole):
+            while (
+                self.deployment.disaggregated and not stop.done() and await status_of(whole) != 200
+            ):
                 self.progress(f"starting to route ({time.monotonic() - begun:.0f} s)")
                 await asyncio.wait((stop,), timeout=0.5)
             return not self.stopping.is_set()
@@ -209,21 +211,23 @@ class Supervisor:
     async def _watch(self, one: Supervised) -> str:
         """Returns how a life of a process ended, which is over then."""
         assert one.child is not None
-        begun = healthy_at = time.monotonic()
+        begun = answered_at = time.monotonic()
         exit_ = asyncio.create_task(one.child.wait())
         try:
             while not exit_.done():
                 now = time.monotonic()
                 if now - one.noted > MEMORY_POLL:
                     one.note_memory()
-                if await answers(one.process.health_url):
-                    healthy_at = time.monotonic()
+                status = await status_of(one.process.health_url)
+                if status == 200:
                     one.ready.set()
-                    if healthy_at - begun > SETTLED:
+                    if now - begun > SETTLED:
                         one.ends_in_a_row = 0
-                elif one.ready.is_set() and now - healthy_at > UNRESPONSIVE:
+                if status is not None:  # also 503: a front without engines is not to blame
+                    answered_at = time.monotonic()
+                if one.ready.is_set() and now - answered_at > UNRESPONSIVE:
                     return f"did not answer for {UNRESPONSIVE:.0f} s"
-                elif not one.ready.is_set() and now - begun > self.deployment.start_timeout:
+                if not one.ready.is_set() and now - begun > self.deployment.start_timeout:
                     return f"did not answer within {self.deployment.start_timeout:.0f} s"
                 await asyncio.wait((exit_,), timeout=POLL)
             code = exit_.result()
@@ -300,13 +304,13 @@ class Supervisor:
         shutil.rmtree(self.scratch, ignore_errors=True)
 
 
-async def answers(url: str) -> bool:
-    """Whether a GET of this address has status 200."""
+async def status_of(url: str) -> int | None:
+    """The status of a GET of this address; None if nothing answers."""
     import httpx
 
     try:
         # verify: nothing here is encrypted, and reading the certificates takes long.
         async with httpx.AsyncClient(trust_env=False, verify=False, timeout=PROBE) as client:
-            return (await client.get(url)).status_code == 200
+            return (await client.get(url)).status_code
     except httpx.HTTPError:
-        return False
+        return None
