@@ -13,7 +13,7 @@ demo: $(VENV)/.ready
 test: $(VENV)/.ready-dev
 	$(BIN)/python -m pytest
 
-# Five versions of vLLM, about two minutes each: not part of `make test`.
+# Five versions of vLLM, about three minutes each: not part of `make test`.
 versions: $(VENV)/.ready-dev
 	scripts/other_vllm_versions.sh $(BIN)/python
 

@@ -82,10 +82,13 @@ def main(spec_file: str, out_file: str) -> None:
     count_products()
     watch_loading()
     results: dict[str, Any] = {}
-    for name, engine in json.loads(Path(spec_file).read_text()).items():
+    engines = json.loads(Path(spec_file).read_text())
+    sets = any("prefill" in engine for engine in engines.values())
+    process = _process_for_prefill() if sets else None
+    for name, engine in engines.items():
         print(f"== {name}", flush=True)
         try:
-            results[name] = _engine(**engine)
+            results[name] = _engine(**engine, process=process)
         except Exception as error:
             traceback.print_exc()
             results[name] = {"error": f"{type(error).__name__}: {error}"}
@@ -97,11 +100,12 @@ def _engine(
     options: dict[str, Any],
     runs: dict[str, dict[str, Any]],
     prefill: dict[str, Any] | None = None,
+    process: Any = None,
 ) -> Any:
     """The runs' results.
 
-    ``prefill``: the options of another engine, which reads the prompts first, but for runs with
-    ``"sent": False``.
+    ``prefill``: the options of another engine, in another ``process``, which reads the prompts first,
+    but for runs with ``"sent": False``.
     """
     if prefill is None:
         with _started(model, options) as llm:
@@ -112,7 +116,8 @@ def _engine(
         for name, arguments in runs.items()
         if arguments.pop("sent", True)
     }
-    with _prefill_engine(model, prefill, prompts) as sent, _started(model, options) as llm:
+    reading = _prefill_engine(model, prefill, prompts, process)
+    with reading as sent, _started(model, options) as llm:
         results |= {f"{name}, prefill": its for name, its in sent.items()}
         for name, arguments in runs.items():
             transfers = sent[name]["transfers"] if name in sent else None
@@ -122,39 +127,42 @@ def _engine(
 
 @contextlib.contextmanager
 def _prefill_engine(
-    model: str, options: dict[str, Any], prompts: dict[str, list[list[int]]]
+    model: str, options: dict[str, Any], prompts: dict[str, list[list[int]]], process: Any
 ) -> Iterator[dict[str, Any]]:
-    """An engine in a process of its own that has read the prompts and keeps their keys and values."""
-    context = multiprocessing.get_context("spawn")
+    """An engine in another process that has read the prompts and keeps their keys and values."""
+    process.send((model, options, prompts))
+    yield process.recv()
+    process.send("read")
+
+
+def _process_for_prefill() -> Any:
+    """A process that runs such engines, one after the other, by the end of a pipe to it.
+
+    Forked, for vLLM takes ten seconds to import; so it has to be before there is an engine here.
+    """
+    context = multiprocessing.get_context("fork")
     ours, theirs = context.Pipe()
-    process = context.Process(target=_prefill, args=(model, options, prompts, theirs))
-    process.start()
+    context.Process(target=_prefill, args=(ours, theirs), daemon=True).start()
     theirs.close()
-    try:
-        yield ours.recv()
-        ours.send("read")
-    finally:
-        ours.close()
-        process.join()
+    return ours
 
 
-def _prefill(
-    model: str, options: dict[str, Any], prompts: dict[str, list[list[int]]], parent: Any
-) -> None:
+def _prefill(theirs: Any, parent: Any) -> None:
+    theirs.close()
     os.environ[TRACE] += ".prefill"
     os.environ["VLLM_NIXL_SIDE_CHANNEL_PORT"] = str(_free_port())
-    count_products()
-    watch_loading()
     ask = {"do_remote_decode": True, "do_remote_prefill": False}
-    with _started(model, options) as llm:
-        parent.send(
-            {
-                name: run(llm, these, new_tokens=1, transfers=[ask] * len(these))
-                for name, these in prompts.items()
-            }
-        )
-        with contextlib.suppress(EOFError):
-            parent.recv()
+    with contextlib.suppress(EOFError):
+        while True:
+            model, options, prompts = parent.recv()
+            with _started(model, options) as llm:
+                parent.send(
+                    {
+                        name: run(llm, these, new_tokens=1, transfers=[ask] * len(these))
+                        for name, these in prompts.items()
+                    }
+                )
+                parent.recv()
 
 
 @contextlib.contextmanager
