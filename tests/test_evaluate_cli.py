@@ -207,7 +207,7 @@ def test_a_run_that_is_ended_goes_on_without_repeating_or_losing_an_item(
             times = {key: times.get(key) or asked(stub, *key) for key in finished}
         gate.open(1000)
         # Killed, its scorers' processes may hold the directory for a moment longer.
-        until(lambda: subprocess.run(command).returncode == 0)
+        until(lambda: evaluate(*command[len(COMMAND) :]) == 0)
 
     keys = [(line["item"], line["seed"]) for line in lines(work)]
     assert sorted(keys) == sorted((str(item), seed) for item in range(1, 21) for seed in (0, 1))
@@ -296,8 +296,8 @@ def test_a_stopped_run_leaves_no_server(
 ) -> None:
     command, started = fake_vllm
     monkeypatch.setenv("FAKE_VLLM_HOLD", "6")
-    asking = [*command, "--benchmark=gsm8k", f"--data={sums}", "--arm=bf16"]
-    process = subprocess.Popen(asking)
+    asking = ["--benchmark=gsm8k", f"--data={sums}", "--arm=bf16"]
+    process = subprocess.Popen([*command, *asking])
     until(lambda: len(lines(work, "bf16")) == 6)
     (one,) = [json.loads(line)["process"] for line in started.read_text().splitlines()]
     assert running(one)
@@ -306,7 +306,7 @@ def test_a_stopped_run_leaves_no_server(
     until(lambda: not running(one))
     assert len(lines(work, "bf16")) == 6
     monkeypatch.delenv("FAKE_VLLM_HOLD")
-    until(lambda: subprocess.run(asking).returncode == 0)
+    until(lambda: evaluate(command[-1], *asking) == 0)
     assert len(lines(work, "bf16")) == 20
 
 
