@@ -24,6 +24,8 @@ from pydoc_data.topics import topics
 from typing import Any
 
 import pytest
+import tiny_models
+from transformers import AutoTokenizer
 from vllm_engines import ON_GPU, require_vllm
 
 from mixquant.serve import checks
@@ -143,11 +145,11 @@ class Served:
 
     def complete(self, prompt: Any, **options: Any) -> Any:
         options = {"temperature": 0, "max_tokens": 8, **options}
-        return self.client.completions.create(model="smollm2", prompt=prompt, **options)
+        return self.client.completions.create(model="tiny", prompt=prompt, **options)
 
     def chat(self, messages: Any, **options: Any) -> Any:
         options = {"temperature": 0, "max_tokens": 8, **options}
-        return self.client.chat.completions.create(model="smollm2", messages=messages, **options)
+        return self.client.chat.completions.create(model="tiny", messages=messages, **options)
 
 
 def environment() -> dict[str, str]:
@@ -164,25 +166,39 @@ def environment() -> dict[str, str]:
     }
 
 
-def colocated(port: int, folder: Path) -> list[str]:
-    line = [sys.executable, "-m", "mixquant.cli", "serve", "smollm2", "--port", str(port)]
+@pytest.fixture(scope="module")
+def model(smollm2_path: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A model that costs nothing: random, of two layers, with SmolLM2's tokenizer."""
+    folder = tmp_path_factory.mktemp("model")
+    tokenizer = AutoTokenizer.from_pretrained(smollm2_path)
+    tokenizer.save_pretrained(folder)
+    changes = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 64}
+    changes |= {"num_attention_heads": 2, "num_key_value_heads": 1}
+    changes |= {"vocab_size": len(tokenizer), "max_position_embeddings": 2 * CONTEXT}
+    tiny_models.build("llama", **changes).bfloat16().save_pretrained(folder)
+    return str(folder)
+
+
+def colocated(model: str, port: int, folder: Path) -> list[str]:
+    line = [sys.executable, "-m", "mixquant.cli", "serve", model, "--port", str(port)]
+    line += ["--served-model-name", "tiny"]
     return [*line, "--logs", str(folder / "logs"), "--api-key-variable", "MIXQUANT_TEST_KEY"]
 
 
-def command(port: int, folder: Path) -> list[str]:
-    line = [*colocated(port, folder), "--prefill", "1", "--decode", "1"]
+def command(model: str, port: int, folder: Path) -> list[str]:
+    line = [*colocated(model, port, folder), "--prefill", "1", "--decode", "1"]
     line += ["--min-transfer-tokens", "100", "--"]
     line += ["--max-model-len", str(CONTEXT), "--enforce-eager", "--num-gpu-blocks-override"]
     return [*line, str(BLOCKS), "--enable-auto-tool-choice", "--tool-call-parser", "hermes"]
 
 
 @pytest.fixture(scope="module")
-def served(smollm2_path: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+def served(model: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     folder = tmp_path_factory.mktemp("serve")
     (port,) = _free_ports(1, 0)
     with (folder / "serve.log").open("wb") as log:
         process = subprocess.Popen(
-            command(port, folder), stdout=log, stderr=subprocess.STDOUT, env=environment()
+            command(model, port, folder), stdout=log, stderr=subprocess.STDOUT, env=environment()
         )
     one = Served(process, port, folder)
     try:
@@ -203,10 +219,10 @@ def served(smollm2_path: str, tmp_path_factory: pytest.TempPathFactory) -> Itera
 def test_one_line_says_that_it_is_ready(served: Served) -> None:
     ready = [line for line in served.output().splitlines() if line.startswith("ready: ")]
     assert ready == [
-        f"ready: {served.url}/v1 serves smollm2 with 1 prefill and 1 decode engines "
+        f"ready: {served.url}/v1 serves tiny with 1 prefill and 1 decode engines "
         f"(logs: {served.folder / 'logs'})"
     ]
-    assert [one.id for one in served.client.models.list()] == ["smollm2"]
+    assert [one.id for one in served.client.models.list()] == ["tiny"]
     assert served.whole()
 
 
@@ -261,7 +277,7 @@ def test_a_stream_says_what_an_answer_says(served: Served) -> None:
     pieces = [
         c.choices[0].delta.content for c in chunks if c.choices and c.choices[0].delta.content
     ]
-    assert len(pieces) > 3, "it came in one piece"
+    assert len(pieces) > 1, "it came in one piece"
     assert chunks[-1].usage.completion_tokens <= 12
     whole = served.chat(messages, **options)
     assert whole.choices[0].message.content == "".join(pieces)
@@ -314,12 +330,10 @@ def test_tool_calls(served: Served, choice: Any) -> None:
         choice = {"type": "function", "function": choice}
     answer = served.chat(FRANCE, tools=[tool], tool_choice=choice, max_tokens=64)
     message = answer.choices[0].message
-    if choice != "auto":
-        (call,) = message.tool_calls[:1]
-        assert call.function.name == "look_up"
-        json.loads(call.function.arguments)  # its grammar; the schema is not held to by vLLM 0.32
-    else:
-        assert message.content or message.tool_calls
+    if choice == "auto":
+        assert message.content
+    elif answer.choices[0].finish_reason != "length":  # in the middle of the arguments, perhaps
+        assert message.tool_calls[0].function.name == "look_up"
 
 
 def test_a_conversation_computes_again_only_what_is_new(served: Served) -> None:
@@ -353,7 +367,7 @@ def test_a_wrong_key(served: Served) -> None:
 
 
 def test_engines_and_routers_answer_the_front_alone(served: Served) -> None:
-    body = json.dumps({"model": "smollm2", "prompt": "a", "max_tokens": 1}).encode()
+    body = json.dumps({"model": "tiny", "prompt": "a", "max_tokens": 1}).encode()
     asked = set()
     for one in served.children():
         for connection in one.net_connections("tcp"):
@@ -397,11 +411,13 @@ def test_mistakes_of_clients(served: Served) -> None:
     with pytest.raises(openai.NotFoundError, match="does not exist"):
         served.client.completions.create(model="other", prompt=TEXT[:2000], max_tokens=1)
     with pytest.raises(openai.NotFoundError, match="not served here"):
-        served.client.embeddings.create(model="smollm2", input="a")
+        served.client.embeddings.create(model="tiny", input="a")
 
 
-def test_a_port_that_is_taken_is_refused_at_once(served: Served, tmp_path: Path) -> None:
-    line = command(served.port, tmp_path)
+def test_a_port_that_is_taken_is_refused_at_once(
+    model: str, served: Served, tmp_path: Path
+) -> None:
+    line = command(model, served.port, tmp_path)
     done = subprocess.run(
         line, env={**environment(), "MIXQUANT_TRACEBACK": ""}, capture_output=True, text=True
     )
@@ -413,7 +429,9 @@ def test_a_port_that_is_taken_is_refused_at_once(served: Served, tmp_path: Path)
 # --- load --------------------------------------------------------------------------------------------
 
 
-def crowd(served: Served, number: int, during: Callable[[], None] | None = None) -> list[Any]:
+def crowd(
+    served: Served, number: int, during: Callable[[], None] | None = None, tokens: int = 2
+) -> list[Any]:
     """Answers or errors of requests of mixed length, sent at once; the caller may do harm meanwhile."""
 
     async def main() -> list[Any]:
@@ -422,12 +440,12 @@ def crowd(served: Served, number: int, during: Callable[[], None] | None = None)
         ) as client:
 
             async def one(index: int) -> Any:
-                length = (40, 4000, 120, 1500, 60)[index % 5]
+                length = (40, 3000, 120, 900, 60)[index % 5]
                 start = 37 * index
                 request = {
-                    "model": "smollm2",
+                    "model": "tiny",
                     "prompt": TEXT[start : start + length],
-                    "max_tokens": 4 + index % 8,
+                    "max_tokens": tokens + index % 4,
                     "temperature": 0,
                     "extra_body": {"ignore_eos": True},
                 }
@@ -443,7 +461,7 @@ def crowd(served: Served, number: int, during: Callable[[], None] | None = None)
 
             work = asyncio.gather(*(one(index) for index in range(number)))
             if during is not None:
-                await asyncio.sleep(1)
+                await asyncio.sleep(0.5)
                 await asyncio.to_thread(during)
             return list(await work)
 
@@ -469,10 +487,10 @@ def test_a_client_that_leaves_ends_its_request(served: Served) -> None:
     assert served.metrics("decode")[running] == 1
     stream.close()
     served.at_rest()
-    impatient = openai.OpenAI(base_url=f"{served.url}/v1", api_key=KEY, max_retries=0, timeout=5)
+    impatient = openai.OpenAI(base_url=f"{served.url}/v1", api_key=KEY, max_retries=0, timeout=1)
     with pytest.raises(openai.APITimeoutError):
         impatient.completions.create(
-            model="smollm2", prompt="a", max_tokens=2000, extra_body={"ignore_eos": True}
+            model="tiny", prompt="a", max_tokens=2000, extra_body={"ignore_eos": True}
         )
     served.at_rest()
     served.is_well()
@@ -508,14 +526,15 @@ def test_a_killed_router(served: Served, router: str) -> None:
 
 def test_a_prefill_engine_killed_under_load(served: Served) -> None:
     fallbacks = served.routed("fallback")
-    assert crowd(served, 20, lambda: kill(served, '"role":"prefill"')) == ["length"] * 20
+    assert crowd(served, 60, lambda: kill(served, '"role":"prefill"')) == ["length"] * 60
+    assert crowd(served, 10) == ["length"] * 10
     assert served.routed("fallback") > fallbacks
     served.wait(lambda: "prefill-0 ended by signal 9; the last lines of" in served.output())
     served.is_well()
 
 
 def test_a_decode_engine_killed_under_load(served: Served) -> None:
-    answers = crowd(served, 20, lambda: kill(served, '"role":"decode"'))
+    answers = crowd(served, 20, lambda: kill(served, '"role":"decode"'), tokens=300)
     errors = [answer for answer in answers if answer != "length"]
     assert errors, "nothing was in flight"
     for error in errors:
@@ -547,15 +566,15 @@ def test_sigterm_lets_answers_end_and_leaves_nothing(served: Served) -> None:
 # --- one engine --------------------------------------------------------------------------------------
 
 
-def test_one_colocated_engine(smollm2_path: str, tmp_path: Path) -> None:
+def test_one_colocated_engine(model: str, tmp_path: Path) -> None:
     (port,) = _free_ports(1, 0)
-    line = [*colocated(port, tmp_path), "--", "--max-model-len", "512", "--enforce-eager"]
+    line = [*colocated(model, port, tmp_path), "--", "--max-model-len", "512", "--enforce-eager"]
     with (tmp_path / "serve.log").open("wb") as log:
         process = subprocess.Popen(line, stdout=log, stderr=subprocess.STDOUT, env=environment())
     one = Served(process, port, tmp_path)
     try:
         one.wait(lambda: "ready: " in one.output())
-        assert f"/v1 serves smollm2 with one engine (logs: {tmp_path / 'logs'})" in one.output()
+        assert f"/v1 serves tiny with one engine (logs: {tmp_path / 'logs'})" in one.output()
         assert one.chat(FRANCE).usage.prompt_tokens == 37
         with pytest.raises(openai.AuthenticationError):
             one.client_with("wrong").models.list()
@@ -569,9 +588,9 @@ def test_one_colocated_engine(smollm2_path: str, tmp_path: Path) -> None:
         process.wait()
 
 
-def test_an_engine_that_cannot_start(smollm2_path: str, tmp_path: Path) -> None:
+def test_an_engine_that_cannot_start(model: str, tmp_path: Path) -> None:
     (port,) = _free_ports(1, 0)
-    line = [*colocated(port, tmp_path), "--", "--max-model-len", "999999"]
+    line = [*colocated(model, port, tmp_path), "--", "--max-model-len", "999999"]
     told = {**environment(), "MIXQUANT_TRACEBACK": ""}
     done = subprocess.run(line, env=told, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 2

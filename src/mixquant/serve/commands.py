@@ -199,7 +199,7 @@ def _engine(
 ) -> Process:
     transfer = {
         "kv_connector": "NixlConnector",
-        "kv_role": "kv_both",  # NIXL's engines are what each request makes of them
+        "kv_role": "kv_producer" if role == "prefill" else "kv_consumer",
         "kv_load_failure_policy": "recompute" if deployment.decode_fallback else "fail",
         "kv_connector_extra_config": {"kv_lease_duration": LEASE},
     }
