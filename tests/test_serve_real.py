@@ -430,7 +430,7 @@ def test_a_port_that_is_taken_is_refused_at_once(
 
 
 def crowd(
-    served: Served, number: int, during: Callable[[], None] | None = None, tokens: int = 2
+    served: Served, number: int, during: Callable[[], None] | None = None, least: int = 2
 ) -> list[Any]:
     """Answers or errors of requests of mixed length, sent at once; the caller may do harm meanwhile."""
 
@@ -445,7 +445,7 @@ def crowd(
                 request = {
                     "model": "tiny",
                     "prompt": TEXT[start : start + length],
-                    "max_tokens": tokens + index % 4,
+                    "max_tokens": least + index % 4,
                     "temperature": 0,
                     "extra_body": {"ignore_eos": True},
                 }
@@ -534,7 +534,7 @@ def test_a_prefill_engine_killed_under_load(served: Served) -> None:
 
 
 def test_a_decode_engine_killed_under_load(served: Served) -> None:
-    answers = crowd(served, 20, lambda: kill(served, '"role":"decode"'), tokens=300)
+    answers = crowd(served, 20, lambda: kill(served, '"role":"decode"'), least=300)
     errors = [answer for answer in answers if answer != "length"]
     assert errors, "nothing was in flight"
     for error in errors:
