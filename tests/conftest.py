@@ -7,6 +7,8 @@ import os
 # Before anything imports huggingface_hub, which reads it once: tests never go to the network.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -33,3 +35,44 @@ def smollm2_path() -> str:
 def smollm2(smollm2_path: str) -> tuple[Any, Any]:
     """SmolLM2 in BF16, not prepared, and its tokenizer. Tests must not change either."""
     return models.load(smollm2_path)
+
+
+# SmolLM2's own does not show tools. All of their schemas would be too much for its context.
+TEMPLATE = (
+    "{% if tools %}<|im_start|>system\nYou can call functions.{% for tool in tools %}\n"
+    "{{ tool.function.name }}: {{ tool.function.description }}{% endfor %}<|im_end|>\n{% endif %}"
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n"
+    "{{ message.content or '' }}<|im_end|>\n{% endfor %}<|im_start|>assistant\n"
+)
+
+
+@dataclass(frozen=True)
+class Served:
+    """A real vLLM server with mixquant's default recipe and SmolLM2."""
+
+    url: str
+    name: str = "served"
+    key: str = "a-key-that-must-not-leak"
+    context: int = 7168  # tokens; the model would take 8192
+
+
+@pytest.fixture(scope="session")
+def served(smollm2_path: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    """One server for all tests that only ask: starting one takes most of a minute."""
+    pytest.importorskip("vllm", reason="vLLM is not installed")
+    from mixquant import Recipe
+    from mixquant.arms import Arm, running
+    from mixquant.evaluate.plan import on_cpu
+
+    folder = tmp_path_factory.mktemp("served")
+    template = folder / "template.jinja"
+    template.write_text(TEMPLATE)
+    arguments = ["--max-model-len", str(Served.context), "--enforce-eager"]
+    arguments += ["--api-key", Served.key, "--chat-template", str(template)]
+    arguments += ["--enable-auto-tool-choice", "--tool-call-parser", "hermes"]
+    arm = on_cpu(Arm("mixquant", Recipe(), tuple(arguments)), Served.context)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+        patch.setenv("VLLM_LOGGING_LEVEL", "WARNING")
+        with running(arm, smollm2_path, name=Served.name, log=folder / "log") as url:
+            yield Served(url)

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from conftest import Served
 from vllm_engines import ON_GPU, require_vllm
 
-from mixquant import Recipe, cli, results
-from mixquant.arms import Arm, running
+from mixquant import cli, results
 from mixquant.bench.generator import generator
 from mixquant.bench.trace import Request
 
@@ -29,7 +29,6 @@ COMMAND = [sys.executable, "-m", "mixquant.cli", "bench"]
 PATIENCE = 900  # s: only a hang is a fault
 BLOCK = 128  # tokens of the prefix cache that are found together, on a CPU
 EAGER = "--enforce-eager --max-model-len 1024"
-KEY = "a-key-that-must-not-leak"
 TINY = ["--lengths", "20,300", "--batches", "2", "--concurrencies", "1", "--prompt-tokens", "150"]
 TINY += ["--output-tokens", "4", "--repeats", "2"]
 
@@ -71,13 +70,19 @@ class Started:
 
 
 @pytest.fixture(scope="module")
-def started(smollm2_path: str, trace: Path, tmp_path_factory: pytest.TempPathFactory) -> Started:
-    """One run with two arms that work, and a last one that does not start."""
+def started(
+    smollm2_path: str, served: Served, trace: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Started:
+    """One run: an arm that is started, one that runs already, and a last one that does not start."""
     folder = tmp_path_factory.mktemp("started")
     command = [*COMMAND, smollm2_path, *TINY, "--trace", str(trace), "--vllm-args", EAGER]
-    command += ["--arm", "bf16", "--arm", "mixquant", "--arm", "broken=--no-such-flag"]
+    command += ["--arm", "bf16", "--url", f"mixquant={served.url}", "--served-name", served.name]
+    command += ["--arm", "broken=--no-such-flag"]
     command += ["--json", str(folder / "bench.json"), "--log-dir", str(folder / "logs")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
+    environment = {**os.environ, "OPENAI_API_KEY": served.key}
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=PATIENCE, env=environment
+    )
     assert (folder / "bench.json").exists(), done.stderr[-3000:]
     bench = results.read(folder / "bench.json")
     assert isinstance(bench, results.Bench)
@@ -94,7 +99,7 @@ def test_an_arm_that_does_not_start_leaves_the_others_results(started: Started) 
     assert {figure.arm for figure in started.bench.results} == {"bf16", "mixquant"}
     assert "mixquant" in started.out and "Agent trace" in started.out
     logs = {file.name for file in started.logs.iterdir()}
-    assert logs == {"generator.log", "bf16.log", "mixquant.log", "broken.log"}
+    assert logs == {"generator.log", "bf16.log", "broken.log"}
 
 
 def test_figures_of_every_workload_are_there_and_agree(started: Started) -> None:
@@ -145,28 +150,20 @@ def test_only_the_trace_finds_anything_in_the_prefix_cache(started: Started) -> 
 # --- a server that runs already ----------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def url(smollm2_path: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    arm = Arm("mine", Recipe(), (*EAGER.split(), "--api-key", KEY))
-    log = tmp_path_factory.mktemp("server") / "log.txt"
-    with running(arm, smollm2_path, name="served", log=log) as address:
-        yield address
-
-
-def ask(url: str, smollm2_path: str, *arguments: str) -> int:
-    command = ["bench", smollm2_path, "--url", f"one={url}", "--served-name", "served", *arguments]
-    return cli.main(command)
+def ask(served: Served, smollm2_path: str, *arguments: str) -> int:
+    asking = ["bench", smollm2_path, "--url", f"one={served.url}", "--served-name", served.name]
+    return cli.main([*asking, *arguments])
 
 
 @pytest.mark.parametrize(
     ("key", "arguments", "says"),
     [
         (None, [], "answers 401 Unauthorized; it wants another key"),
-        (KEY, ["--served-name", "other"], "does not serve 'other' but 'served'"),
+        (Served.key, ["--served-name", "other"], "does not serve 'other' but 'served'"),
         (
-            KEY,
-            ["--lengths", "1021"],
-            "at most 1024 tokens in a request; 1025 are needed for: length",
+            Served.key,
+            ["--lengths", str(Served.context - 3)],
+            f"at most {Served.context} tokens in a request; {Served.context + 1} are needed for: length",
         ),
     ],
 )
@@ -174,7 +171,7 @@ def test_what_a_server_cannot_do_is_refused_first(
     key: str | None,
     arguments: list[str],
     says: str,
-    url: str,
+    served: Served,
     smollm2_path: str,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -182,20 +179,20 @@ def test_what_a_server_cannot_do_is_refused_first(
     if key is not None:
         monkeypatch.setenv("OPENAI_API_KEY", key)
     small = ["--lengths", "5", "--trace", "none", "--output-tokens", "4"]
-    assert ask(url, smollm2_path, *small, *arguments) == 2
+    assert ask(served, smollm2_path, *small, *arguments) == 2
     printed = capsys.readouterr()
     assert says in printed.err and printed.out == ""
 
 
-def test_answers_are_of_the_lengths_asked_for(url: str, tmp_path: Path) -> None:
+def test_answers_are_of_the_lengths_asked_for(served: Served, tmp_path: Path) -> None:
     sessions = [
         [Request(tuple(range(100, 100 + n)), o) for n, o in ((7, 1), (9, 6))],
         [Request(tuple(range(200, 230)), 3)],
     ]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OPENAI_API_KEY", KEY)
+        patch.setenv("OPENAI_API_KEY", served.key)
         with generator(tmp_path / "log.txt") as load:
-            answers = load.send(url, "served", sessions, 2)
+            answers = load.send(served.url, served.name, sessions, 2)
     assert [(a.prompt_tokens, a.output_tokens) for a in answers] == [(7, 1), (9, 6), (30, 3)]
     for answer in answers:
         assert 0 < answer.ttft <= answer.e2e
@@ -204,31 +201,31 @@ def test_answers_are_of_the_lengths_asked_for(url: str, tmp_path: Path) -> None:
 
 
 def test_all_arms_read_the_same_tokens_and_no_key_is_written(
-    url: str,
+    served: Served,
     smollm2_path: str,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """One server under two names: the second finds the prompts of the first in the prefix cache."""
-    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    monkeypatch.setenv("OPENAI_API_KEY", served.key)
     file, logs = tmp_path / "bench.json", tmp_path / "logs"
-    arguments = ["--url", f"two={url}/v1/", "--lengths", "300", "--batches", "none"]
+    arguments = ["--url", f"two={served.url}/v1/", "--lengths", "300", "--batches", "none"]
     arguments += ["--concurrencies", "none", "--trace", "none", "--output-tokens", "4"]
     arguments += ["--json", str(file), "--log-dir", str(logs)]
-    assert ask(url, smollm2_path, *arguments) == 0
+    assert ask(served, smollm2_path, *arguments) == 0
     bench = results.read(file)
     assert isinstance(bench, results.Bench)
     assert [(arm.name, arm.url, arm.arguments) for arm in bench.arms] == [
-        ("one", url, None),
-        ("two", url, None),
+        ("one", served.url, None),
+        ("two", served.url, None),
     ]
     cached = {f.arm: f.value for f in bench.results if f.metric == "cached"}
     assert cached == {"one": 0.0, "two": pytest.approx(300 // BLOCK * BLOCK / 300)}
     assert bench.environment.threads is None  # of a server that may be anywhere
     printed = capsys.readouterr()
     written = [printed.out, printed.err, *(f.read_text() for f in (file, *logs.iterdir()))]
-    assert not any(KEY in text for text in written)
+    assert not any(served.key in text for text in written)
 
 
 # --- the end of a run --------------------------------------------------------------------------------
