@@ -26,10 +26,6 @@ DIRECT_ROUTER = "router-direct"  # both on a decode engine
 
 LOOPBACK = "127.0.0.1"
 
-# A prefill engine gives a KV cache up, unread, after so many seconds without a sign of the decode
-# engine. vLLM's 30 are too few for machines so busy that the sign itself comes late.
-LEASE = 120
-
 
 @dataclass(frozen=True)
 class Place:
@@ -201,7 +197,6 @@ def _engine(
         "kv_connector": "NixlConnector",
         "kv_role": "kv_producer" if role == "prefill" else "kv_consumer",
         "kv_load_failure_policy": "recompute" if deployment.decode_fallback else "fail",
-        "kv_connector_extra_config": {"kv_lease_duration": LEASE},
     }
     # The prompt's last token is always computed again by the decode engine, in BF16.
     recipe: dict[str, Any] = {"role": role}
