@@ -48,7 +48,7 @@ except ServeError as error:
 PATIENCE = 900  # s, for what takes seconds: a busy machine is slow, and only a hang is a fault
 KEY = "the-key-of-the-clients"
 CONTEXT = 2048
-BLOCKS = 40  # of 128 tokens: two or three long requests fill an engine's KV cache
+BLOCKS = 80  # of 128 tokens: a hundred requests want more than twice as many
 FRANCE = [{"role": "user", "content": "What is the capital of France?"}]
 TEXT = "\n".join(topics.values())
 
