@@ -32,6 +32,7 @@ class Summary:
 
     recipe: Recipe
     layers: tuple[Layer, ...]
+    attention: str = ""  # what prefill attention is multiplied in, where there is a choice
 
     @property
     def extra_bytes(self) -> int:
@@ -51,6 +52,8 @@ class Summary:
             f"of a prompt, passes with fewer than {recipe.min_prefill_tokens} quantizable tokens, "
             "every generated token"
         )
+        if self.attention:
+            rule += f"; prefill attention: {self.attention}"
         table = Table(
             caption=rule,
             caption_justify="left",

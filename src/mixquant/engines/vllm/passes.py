@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from mixquant.engines.vllm.attention import follow_attention
 from mixquant.engines.vllm.counters import Counters, multiprocess
 from mixquant.phase import PhasePlan, Thresholds, everything_quantized, in_force, plan_pass
 
@@ -57,6 +58,8 @@ class Follower:
         self.model: Any = None
         self.noted: Batch | None = None
         self.profiling = False
+        self.attention = ""
+        self._longest = runner.vllm_config.model_config.max_model_len
         self._entered: in_force | None = None
         self._counters = _counters_of(runner, method)
         self._trace = os.environ.get(TRACE) if self._counters is not None else None
@@ -65,6 +68,9 @@ class Follower:
         """Puts the hooks on the model, which may have been loaded anew."""
         if model is not self.model:
             self.model = model
+            self.attention = follow_attention(
+                model, self.recipe, self._longest, lambda: self.profiling
+            )
             model.register_forward_pre_hook(self._begin, with_kwargs=True)
             model.register_forward_hook(self._end, always_call=True)
 
@@ -90,6 +96,8 @@ class Follower:
         elif batch is not None:
             replays = _may_replay_graph()
             plan = self._plan(batch, rows, replays)
+            if plan is not None:
+                plan.memo["batch"] = batch
             self._count(batch, plan, "graph" if replays else None)
         self._entered = in_force(plan)
         self._entered.__enter__()
@@ -193,9 +201,10 @@ def _follower(runner: Any) -> Follower | None:
     follower: Follower | None = runner.__dict__.get("mixquant_follower")
     if follower is None:
         follower = runner.mixquant_follower = Follower(runner, method)
+        follower.watch(runner.get_model())
         from mixquant.engines.vllm.table import log_table
 
-        log_table(runner.get_model(), follower.recipe)
+        log_table(runner.get_model(), follower.recipe, follower.attention)
     follower.watch(runner.get_model())
     return follower
 

@@ -9,7 +9,7 @@ from mixquant.recipe import Recipe
 from mixquant.summary import Layer, Summary
 
 
-def summary(model: torch.nn.Module, recipe: Recipe) -> Summary:
+def summary(model: torch.nn.Module, recipe: Recipe, attention: str = "") -> Summary:
     """The layers of a loaded model, those that stay BF16 with the reason."""
     from vllm.model_executor.layers.linear import LinearBase
 
@@ -27,12 +27,12 @@ def summary(model: torch.nn.Module, recipe: Recipe) -> Summary:
         elif isinstance(module, (LinearBase, *experts)):
             why = getattr(module, "mixquant_why_precise", "")
             layers.append(Layer(name, (0, 0), "bf16", "vLLM", True, 0, why))
-    return Summary(recipe, tuple(layers))
+    return Summary(recipe, tuple(layers), attention)
 
 
-def log_table(model: torch.nn.Module, recipe: Recipe) -> None:
+def log_table(model: torch.nn.Module, recipe: Recipe, attention: str) -> None:
     """Writes the table into the log of the engine's first worker."""
     from vllm.distributed import get_tensor_model_parallel_rank
 
     if get_tensor_model_parallel_rank() == 0:
-        logger.info("mixquant\n%s", summary(model, recipe))
+        logger.info("mixquant\n%s", summary(model, recipe, attention))

@@ -8,6 +8,7 @@ from importlib.metadata import PackageNotFoundError, entry_points, version
 
 from packaging.specifiers import SpecifierSet
 from packaging.version import InvalidVersion
+from torch import Tensor
 
 SUPPORTED = SpecifierSet(">=0.25.1,<0.34")
 OVERRIDE = "MIXQUANT_ANY_VLLM"
@@ -73,3 +74,12 @@ def moe_layer_classes() -> tuple[type, ...]:
 
     found = getattr(module, "RoutedExperts", None)
     return (found,) if isinstance(found, type) else ()
+
+
+def keys_and_values(kv_cache: Tensor, head_size: int) -> tuple[Tensor, Tensor]:
+    """The two halves of a FlashAttention layer's cache, each ``[pages, page_size, heads, size]``."""
+    if kv_cache.ndim == 5:  # 0.25: [pages, 2, page_size, heads, size]
+        keys, values = kv_cache.unbind(1)
+    else:  # from 0.26 on: [pages, heads, page_size, 2 * size]
+        keys, values = kv_cache.transpose(1, 2).split(head_size, dim=-1)
+    return keys, values

@@ -1,0 +1,321 @@
+"""Prefill attention in FP8, over vLLM's BF16 KV cache.
+
+Attention is most of a long prompt's prefill. For the quantized rows of a pass that stand far enough
+into their prompts, queries, keys and values are encoded in E4M3 on the fly and multiplied by
+FlashAttention-3 (the wheel ``fa3-fwd``), which writes BF16. All other rows, decode rows among them,
+keep vLLM's own BF16 kernel. The cache stays as it is.
+
+Codes have no scale, so no row depends on later tokens; and whether a row's attention is FP8 depends on
+its own position and the plan alone.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mixquant.engines.vllm.versions import keys_and_values
+from mixquant.phase import PhasePlan, plan_in_force
+from mixquant.recipe import Recipe
+
+# Rows at lower positions attend to so few keys that BF16 takes no longer.
+LEAST_POSITION = 2048
+
+HEAD_SIZES = (64, 128, 256)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Consecutive rows of one sequence, whose attention is FP8."""
+
+    sequence: int
+    start: int  # row of the pass
+    stop: int
+    keys: int  # of the last of them: its position + 1
+
+
+def pieces_of(plan: PhasePlan, batch: Any, least_position: int = LEAST_POSITION) -> list[Piece]:
+    """The rows of a pass whose attention is FP8: quantized ones from a position on.
+
+    Args:
+        batch: with arrays ``first_positions`` and ``row_counts`` ``[sequences]``, in row order.
+    """
+    pieces = []
+    row = 0
+    for sequence, (first, count) in enumerate(
+        zip(batch.first_positions.tolist(), batch.row_counts.tolist(), strict=True)
+    ):
+        begin = row + max(0, least_position - first)
+        for start, stop in plan.quantized:
+            low, high = max(start, begin), min(stop, row + count)
+            if low < high:
+                pieces.append(Piece(sequence, low, high, first + high - row))
+        row += count
+    return pieces
+
+
+@dataclass
+class _Rest:
+    """The other rows of a pass, as a pass of their own."""
+
+    rows: Tensor  # [rest] int64
+    metadata: Any
+
+
+class PrefillAttention:
+    """What replaces the forward of one attention layer's implementation.
+
+    Args:
+        forward: the implementation's own.
+        longest: the longest sequence, in tokens.
+        profiling: whether vLLM is measuring how much memory a pass may need.
+    """
+
+    def __init__(
+        self,
+        forward: Callable[..., Tensor],
+        implementation: Any,
+        longest: int,
+        profiling: Callable[[], bool],
+    ) -> None:
+        self._forward = forward
+        self._implementation = implementation
+        self._longest = longest
+        self._profiling = profiling
+
+    def __call__(
+        self,
+        layer: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        kv_cache: Tensor,
+        attn_metadata: Any,
+        output: Tensor,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Tensor:
+        plan = plan_in_force()
+        if attn_metadata is None and self._profiling():
+            self._codes(len(query), self._longest, query.device)
+        pieces = [] if plan is None or attn_metadata is None else self._pieces(plan, attn_metadata)
+        if not pieces:
+            return self._forward(
+                layer, query, key, value, kv_cache, attn_metadata, output, *args, **kwargs
+            )
+        assert plan is not None
+        rest = self._rest(plan, pieces, attn_metadata)
+        if rest is not None:
+            theirs = output.new_empty(len(rest.rows), *output.shape[1:])
+            self._forward(
+                layer,
+                query.index_select(0, rest.rows),
+                key,
+                value,
+                kv_cache,
+                rest.metadata,
+                theirs,
+                *args,
+                **kwargs,
+            )
+            output.index_copy_(0, rest.rows, theirs)
+        keys, values = keys_and_values(kv_cache, self._implementation.head_size)
+        for piece in pieces:
+            self._attend(piece, query, keys, values, attn_metadata.block_table, output)
+        return output
+
+    def _pieces(self, plan: PhasePlan, metadata: Any) -> list[Piece]:
+        if getattr(metadata, "use_cascade", False) or metadata.causal is not True:
+            return []
+        found: list[Piece] | None = plan.memo.get("attention")
+        if found is None:
+            batch = plan.memo.get("batch")
+            found = [] if batch is None else pieces_of(plan, batch)
+            plan.memo["attention"] = found
+        return found
+
+    def _rest(self, plan: PhasePlan, pieces: list[Piece], metadata: Any) -> _Rest | None:
+        key = ("rest", id(metadata))  # of each group of layers that share a cache
+        if key not in plan.memo:
+            plan.memo[key] = _rest(plan.memo["batch"], pieces, metadata)
+        return plan.memo[key]  # type: ignore[no-any-return]
+
+    def _attend(
+        self,
+        piece: Piece,
+        query: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        table: Tensor,
+        output: Tensor,
+    ) -> None:
+        from mixquant.kernels.fp8_triton import encode, gather
+
+        implementation = self._implementation
+        rows, heads, size = (
+            piece.stop - piece.start,
+            implementation.num_heads,
+            implementation.head_size,
+        )
+        q, k, v = self._codes(rows, piece.keys, query.device)
+        encode(query[piece.start : piece.stop].view(rows, heads, size), q)
+        pages = table[piece.sequence]
+        gather(keys, pages, k)
+        gather(values, pages, v)
+        out = output[piece.start : piece.stop].view(1, rows, heads, size)
+        flash_attention(q[None], k[None], v[None], implementation.scale, out)
+
+    def _codes(self, rows: int, keys: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+        """Room for the codes of queries, keys and values."""
+        of = self._implementation
+        fp8 = torch.float8_e4m3fn
+        q = torch.empty(rows, of.num_heads, of.head_size, dtype=fp8, device=device)
+        k = torch.empty(keys, of.num_kv_heads, of.head_size, dtype=fp8, device=device)
+        return q, k, torch.empty_like(k)
+
+
+def flash_attention(q: Tensor, k: Tensor, v: Tensor, softmax_scale: float, out: Tensor) -> None:
+    """Causal attention of E4M3 codes, the last query at the last key's position.
+
+    Args:
+        q: ``[1, rows, heads, size]``.
+        k, v: ``[1, keys, kv_heads, size]``.
+        out: ``[1, rows, heads, size]`` BF16.
+    """
+    import fa3_fwd._C  # type: ignore[import-not-found]  # noqa: F401  # registers the operator
+
+    torch.ops.fa3_fwd.fwd(
+        q,
+        k,
+        v,
+        *[None] * 3,  # new keys and values, qv
+        out,
+        *[None] * 5,  # lengths of sequences: there is one
+        *[None] * 2,  # the longest ones
+        *[None] * 3,  # pages, batch indices, padding
+        *[None] * 3,  # rotary
+        *[None] * 3,  # scales
+        softmax_scale,
+        True,  # causal
+        -1,
+        -1,
+        0,
+        0.0,
+        True,
+        None,
+        1,
+        None,
+        0,
+    )
+
+
+def _rest(batch: Any, pieces: list[Piece], metadata: Any) -> _Rest | None:
+    """The rows that are in no piece, as sequences of consecutive rows with metadata of their own."""
+    taken = {piece.sequence: [] for piece in pieces}  # type: dict[int, list[Piece]]
+    for piece in pieces:
+        taken[piece.sequence].append(piece)
+    rows: list[int] = []
+    starts, lengths, sequences = [0], [], []
+    row = 0
+    for sequence, (first, count) in enumerate(
+        zip(batch.first_positions.tolist(), batch.row_counts.tolist(), strict=True)
+    ):
+        at = row
+        edges = [(piece.start, piece.stop) for piece in taken.get(sequence, [])]
+        for start, stop in [*edges, (row + count, row + count)]:
+            if at < start:
+                rows.extend(range(at, start))
+                starts.append(len(rows))
+                lengths.append(first + start - row)
+                sequences.append(sequence)
+            at = stop
+        row += count
+    if not rows:
+        return None
+    device = metadata.block_table.device
+    table = torch.tensor(sequences).to(device, non_blocking=True)
+
+    def integers(values: list[int]) -> Tensor:
+        return torch.tensor(values, dtype=torch.int32).to(device, non_blocking=True)
+
+    theirs = copy.copy(metadata)
+    theirs.num_actual_tokens = len(rows)
+    theirs.query_start_loc = integers(starts)
+    theirs.seq_lens = integers(lengths)
+    theirs.max_query_len = max(b - a for a, b in pairwise(starts))
+    theirs.max_seq_len = max(lengths)
+    theirs.block_table = metadata.block_table.index_select(0, table)
+    theirs.scheduler_metadata = None  # made for the whole pass
+    return _Rest(torch.tensor(rows).to(device, non_blocking=True), theirs)
+
+
+def why_not(
+    implementation: Any, dtype: torch.dtype | None, capability: tuple[int, int] | None
+) -> str | None:
+    """Why a layer's attention stays BF16, or None if it need not."""
+    if capability != (9, 0):
+        return "needs a GPU of compute capability 9.0"
+    if importlib.util.find_spec("fa3_fwd") is None:
+        return "needs the package fa3-fwd"
+    if type(implementation).__name__ != "FlashAttentionImpl":
+        return f"not for vLLM's {type(implementation).__name__}"
+    if dtype != torch.bfloat16 or implementation.kv_cache_dtype not in ("auto", "bfloat16"):
+        return "needs queries and a KV cache in BF16"
+    if implementation.head_size not in HEAD_SIZES:
+        return f"head size {implementation.head_size}; expected one of {HEAD_SIZES}"
+    if tuple(implementation.sliding_window) != (-1, -1):
+        return "sliding window"
+    if implementation.alibi_slopes is not None or implementation.logits_soft_cap:
+        return "ALiBi or capped logits"
+    if getattr(implementation, "sinks", None) is not None:
+        return "attention sinks"
+    if getattr(implementation, "dcp_world_size", 1) > 1:
+        return "decode context parallelism"
+    return None
+
+
+def follow_attention(
+    model: torch.nn.Module, recipe: Recipe, longest: int, profiling: Callable[[], bool]
+) -> str:
+    """Makes a loaded model's attention layers multiply quantized rows in FP8, where they can.
+
+    Args:
+        longest: the longest sequence, in tokens.
+        profiling: whether vLLM is measuring how much memory a pass may need.
+
+    Returns:
+        What they do, for the table.
+    """
+    if recipe.prefill_attention == "bf16" or not quantizes(recipe):
+        return ""
+    from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+
+    layers = [module for module in model.modules() if isinstance(module, AttentionLayerBase)]
+    reasons: Counter[str] = Counter()
+    capability = torch.cuda.get_device_capability() if torch.cuda.is_available() else None
+    for layer in layers:
+        implementation: Any = getattr(layer, "impl", None)
+        why = why_not(implementation, getattr(layer, "dtype", None), capability)
+        reasons[why or ""] += 1
+        if why is None and not isinstance(implementation.forward, PrefillAttention):
+            implementation.forward = PrefillAttention(
+                implementation.forward, implementation, longest, profiling
+            )
+    return ", ".join(
+        f"BF16 in {count} layers ({why})" if why else f"FP8 in {count} layers"
+        for why, count in sorted(reasons.items())
+    )
+
+
+def quantizes(recipe: Recipe) -> bool:
+    """Whether a resolved recipe quantizes anything."""
+    assert isinstance(recipe.format, dict)
+    return set(recipe.format.values()) != {"bf16"}

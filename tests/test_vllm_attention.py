@@ -1,0 +1,352 @@
+"""FP8 prefill attention in vLLM: which rows, and what they attend to. The kernels: test_gpu.py."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from vllm_engines import require_vllm
+
+require_vllm()
+
+from mixquant.engines.vllm import attention  # noqa: E402
+from mixquant.engines.vllm.attention import PrefillAttention, follow_attention, pieces_of  # noqa: E402
+from mixquant.engines.vllm.passes import Batch  # noqa: E402
+from mixquant.phase import Thresholds, in_force, plan_pass  # noqa: E402
+from mixquant.recipe import Recipe  # noqa: E402
+
+HEADS, KV_HEADS, SIZE, PAGE = 6, 2, 16, 4
+SCALE = 0.3
+
+
+def batch_of(sequences: list[tuple[int, int, int]]) -> Batch:
+    """From (first position, rows, prompt length) of each."""
+    first, rows, prompt = (
+        np.array(column, dtype=np.int64) for column in zip(*sequences, strict=True)
+    )
+    return Batch([str(n) for n in range(len(first))], first, rows, prompt)
+
+
+def plan_of(batch: Batch, thresholds: Thresholds) -> Any:
+    plan = plan_pass(thresholds, batch.first_positions, batch.row_counts, batch.prompt_lengths)
+    plan.memo["batch"] = batch
+    return plan
+
+
+@st.composite
+def batches(draw: Any) -> Batch:
+    sequences = []
+    for _ in range(draw(st.integers(1, 5))):
+        first, rows = draw(st.integers(0, 30)), draw(st.integers(1, 20))
+        sequences.append((first, rows, draw(st.integers(1, 60))))
+    return batch_of(sequences)
+
+
+thresholds = st.builds(
+    Thresholds,
+    min_prefill_tokens=st.integers(0, 10),
+    precise_head=st.integers(0, 8),
+    precise_tail=st.integers(0, 8),
+)
+
+
+@given(batches(), thresholds, st.integers(0, 40))
+def test_pieces_are_the_quantized_rows_from_a_position_on(
+    batch: Batch, numbers: Thresholds, least: int
+) -> None:
+    plan = plan_of(batch, numbers)
+    found = {}
+    for piece in pieces_of(plan, batch, least):
+        for row in range(piece.start, piece.stop):
+            found[row] = (piece.sequence, piece.keys - (piece.stop - row) + 1)
+    expected, row = {}, 0
+    for sequence, (first, count) in enumerate(
+        zip(batch.first_positions, batch.row_counts, strict=True)
+    ):
+        for position in range(first, first + count):
+            quantized = any(start <= row < stop for start, stop in plan.quantized)
+            if quantized and position >= least:
+                expected[row] = (sequence, position + 1)
+            row += 1
+    assert found == expected
+
+
+# --- against attention row by row ---------------------------------------------------------------------
+
+
+@dataclass
+class Metadata:
+    """What vLLM's FlashAttention backend says about a pass, as far as it matters here."""
+
+    num_actual_tokens: int
+    query_start_loc: Tensor
+    seq_lens: Tensor
+    max_query_len: int
+    max_seq_len: int
+    block_table: Tensor
+    scheduler_metadata: Any = "of the whole pass"
+    use_cascade: bool = False
+    causal: Any = True
+
+
+class Implementation:
+    """vLLM's: BF16 attention over pages, and a record of the rows that it was asked for."""
+
+    num_heads, num_kv_heads, head_size, scale = HEADS, KV_HEADS, SIZE, SCALE
+
+    def __init__(self) -> None:
+        self.asked: list[Metadata] = []
+
+    def forward(
+        self,
+        layer: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        kv_cache: Tensor,
+        metadata: Metadata,
+        output: Tensor,
+    ) -> Tensor:
+        if metadata is None:
+            return output.fill_(0)
+        self.asked.append(metadata)
+        keys, values = attention.keys_and_values(kv_cache, SIZE)
+        starts, lengths = metadata.query_start_loc.tolist(), metadata.seq_lens.tolist()
+        assert starts[-1] == metadata.num_actual_tokens
+        assert metadata.max_seq_len >= max(lengths)
+        for n, length in enumerate(lengths):
+            rows = range(starts[n], starts[n + 1])
+            assert len(rows) <= metadata.max_query_len
+            positions = torch.arange(length)
+            pages = metadata.block_table[n][positions // PAGE].long()
+            k, v = keys[pages, positions % PAGE], values[pages, positions % PAGE]
+            for row in rows:
+                end = length - (rows.stop - 1 - row)
+                output[row] = attend(query[row], k[:end], v[:end])
+        return output
+
+
+def attend(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """One row ``[HEADS, SIZE]`` over ``[keys, KV_HEADS, SIZE]``, in FP32."""
+    of = HEADS // KV_HEADS
+    k, v = (t.float().repeat_interleave(of, dim=1) for t in (keys, values))
+    weights = (torch.einsum("hd,khd->hk", query.float(), k) * SCALE).softmax(-1)
+    return torch.einsum("hk,khd->hd", weights, v).to(torch.bfloat16)
+
+
+def rounded(x: Tensor) -> Tensor:
+    """To E4M3's numbers."""
+    return x.float().clamp(-448, 448).to(torch.float8_e4m3fn).to(torch.bfloat16)
+
+
+@pytest.fixture(autouse=True)
+def _on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stand-ins for the kernels, which take the same arguments."""
+    from mixquant.kernels import fp8_triton
+
+    def encode(x: Tensor, out: Tensor) -> None:
+        out.copy_(x.float().clamp(-448, 448).to(out.dtype))
+
+    def gather(cache: Tensor, pages: Tensor, out: Tensor) -> None:
+        positions = torch.arange(len(out))
+        encode(cache[pages[positions // PAGE].long(), positions % PAGE], out)
+
+    def flash(q: Tensor, k: Tensor, v: Tensor, softmax_scale: float, out: Tensor) -> None:
+        assert softmax_scale == SCALE
+        assert q.is_contiguous() and k.is_contiguous() and v.is_contiguous()
+        queries = q[0].float()
+        keys, values = k[0].float(), v[0].float()
+        for row in range(len(queries)):
+            end = len(keys) - (len(queries) - 1 - row)
+            out[0, row] = attend(queries[row], keys[:end], values[:end])
+
+    monkeypatch.setattr(fp8_triton, "encode", encode)
+    monkeypatch.setattr(fp8_triton, "gather", gather)
+    monkeypatch.setattr(attention, "flash_attention", flash)
+    monkeypatch.setattr(attention, "LEAST_POSITION", 5)
+    pieces = attention.pieces_of
+    monkeypatch.setattr(attention, "pieces_of", lambda plan, batch: pieces(plan, batch, 5))
+
+
+def pass_of(batch: Batch, layout: str, seed: int) -> tuple[Tensor, Tensor, Metadata]:
+    """Queries ``[rows, HEADS, SIZE]``, a cache with pages in disorder, and the metadata."""
+    make = torch.Generator().manual_seed(seed)
+    rows, lengths = int(batch.row_counts.sum()), batch.first_positions + batch.row_counts
+    width = -(-int(lengths.max()) // PAGE)
+    table = torch.randperm(len(lengths) * width + 3, generator=make)[: len(lengths) * width]
+    shape = {
+        "0.25": (len(lengths) * width + 3, 2, PAGE, KV_HEADS, SIZE),
+        "0.26": (len(lengths) * width + 3, KV_HEADS, PAGE, 2 * SIZE),
+    }[layout]
+    cache = torch.randn(shape, generator=make).to(torch.bfloat16)
+    query = torch.randn(rows, HEADS, SIZE, generator=make).to(torch.bfloat16)
+    starts = np.concatenate([[0], np.cumsum(batch.row_counts)])
+    metadata = Metadata(
+        rows,
+        torch.tensor(starts, dtype=torch.int32),
+        torch.tensor(lengths, dtype=torch.int32),
+        int(batch.row_counts.max()),
+        int(lengths.max()),
+        table.view(len(lengths), width).to(torch.int32),
+    )
+    return query, cache, metadata
+
+
+@settings(deadline=None)
+@given(batches(), thresholds, st.sampled_from(["0.25", "0.26"]), st.integers(0, 9))
+def test_each_row_attends_in_its_precision(
+    batch: Batch, numbers: Thresholds, layout: str, seed: int
+) -> None:
+    query, cache, metadata = pass_of(batch, layout, seed)
+    plan = plan_of(batch, numbers)
+    implementation = Implementation()
+    ours = PrefillAttention(implementation.forward, implementation, 100, lambda: False)
+    output = torch.full_like(query, float("nan"))
+    with in_force(plan):
+        for _ in range(2):  # as two layers do, which share the plan
+            assert ours(None, query, query, query, cache, metadata, output) is output
+
+    reference = Implementation()
+    precise = reference.forward(None, query, query, query, cache, metadata, torch.empty_like(query))
+    keys, values = attention.keys_and_values(cache, SIZE)
+    quantized = reference.forward(
+        None,
+        rounded(query),
+        query,
+        query,
+        torch.stack([rounded(keys), rounded(values)], dim=1),
+        metadata,
+        torch.empty_like(query),
+    )
+    in_fp8 = {row for p in attention.pieces_of(plan, batch) for row in range(p.start, p.stop)}
+    for row in range(len(query)):
+        assert torch.equal(output[row], (quantized if row in in_fp8 else precise)[row]), row
+    rest = len(query) - len(in_fp8)
+    assert [one.num_actual_tokens for one in implementation.asked] == [rest] * (2 if rest else 0)
+    assert all((one.scheduler_metadata is None) == bool(in_fp8) for one in implementation.asked)
+    assert metadata.num_actual_tokens == len(query)
+
+
+@pytest.mark.parametrize("case", ["no plan", "cascade", "not causal", "no metadata", "no batch"])
+def test_everything_else_is_vllms_own(case: str) -> None:
+    batch = batch_of([(0, 20, 20)])
+    query, cache, metadata = pass_of(batch, "0.26", 0)
+    plan = plan_of(batch, Thresholds())
+    given: Any = metadata
+    if case == "no plan":
+        plan = None
+    elif case == "cascade":
+        metadata.use_cascade = True
+    elif case == "not causal":
+        metadata.causal = torch.ones(1)
+    elif case == "no metadata":
+        given = None
+    else:
+        plan.memo.clear()
+    implementation = Implementation()
+    ours = PrefillAttention(implementation.forward, implementation, 100, lambda: True)
+    output = torch.empty_like(query)
+    with in_force(plan):
+        ours(None, query, query, query, cache, given, output)
+    wanted = torch.empty_like(query)
+    Implementation().forward(None, query, query, query, cache, given, wanted)
+    assert torch.equal(output, wanted)
+
+
+# --- which layers -------------------------------------------------------------------------------------
+
+
+def flash_implementation(**changes: Any) -> Any:
+    values = {
+        "kv_cache_dtype": "auto",
+        "head_size": 128,
+        "sliding_window": (-1, -1),
+        "alibi_slopes": None,
+        "logits_soft_cap": 0,
+        "sinks": None,
+        "dcp_world_size": 1,
+    }
+    one = type("FlashAttentionImpl", (), {})()
+    one.__dict__.update(values | changes)
+    return one
+
+
+@pytest.fixture
+def _hopper(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = SimpleNamespace()
+    monkeypatch.setattr(attention.importlib.util, "find_spec", lambda name: found)
+
+
+@pytest.mark.usefixtures("_hopper")
+@pytest.mark.parametrize(
+    ("changes", "word"),
+    [
+        ({}, None),
+        ({"head_size": 64}, None),
+        ({"head_size": 96}, "head size 96"),
+        ({"kv_cache_dtype": "fp8"}, "KV cache"),
+        ({"sliding_window": (127, 0)}, "sliding window"),
+        ({"alibi_slopes": torch.ones(2)}, "ALiBi"),
+        ({"logits_soft_cap": 30.0}, "capped"),
+        ({"sinks": torch.ones(2)}, "sinks"),
+        ({"dcp_world_size": 2}, "context parallelism"),
+    ],
+)
+def test_layers_that_stay_bf16_say_why(changes: dict[str, Any], word: str | None) -> None:
+    why = attention.why_not(flash_implementation(**changes), torch.bfloat16, (9, 0))
+    assert why is None if word is None else word in str(why)
+
+
+@pytest.mark.usefixtures("_hopper")
+def test_other_machines_stay_bf16() -> None:
+    one = flash_implementation()
+    for capability in (None, (8, 9), (10, 0), (12, 0)):
+        assert "9.0" in str(attention.why_not(one, torch.bfloat16, capability))
+    assert "BF16" in str(attention.why_not(one, torch.float16, (9, 0)))
+    assert "Mla" in str(attention.why_not(type("MlaImpl", (), {})(), torch.bfloat16, (9, 0)))
+
+
+def test_a_missing_package_is_named() -> None:
+    assert "fa3-fwd" in str(attention.why_not(flash_implementation(), torch.bfloat16, (9, 0)))
+
+
+def test_what_a_model_does_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+
+    class Layer(torch.nn.Module, AttentionLayerBase):
+        def __init__(self, head_size: int) -> None:
+            super().__init__()
+            self.impl = flash_implementation(head_size=head_size, forward=lambda *args: None)
+            self.dtype = torch.bfloat16
+
+        def get_attn_backend(self) -> Any: ...
+
+        def get_kv_cache_spec(self, vllm_config: Any) -> Any: ...
+
+    monkeypatch.setattr(attention.importlib.util, "find_spec", lambda name: SimpleNamespace())
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    model = torch.nn.ModuleList([Layer(128), Layer(80), Layer(128)])
+    fast = Recipe(preset="fast").resolved(frozenset({"fp8"}))
+    for _ in range(2):  # also when it is loaded anew
+        said = follow_attention(model, fast, 100, lambda: False)
+        assert (
+            said
+            == "FP8 in 2 layers, BF16 in 1 layers (head size 80; expected one of (64, 128, 256))"
+        )
+    assert isinstance(model[0].impl.forward, PrefillAttention)
+    assert not isinstance(model[0].impl.forward._forward, PrefillAttention)
+    assert not isinstance(model[1].impl.forward, PrefillAttention)
+    for recipe in (Recipe(preset="exact"), Recipe(preset="fast", prefill_attention="bf16")):
+        model = torch.nn.ModuleList([Layer(128)])
+        assert (
+            follow_attention(model, recipe.resolved(frozenset({"fp8"})), 100, lambda: False) == ""
+        )
+        assert not isinstance(model[0].impl.forward, PrefillAttention)
