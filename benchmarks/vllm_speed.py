@@ -24,34 +24,52 @@ import time
 from pathlib import Path
 from typing import Any
 
-from mixquant.results import Arm, Bench, Environment, Measurement, to_json
+from kernel_times import by_kind, events, longest
+
+from mixquant.results import Arm, Bench, Environment, Measurement, Piece, to_json
+
+
+def mixquant(**recipe: Any) -> dict[str, Any]:
+    return {
+        "quantization": "mixquant",
+        "additional_config": {"mixquant": {"preset": "fast", "precise_tail": 1, **recipe}},
+    }
+
 
 ARMS: dict[str, dict[str, Any]] = {
     "bf16": {},
     "fp8": {"quantization": "fp8"},
-    "mixquant": {
-        "quantization": "mixquant",
-        "additional_config": {"mixquant": {"preset": "fast", "precise_tail": 1}},
-    },
+    "mixquant, BF16 attention": mixquant(prefill_attention="bf16"),
+    "mixquant": mixquant(),
+    "FP8 attention alone": mixquant(preset="exact", prefill_attention="fp8"),
 }
 NEW_TOKENS = 128
+CROWD_TOKENS = 4096
 
 
-def measure(arm: str, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """One arm's figures, measured in this process."""
+def measure(arm: str, options: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
+    """One arm's figures and breakdowns, measured in this process."""
     from vllm import LLM, SamplingParams
 
-    longest = max([*options.lengths, 8192])
+    traces = Path(tempfile.mkdtemp(prefix="traces-"))
+    profiler = {
+        "profiler": "torch",
+        "torch_profiler_dir": str(traces),
+        "torch_profiler_with_stack": False,
+    }
+
+    most = max([*options.lengths, *options.breakdown, 8192])
     llm = LLM(
         options.model,
         load_format="dummy",
         skip_tokenizer_init=True,
-        max_model_len=longest + 512,
+        max_model_len=most + 512,
         max_num_batched_tokens=8192,
         max_num_seqs=64,
         enable_prefix_caching=False,
         gpu_memory_utilization=0.9,
         disable_log_stats=True,
+        profiler_config=profiler if options.breakdown else None,
         **ARMS[arm],
     )
     generator = random.Random(0)
@@ -71,13 +89,33 @@ def measure(arm: str, options: argparse.Namespace) -> list[dict[str, Any]]:
         llm.generate(batch, sampling, use_tqdm=False)
         return time.perf_counter() - start
 
+    def mean_ttft(count: int, tokens: int) -> float:
+        """Of requests that arrive together, in seconds."""
+        engine = llm.llm_engine
+        sampling = SamplingParams(temperature=0, max_tokens=1, ignore_eos=True, detokenize=False)
+        start = time.perf_counter()
+        for number, prompt in enumerate(prompts(count, tokens)):
+            engine.add_request(f"{start}-{number}", prompt, sampling)
+        first = []
+        while engine.has_unfinished_requests():
+            outputs = engine.step()
+            first += [time.perf_counter() - start for output in outputs if output.finished]
+        return statistics.mean(first)
+
     rows: list[dict[str, Any]] = []
 
-    def record(metric: str, tokens: int, concurrency: int, values: list[float], unit: str) -> None:
+    def record(
+        metric: str,
+        tokens: int,
+        concurrency: int,
+        values: list[float],
+        unit: str,
+        workload: str = "batch",
+    ) -> None:
         row = {
             "arm": arm,
             "metric": metric,
-            "workload": "length" if metric == "ttft" else "batch",
+            "workload": workload,
             "tokens": tokens,
             "concurrency": concurrency,
             "value": round(statistics.median(values), 3),
@@ -91,7 +129,8 @@ def measure(arm: str, options: argparse.Namespace) -> list[dict[str, Any]]:
     for tokens in options.lengths:
         repeats = max(2, min(7, 60_000 // tokens))
         seconds(1, tokens, 1)
-        record("ttft", tokens, 1, [1e3 * seconds(1, tokens, 1) for _ in range(repeats)], "ms")
+        values = [1e3 * seconds(1, tokens, 1) for _ in range(repeats)]
+        record("ttft", tokens, 1, values, "ms", "length")
     for batch in (1, 32):
         seconds(batch, 128, NEW_TOKENS)
         steps = []
@@ -101,7 +140,22 @@ def measure(arm: str, options: argparse.Namespace) -> list[dict[str, Any]]:
         record("tpot", 128, batch, steps, "ms")
     seconds(16, 6000, 64)
     record("batch_of_16", 6000, 16, [seconds(16, 6000, 64) for _ in range(3)], "s")
-    return rows
+    for concurrency in options.concurrencies:
+        mean_ttft(concurrency, CROWD_TOKENS)
+        values = [1e3 * mean_ttft(concurrency, CROWD_TOKENS) for _ in range(3)]
+        record("ttft", CROWD_TOKENS, concurrency, values, "ms", "concurrency")
+    pieces = []
+    for tokens in options.breakdown:
+        llm.start_profile()
+        seconds(1, tokens, 1)
+        llm.stop_profile()
+        (trace,) = traces.glob("*rank*")
+        found = events(trace)
+        print(f"{arm}, {tokens} tokens", *longest(found), sep="\n", file=sys.stderr, flush=True)
+        for kind, ms in by_kind(found).items():
+            pieces.append({"arm": arm, "tokens": tokens, "kind": kind, "ms": round(ms, 3)})
+        trace.unlink()
+    return {"results": rows, "breakdown": pieces}
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -134,8 +188,12 @@ def main() -> None:
     parser.add_argument(
         "--show", metavar="FILE", type=Path, help="print the table of a --json file"
     )
-    parser.add_argument("--arms", default="bf16,fp8,mixquant", help="separated by commas")
+    parser.add_argument("--arms", default="; ".join(ARMS), help="separated by '; '")
     parser.add_argument("--lengths", default="2048,8192,32768,131072", help="of the TTFT prompts")
+    parser.add_argument("--concurrencies", default="1,8,32", help=f"of {CROWD_TOKENS} tokens each")
+    parser.add_argument(
+        "--breakdown", default="8192,131072", help="profile prompts of these lengths"
+    )
     parser.add_argument("--vocabulary", type=int, help="tokens are drawn below this number")
     parser.add_argument("--json", type=Path, help="where the results go")
     parser.add_argument("--one-arm", metavar="FILE", type=Path, help=argparse.SUPPRESS)
@@ -145,23 +203,29 @@ def main() -> None:
         return
     if not options.model:
         parser.error("--model is needed, a directory with a config.json")
-    lengths, options.lengths = options.lengths, [int(n) for n in options.lengths.split(",")]
+    numbers = {name: getattr(options, name) for name in ("lengths", "concurrencies", "breakdown")}
+    for name, text in numbers.items():
+        setattr(options, name, [int(number) for number in text.split(",") if number])
 
     if options.one_arm:
         options.one_arm.write_text(json.dumps(measure(options.arms, options)))
         return
 
     rows: list[dict[str, Any]] = []
-    for arm in options.arms.split(","):
+    pieces: list[dict[str, Any]] = []
+    for arm in options.arms.split("; "):
         with tempfile.NamedTemporaryFile(suffix=".json") as result:
             command = [sys.executable, __file__, "--model", options.model, "--arms", arm]
-            command += ["--lengths", lengths, "--one-arm", result.name]
+            command += [f"--{name}={text}" for name, text in numbers.items()]
+            command += ["--one-arm", result.name]
             if options.vocabulary:
                 command += ["--vocabulary", str(options.vocabulary)]
             started = time.perf_counter()
             subprocess.run(command, check=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
             print(f"{arm}: {time.perf_counter() - started:.0f} s", file=sys.stderr, flush=True)
-            rows += json.loads(Path(result.name).read_text())
+            measured = json.loads(Path(result.name).read_text())
+            rows += measured["results"]
+            pieces += measured["breakdown"]
         if options.json:
             command = shlex.join(["python", *sys.argv]).replace(
                 str(options.json), options.json.name
@@ -175,6 +239,7 @@ def main() -> None:
                     for name in dict.fromkeys(row["arm"] for row in rows)
                 ),
                 results=tuple(Measurement.model_validate(row) for row in rows),
+                breakdown=tuple(Piece.model_validate(piece) for piece in pieces),
             )
             options.json.write_text(to_json(bench))
     print(table(rows))

@@ -294,7 +294,9 @@ def follow_attention(
     Returns:
         What they do, for the table.
     """
-    if recipe.prefill_attention == "bf16" or not quantizes(recipe):
+    assert isinstance(recipe.format, dict)
+    quantizes = set(recipe.format.values()) != {"bf16"}
+    if recipe.prefill_attention == "bf16" or (recipe.prefill_attention == "auto" and not quantizes):
         return ""
     from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 
@@ -313,9 +315,3 @@ def follow_attention(
         f"BF16 in {count} layers ({why})" if why else f"FP8 in {count} layers"
         for why, count in sorted(reasons.items())
     )
-
-
-def quantizes(recipe: Recipe) -> bool:
-    """Whether a resolved recipe quantizes anything."""
-    assert isinstance(recipe.format, dict)
-    return set(recipe.format.values()) != {"bf16"}

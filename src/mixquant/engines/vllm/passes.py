@@ -51,7 +51,9 @@ class Follower:
             precise_tail=recipe.precise_tail,
         )
         assert isinstance(recipe.format, dict)
-        self._precise = set(recipe.format.values()) == {"bf16"}
+        self._precise = set(recipe.format.values()) == {"bf16"} and (
+            recipe.prefill_attention != "fp8"
+        )
         # A prefill engine has no BF16 weights with which a row could be precise.
         everywhere = recipe.everywhere or recipe.role == "prefill"
         self._everywhere = everywhere and not self._precise
