@@ -13,13 +13,13 @@ from hypothesis import strategies as st
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
-from kernel_times import KINDS, by_kind, events, longest  # noqa: E402
+from kernel_times import KINDS, by_kind, events, longest
 
 # As they are called on an H200 with vLLM 0.25.1, shortened.
 NAMES = {
     "nvjet_sm90_tst_256x128_64x4_1x2_h_bz_coopA_TNT": "linear",
     "void cutlass::device_kernel<vllm::cutlass_3x_gemm_sm90_fp8<...>>": "linear",
-    "void cutlass::device_kernel<flash::enable_sm90_or_later<flash::FlashAttnFwdSm90<...>>>": "attention",
+    "void cutlass::device_kernel<flash::enable_sm90<flash::FlashAttnFwdSm90<...>>>": "attention",
     "void vllm::dynamic_per_token_scaled_fp8_quant_kernel_strided<...>": "quantize",
     "gather_kernel": "quantize",
     "triton_red_fused_add_mean_mul_pow_rsqrt_0": "norm",
