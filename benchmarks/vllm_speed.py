@@ -3,10 +3,10 @@
     python benchmarks/vllm_speed.py --model benchmarks/models/qwen3-8b --json FILE
     python benchmarks/vllm_speed.py --show FILE
 
-Each arm is an engine in a process of its own, one after the other, on random weights in the shape of
-the model (a directory with a config.json is enough) and random tokens, chunks of 8,192, prefix cache
-off. TTFT is the time of a request for one token; TPOT the rest of a longer one's. Medians; ratios
-hold within one run only.
+Each arm is an engine in a process of its own, on random weights in the shape of the model (a
+directory with a config.json is enough) and random tokens, chunks of 8,192, prefix cache off. Engines
+may start together (--together), but are measured one at a time, the others idle. TTFT is the time of
+a request for one token; TPOT the rest of a longer one's. Medians; ratios hold within one run only.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
 from kernel_times import by_kind, events, longest
 
 from mixquant.results import Arm, Bench, Environment, Measurement, Piece, to_json
@@ -43,6 +44,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "mixquant": mixquant(),
     "FP8 attention alone": mixquant(preset="exact", prefill_attention="fp8"),
 }
+KV_CACHE_BYTES = 20 * 10**9  # 135,000 tokens of Qwen3-8B
 NEW_TOKENS = 128
 CROWD_TOKENS = 4096
 
@@ -67,11 +69,14 @@ def measure(arm: str, options: argparse.Namespace) -> dict[str, list[dict[str, A
         max_num_batched_tokens=8192,
         max_num_seqs=64,
         enable_prefix_caching=False,
-        gpu_memory_utilization=0.9,
+        gpu_memory_utilization=0.1,  # is only compared with what is free at the start
+        kv_cache_memory_bytes=KV_CACHE_BYTES,  # vLLM cannot measure it while others start
         disable_log_stats=True,
         profiler_config=profiler if options.breakdown else None,
         **ARMS[arm],
     )
+    turn = FileLock(options.turns)  # released as the process ends
+    turn.acquire()
     generator = random.Random(0)
 
     def prompts(count: int, tokens: int) -> list[dict[str, list[int]]]:
@@ -196,7 +201,9 @@ def main() -> None:
     )
     parser.add_argument("--vocabulary", type=int, help="tokens are drawn below this number")
     parser.add_argument("--json", type=Path, help="where the results go")
+    parser.add_argument("--together", type=int, default=1, help="engines that start at a time")
     parser.add_argument("--one-arm", metavar="FILE", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--turns", metavar="FILE", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.show:
         print(table(json.loads(options.show.read_text())["results"]))
@@ -213,19 +220,27 @@ def main() -> None:
 
     rows: list[dict[str, Any]] = []
     pieces: list[dict[str, Any]] = []
-    for arm in options.arms.split("; "):
-        with tempfile.NamedTemporaryFile(suffix=".json") as result:
-            command = [sys.executable, __file__, "--model", options.model, "--arms", arm]
-            command += [f"--{name}={text}" for name, text in numbers.items()]
-            command += ["--one-arm", result.name]
-            if options.vocabulary:
-                command += ["--vocabulary", str(options.vocabulary)]
+    arms = options.arms.split("; ")
+    for first in range(0, len(arms), options.together):
+        with tempfile.TemporaryDirectory() as folder:
             started = time.perf_counter()
-            subprocess.run(command, check=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
-            print(f"{arm}: {time.perf_counter() - started:.0f} s", file=sys.stderr, flush=True)
-            measured = json.loads(Path(result.name).read_text())
-            rows += measured["results"]
-            pieces += measured["breakdown"]
+            processes = []
+            for arm in arms[first : first + options.together]:
+                result = Path(folder, f"{len(processes)}.json")
+                command = [sys.executable, __file__, "--model", options.model, "--arms", arm]
+                command += [f"--{name}={text}" for name, text in numbers.items()]
+                command += ["--one-arm", str(result), "--turns", str(Path(folder, "turn"))]
+                if options.vocabulary:
+                    command += ["--vocabulary", str(options.vocabulary)]
+                process = subprocess.Popen(command, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+                processes.append((arm, process, result))
+            for arm, process, result in processes:
+                if process.wait():
+                    sys.exit(f"{arm}: ended with {process.returncode}")
+                print(f"{arm}: {time.perf_counter() - started:.0f} s", file=sys.stderr, flush=True)
+                measured = json.loads(result.read_text())
+                rows += measured["results"]
+                pieces += measured["breakdown"]
         if options.json:
             command = shlex.join(["python", *sys.argv]).replace(
                 str(options.json), options.json.name

@@ -229,7 +229,7 @@ class Cubins:
         row_scale = torch.empty(m, device=x.device)
         shape = {"M": m, "N": n, "K": k, "stride_x": x.stride(0), "stride_out": out.stride(0)}
         tensors = {"codes": codes, "block_scales": block_scales, "tensor_scale": tensor_scale}
-        tensors |= {"x": x, "row_scale": row_scale, "out": out}
+        tensors |= {"x": x, "scales": row_scale, "out": out}
         self.launch("row_scales", (m,), **tensors, **shape)
         name = "linear" if bias is None else "linear_bias"
         if bias is not None:

@@ -33,7 +33,17 @@ _OPTIONS = {"num_warps": 8, "num_stages": 3, "enable_fp_fusion": False}
 
 
 @triton.jit
-def row_scales_kernel(x, row_scale, K, stride_x, TILE_K: tl.constexpr):
+def row_scale(bits):
+    """The power of two of a row whose largest magnitude has these bits as a BF16 number."""
+    exponent = bits >> 7
+    # Not below the smallest normal number, whose reciprocal is still finite.
+    scale = (tl.maximum(exponent - _ROW_EXPONENT, 1) << 23).to(tl.float32, bitcast=True)
+    scale = tl.where(bits == 0, 1.0, scale)
+    return tl.where(exponent == 255, float("nan"), scale)
+
+
+@triton.jit
+def row_scales_kernel(x, scales, K, stride_x, TILE_K: tl.constexpr):
     """The power of two of each row; one program per row. `linear` says what the tensors are."""
     row = tl.program_id(0)
     largest = tl.zeros([TILE_K], tl.int32)
@@ -42,16 +52,11 @@ def row_scales_kernel(x, row_scale, K, stride_x, TILE_K: tl.constexpr):
         values = tl.load(x + row.to(tl.int64) * stride_x + columns, columns < K, 0.0)
         # As integers, magnitudes are ordered as the numbers are, and inf and NaN are the largest.
         largest = tl.maximum(largest, values.to(tl.int16, bitcast=True).to(tl.int32) & 0x7FFF)
-    bits = tl.max(largest, 0)
-    exponent = bits >> 7
-    # Not below the smallest normal number, whose reciprocal is still finite.
-    scale = (tl.maximum(exponent - _ROW_EXPONENT, 1) << 23).to(tl.float32, bitcast=True)
-    scale = tl.where(bits == 0, 1.0, scale)
-    tl.store(row_scale + row, tl.where(exponent == 255, float("nan"), scale))
+    tl.store(scales + row, row_scale(tl.max(largest, 0)))
 
 
 @triton.jit
-def _quantize(x, TILE_M: tl.constexpr, TILE_K: tl.constexpr):
+def quantize(x, TILE_M: tl.constexpr, TILE_K: tl.constexpr):
     """Packed codes ``[TILE_M, TILE_K/2]`` and E4M3 scales ``[TILE_M, TILE_K/16]`` of an FP32 tile."""
     blocks = tl.reshape(x, [TILE_M, TILE_K // 16, 16])
     scales = (tl.max(tl.abs(blocks), 2) * (1 / 6)).to(tl.float8e4nv)
@@ -72,7 +77,7 @@ def _quantize(x, TILE_M: tl.constexpr, TILE_K: tl.constexpr):
 @triton.jit
 def linear_kernel(
     x,
-    row_scale,
+    scales,
     codes,
     block_scales,
     tensor_scale,
@@ -98,7 +103,7 @@ def linear_kernel(
     x_row = x + wide_rows[:, None] * stride_x
     codes_row = codes + wide_columns * (K // 2)
     scales_row = block_scales + wide_columns[:, None] * (K // 16)
-    scale = tl.load(row_scale + rows, is_row, 1.0)
+    scale = tl.load(scales + rows, is_row, 1.0)
     inverse = tl.div_rn(1.0, scale)
 
     product = tl.zeros([TILE_M, TILE_N], tl.float32)
@@ -112,7 +117,7 @@ def linear_kernel(
         b = tl.load(codes_row[None, :] + pair[:, None], b_mask, 0)
         b_scale_mask = is_column[:, None] & (block < K // 16)[None, :]
         b_scale = tl.load(scales_row + block[None, :], b_scale_mask, 0.0)
-        a, a_scale = _quantize(values.to(tl.float32) * inverse[:, None], TILE_M, TILE_K)
+        a, a_scale = quantize(values.to(tl.float32) * inverse[:, None], TILE_M, TILE_K)
         product = tl.dot_scaled(a, a_scale, "e2m1", b, b_scale, "e2m1", product)
 
     # One by one: the product of the two scales alone may leave FP32's range.
@@ -148,11 +153,11 @@ def linear(
     (m, k), n = x.shape, codes.shape[0]
     if m == 0 or n == 0:
         return
-    row_scale = torch.empty(m, dtype=torch.float32, device=x.device)
-    row_scales_kernel[(m,)](x, row_scale, k, x.stride(0), **_ROW_SCALE_TILE, **_ROW_SCALE_OPTIONS)
+    scales = torch.empty(m, dtype=torch.float32, device=x.device)
+    row_scales_kernel[(m,)](x, scales, k, x.stride(0), **_ROW_SCALE_TILE, **_ROW_SCALE_OPTIONS)
     grid = (triton.cdiv(n, _TILES["TILE_N"]), triton.cdiv(m, _TILES["TILE_M"]))
     linear_kernel[grid](
-        *(x, row_scale, codes, block_scales, tensor_scale, bias, out),
+        *(x, scales, codes, block_scales, tensor_scale, bias, out),
         *(m, n, k, x.stride(0), out.stride(0)),
         **_TILES,
         **_OPTIONS,
@@ -192,7 +197,7 @@ def _check(
 
 _POINTERS = {
     "x": "*bf16",
-    "row_scale": "*fp32",
+    "scales": "*fp32",
     "codes": "*u8",
     "block_scales": "*fp8e4nv",
     "tensor_scale": "*fp32",
