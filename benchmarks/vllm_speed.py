@@ -69,7 +69,7 @@ def measure(arm: str, options: argparse.Namespace) -> dict[str, list[dict[str, A
         max_num_batched_tokens=8192,
         max_num_seqs=64,
         enable_prefix_caching=False,
-        gpu_memory_utilization=0.1,  # is only compared with what is free at the start
+        gpu_memory_utilization=0.25,  # only compared with what the weights need and what is free
         kv_cache_memory_bytes=KV_CACHE_BYTES,  # vLLM cannot measure it while others start
         disable_log_stats=True,
         profiler_config=profiler if options.breakdown else None,

@@ -53,21 +53,28 @@ def poisoned(fmt: str, rows: int, width: int, device: str):
     return room
 
 
-def check_codes(fmt: str, got, x: Tensor) -> None:
-    """The codes of BF16 rows, bit by bit."""
+def check_codes(fmt: str, got, x: Tensor, most_different: float = 0) -> None:
+    """The codes of FP32 rows, bit by bit but for a share of them."""
+
+    def same(got: Tensor, wanted: Tensor) -> bool:
+        different = got.view(torch.uint8) != wanted.view(torch.uint8)
+        return bool(different.float().mean() <= most_different)
+
     if fmt == "fp8":
         codes, scale = fp8.quantize(x)
         finite = scale.isfinite().flatten()
-        assert torch.equal(got.scale[finite], scale[finite])
-        assert torch.equal(got.codes.float()[finite], codes.float()[finite])
+        torch.testing.assert_close(got.scale[finite], scale[finite], rtol=most_different, atol=0)
         assert got.scale[~finite].isfinite().logical_not().all()
+        # It multiplies with a reciprocal, which is half an ulp off.
+        most_different = max(most_different, 1e-4)
+        assert same(got.codes[finite], codes[finite])
     else:
-        wanted = NVFP4.quantize_rows(x, EMULATION)
-        torch.testing.assert_close(got.scale.flatten(), wanted.row_scale.flatten(), equal_nan=True)
+        wanted = NVFP4.quantize_rows(x, EMULATION, "6")
         finite = wanted.row_scale.isfinite().flatten()
-        assert torch.equal(got.codes[finite], wanted.codes[finite])
-        blocks = got.block_scales.view(torch.uint8), wanted.block_scales.view(torch.uint8)
-        assert torch.equal(blocks[0][finite], blocks[1][finite])
+        assert torch.equal(finite, got.scale.isfinite().flatten())
+        assert same(got.scale[finite], wanted.row_scale[finite])
+        assert same(got.codes[finite], wanted.codes[finite])
+        assert same(got.block_scales[finite], wanted.block_scales[finite])
 
 
 def dequantized(fmt: str, got) -> Tensor:
@@ -99,39 +106,31 @@ def check_silu_and_mul(fmt: str, device: str, rows: int, width: int) -> None:
     exact = torch.nn.functional.silu(gate) * up
     found = dequantized(fmt, to_cpu(got)).double()
     assert (found - exact).norm() < ERROR[fmt] * exact.norm()
-    # Of the same BF16 values the same codes: up to where exp, which is not rounded alike everywhere,
-    # moves one to the next.
-    values = (torch.nn.functional.silu(gate.float()).bfloat16() * up.bfloat16()).float()
-    codes, scale = fp8.quantize(values)
-    if fmt == "fp8":
-        same = (to_cpu(got).scale - scale).abs() <= scale * 2**-7
-        assert same.all()
-        assert (to_cpu(got).codes.float() != codes.float()).float().mean() < 0.02
-    else:
-        wanted = NVFP4.quantize_rows(values.bfloat16(), EMULATION)
-        assert (to_cpu(got).codes != wanted.codes).float().mean() < 0.02
+    # The codes of the same values, but for where exp, which is not the same everywhere, moves one.
+    values = (
+        torch.nn.functional.silu(x.cpu().float().chunk(2, 1)[0]) * x.cpu().float().chunk(2, 1)[1]
+    )
+    check_codes(fmt, to_cpu(got), values, most_different=0.001)
 
 
-def check_rms_norm(fmt: str | None, device: str, rows: int, width: int, with_sum: bool) -> None:
+def check_rms_norm(fmt: str | None, device: str, rows: int, width: int, first: int = 0) -> None:
     from mixquant.kernels.fused_triton import rms_norm
 
     x = torch.randn(rows, width, device=device).bfloat16()
-    residual = (torch.randn(rows, width, device=device) * 20).bfloat16() if with_sum else None
+    residual = (torch.randn(rows, width, device=device) * 20).bfloat16()
     weight = torch.randn(width, device=device).bfloat16()
-    got = None if fmt is None else poisoned(fmt, rows, width, device)
-    out, total = rms_norm(x, residual, weight, EPSILON, got)
-    exact = x.cpu().double()
-    if residual is not None:
-        exact = exact + residual.cpu().double()
-        assert torch.equal(total.cpu(), (x.cpu().float() + residual.cpu().float()).bfloat16())
-    else:
-        assert total is None
+    count = max(1, (rows - first) // 2)
+    got = None if fmt is None else poisoned(fmt, count, width, device)
+    out, total = rms_norm(x, residual, weight, EPSILON, got, first)
+    exact = x.cpu().double() + residual.cpu().double()
+    assert torch.equal(total.cpu(), (x.cpu().float() + residual.cpu().float()).bfloat16())
     exact = exact * (exact.square().mean(1, keepdim=True) + EPSILON).rsqrt()
     exact = exact * weight.cpu().double()
     assert ((out.cpu().double() - exact).abs() <= exact.abs() * 2**-7 + 1e-30).all()
     if fmt is not None:
-        check_codes(fmt, to_cpu(got), out.cpu())
-        error = (dequantized(fmt, to_cpu(got)).double() - exact).norm() / exact.norm()
+        some = slice(first, first + count)
+        check_codes(fmt, to_cpu(got), out.cpu()[some].float())
+        error = (dequantized(fmt, to_cpu(got)).double() - exact[some]).norm() / exact[some].norm()
         assert error < ERROR[fmt]
 
 
@@ -142,9 +141,9 @@ def check(device: str) -> None:
     for fmt in ("fp8", "nvfp4"):
         for rows, width in cases:
             check_silu_and_mul(fmt, device, rows, width)
-            for with_sum in (False, True):
-                check_rms_norm(fmt, device, rows, width, with_sum)
-    check_rms_norm(None, device, 5, 96, True)
+            for first in {0, rows // 3}:
+                check_rms_norm(fmt, device, rows, width, first)
+    check_rms_norm(None, device, 5, 96)
     check_extremes(device)
 
 
@@ -157,7 +156,7 @@ def check_extremes(device: str) -> None:
     for fmt in ("fp8", "nvfp4"):
         got = poisoned(fmt, 33, 64, device)
         silu_and_mul(torch.cat([gate, up], 1).to(device), got)
-        check_codes(fmt, to_cpu(got), (up.float() * 100).bfloat16())
+        check_codes(fmt, to_cpu(got), up.float() * 100)
 
 
 def main() -> None:

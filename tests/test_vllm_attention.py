@@ -58,7 +58,7 @@ thresholds = st.builds(
 
 
 @given(batches(), thresholds, st.integers(0, 40))
-def test_pieces_are_the_quantized_rows_from_a_position_on(
+def test_pieces_are_the_quantized_rows_of_long_prompts(
     batch: Batch, numbers: Thresholds, least: int
 ) -> None:
     plan = plan_of(batch, numbers)
@@ -67,12 +67,12 @@ def test_pieces_are_the_quantized_rows_from_a_position_on(
         for row in range(piece.start, piece.stop):
             found[row] = (piece.sequence, piece.keys - (piece.stop - row) + 1)
     expected, row = {}, 0
-    for sequence, (first, count) in enumerate(
-        zip(batch.first_positions, batch.row_counts, strict=True)
+    for sequence, (first, count, prompt) in enumerate(
+        zip(batch.first_positions, batch.row_counts, batch.prompt_lengths, strict=True)
     ):
         for position in range(first, first + count):
             quantized = any(start <= row < stop for start, stop in plan.quantized)
-            if quantized and position >= least:
+            if quantized and prompt >= least:
                 expected[row] = (sequence, position + 1)
             row += 1
     assert found == expected
@@ -170,7 +170,7 @@ def _on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fp8_triton, "encode", encode)
     monkeypatch.setattr(fp8_triton, "gather", gather)
     monkeypatch.setattr(attention, "flash_attention", flash)
-    monkeypatch.setattr(attention, "LEAST_POSITION", 5)
+    monkeypatch.setattr(attention, "LEAST_PROMPT", 5)
     pieces = attention.pieces_of
     monkeypatch.setattr(attention, "pieces_of", lambda plan, batch: pieces(plan, batch, 5))
 

@@ -333,9 +333,12 @@ def test_few_precise_rows_are_not_worth_gathering_the_others(
     class Recorded:
         format = product.format
 
-        def __call__(self, rows: Tensor, bias: Any, out: Tensor) -> None:
+        def encode(self, rows: Tensor) -> Any:
             counts.append(len(rows))
-            product(rows, bias, out)
+            return product.encode(rows)
+
+        def multiply(self, encoded: Any, bias: Any, out: Tensor) -> None:
+            product.multiply(encoded, bias, out)
 
     monkeypatch.setattr(it.method, "products", ((features, Recorded()),))
     plan = plan_of(sequences, 2, Thresholds())

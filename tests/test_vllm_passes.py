@@ -78,6 +78,8 @@ class Runner:
         self.vllm_config = SimpleNamespace(
             quant_config=method,
             parallel_config=SimpleNamespace(data_parallel_rank=0, data_parallel_index=0),
+            model_config=SimpleNamespace(max_model_len=4096),
+            lora_config=None,
         )
         self.model, self.drafter = model, Model()
 

@@ -24,10 +24,10 @@ from vllm.platforms import current_platform
 from mixquant import kernels
 from mixquant.engines.vllm import products, settings
 from mixquant.engines.vllm.products import (
-    CutlassProduct,
     EmulatedProduct,
     Nvfp4Product,
     OneDnnProduct,
+    ScaledProduct,
     TritonNvfp4Product,
     nbytes_of,
     nvfp4_codes,
@@ -123,7 +123,7 @@ def test_bytes_that_are_announced_are_those_of_the_native_copy(fmt: str) -> None
         held = Nvfp4Product(*nvfp4_codes(weight, Recipe())).nbytes
         assert nbytes_of(fmt, n, k) <= held <= nbytes_of(fmt, n, k) + 32  # and a few scalars
     elif fmt == "fp8":
-        assert CutlassProduct(fmt, weight).nbytes == nbytes_of(fmt, n, k)
+        assert ScaledProduct(fmt, weight).nbytes == nbytes_of(fmt, n, k)
     else:
         assert OneDnnProduct(weight).nbytes == nbytes_of(fmt, n, k)
 
@@ -440,7 +440,7 @@ def test_what_cutlass_is_given(
     fake = Cutlass(monkeypatch)
     weight, x = random(48, K), random(rows, K, seed=1)
     bias = random(96, seed=2)[16:64] if biased else None
-    product = CutlassProduct(fmt, weight)
+    product = ScaledProduct(fmt, weight)
     assert (product.format, product.kernel.native) == (fmt, True)
     out = torch.full((rows, 48), torch.nan).bfloat16()
     product(x, bias, out)
@@ -457,6 +457,6 @@ def test_what_cutlass_is_given(
 def test_weights_are_quantized_alike_in_pieces(fmt: str, monkeypatch: pytest.MonkeyPatch) -> None:
     fake = Cutlass(monkeypatch)
     weight, x = random(1024 * 2 + 32, 16), random(3, 16, seed=1)
-    product = CutlassProduct(fmt, weight)
+    product = ScaledProduct(fmt, weight)
     assert_rounded(multiplied(product, x, len(weight)), reference(fmt, x, weight))
     assert len(fake.outs) == 1

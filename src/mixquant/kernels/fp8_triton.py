@@ -18,7 +18,8 @@ LARGEST = tl.constexpr(448.0)
 _TOKENS = 32  # per program
 
 
-@triton.jit
+# Not compiled anew for a number of tokens that happens to be 1 or a multiple of 16.
+@triton.jit(do_not_specialize=["tokens"])
 def encode_kernel(
     x, out, tokens, heads, stride_t, stride_h, SIZE: tl.constexpr, TOKENS: tl.constexpr
 ):
@@ -37,7 +38,7 @@ def encode_kernel(
     tl.store(to, values.to(tl.float8e4nv), there)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def gather_kernel(
     cache,
     pages,

@@ -34,15 +34,15 @@ def _write_fp8(values, codes, scale, row, columns, K):
     bits = tl.max(values.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 0)
     step = tl.div_rn(bits.to(tl.float32, bitcast=True), _LARGEST)
     step = tl.maximum(step, _LEAST_SCALE, tl.PropagateNan.ALL)
-    scaled = tl.maximum(tl.div_rn(values, step), -_LARGEST, tl.PropagateNan.ALL)
-    scaled = tl.minimum(scaled, _LARGEST, tl.PropagateNan.ALL)
+    # A division of each value would take longer than reading it.
+    scaled = values * tl.div_rn(1.0, step)
     tl.store(codes + row * K + columns, scaled.to(tl.float8e4nv), columns < K)
     tl.store(scale + row, step)
 
 
 @triton.jit
 def _write_nvfp4(values, codes, block_scales, scale, row, K, TILE: tl.constexpr):
-    """Codes, block scales and scale of one row of FP32 values that are BF16's, zero beyond K."""
+    """Codes, block scales and scale of one row of FP32 values, zero beyond K."""
     step = row_scale(tl.max(values.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 0) >> 16)
     packed, scales = quantize(values[None, :] * tl.div_rn(1.0, step), 1, TILE)
     pair = tl.arange(0, TILE // 2)
@@ -60,15 +60,15 @@ def silu_and_mul_kernel(x, codes, block_scales, scale, K, stride_x, TILE: tl.con
     there = columns < K
     gate = tl.load(x + row * stride_x + columns, there, 0.0).to(tl.float32)
     up = tl.load(x + row * stride_x + K + columns, there, 0.0).to(tl.float32)
-    silu = (gate / (1.0 + tl.exp(-gate))).to(tl.bfloat16).to(tl.float32)
-    values = (silu * up).to(tl.bfloat16).to(tl.float32)
+    values = gate / (1.0 + tl.exp(-gate)) * up
     if block_scales is None:
         _write_fp8(values, codes, scale, row, columns, K)
     else:
         _write_nvfp4(values, codes, block_scales, scale, row, K, TILE)
 
 
-@triton.jit
+# Not compiled anew for a row range that happens to begin at 1 or at a multiple of 16.
+@triton.jit(do_not_specialize=["first", "count"])
 def rms_norm_kernel(
     x,
     residual,
@@ -78,6 +78,8 @@ def rms_norm_kernel(
     codes,
     block_scales,
     scale,
+    first,
+    count,
     K,
     stride_x,
     stride_residual,
@@ -89,20 +91,21 @@ def rms_norm_kernel(
     columns = tl.arange(0, TILE)
     there = columns < K
     values = tl.load(x + row * stride_x + columns, there, 0.0).to(tl.float32)
-    if residual is not None:
-        values += tl.load(residual + row * stride_residual + columns, there, 0.0).to(tl.float32)
-        tl.store(total + row * K + columns, values.to(tl.bfloat16), there)
+    values += tl.load(residual + row * stride_residual + columns, there, 0.0).to(tl.float32)
+    tl.store(total + row * K + columns, values.to(tl.bfloat16), there)
     variance = tl.sum(values * values, 0) / K
     values = (values * tl.rsqrt(variance + epsilon)).to(tl.bfloat16)
     values = values.to(tl.float32) * tl.load(weight + columns, there, 0.0).to(tl.float32)
     normed = values.to(tl.bfloat16)
     tl.store(out + row * K + columns, normed, there)
     if codes is not None:
-        values = normed.to(tl.float32)
-        if block_scales is None:
-            _write_fp8(values, codes, scale, row, columns, K)
-        else:
-            _write_nvfp4(values, codes, block_scales, scale, row, K, TILE)
+        at = row - first
+        if (at >= 0) & (at < count):
+            values = normed.to(tl.float32)
+            if block_scales is None:
+                _write_fp8(values, codes, scale, at, columns, K)
+            else:
+                _write_nvfp4(values, codes, block_scales, scale, at, K, TILE)
 
 
 @dataclass(frozen=True)
@@ -138,7 +141,7 @@ def why_not(fmt: str, width: int) -> str | None:
 
 
 def silu_and_mul(x: Tensor, into: Codes) -> None:
-    """Quantizes ``silu(gate) * up``, rounded to BF16 after each of the two.
+    """Quantizes ``silu(gate) * up``, which is not rounded before.
 
     Args:
         x: BF16 ``[M, 2 K]``, the gates and then the ups, each row contiguous.
@@ -155,26 +158,32 @@ def silu_and_mul(x: Tensor, into: Codes) -> None:
 
 
 def rms_norm(
-    x: Tensor, residual: Tensor | None, weight: Tensor, epsilon: float, into: Codes | None
-) -> tuple[Tensor, Tensor | None]:
-    """RMSNorm of ``x``, or of ``x + residual``, in BF16 and quantized.
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    epsilon: float,
+    into: Codes | None = None,
+    first: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """RMSNorm of ``x + residual`` in BF16, of which some rows are quantized as well.
 
     Args:
         x, residual: BF16 ``[M, K]``, each row contiguous.
-        weight: ``[K]``.
-        into: of ``[M, K]``, contiguous; None for BF16 alone.
+        weight: BF16 ``[K]``.
+        into: of ``[rows, K]``, contiguous, for rows from ``first`` on; None for BF16 alone.
 
     Returns:
-        The normalized rows and the sum of ``x`` and the residual, or None without one; BF16.
+        The normalized rows, and the sums, both BF16 ``[M, K]``.
     """
     rows, width = x.shape
     out = torch.empty(rows, width, dtype=x.dtype, device=x.device)
-    total = None if residual is None else torch.empty_like(out)
+    total = torch.empty_like(out)
     if rows:
         codes = (None, None, None) if into is None else (into.codes, into.block_scales, into.scale)
         rms_norm_kernel[(rows,)](
-            *(x, residual, weight, out, total, *codes, width, x.stride(0)),
-            *(0 if residual is None else residual.stride(0), epsilon),
+            *(x, residual, weight, out, total, *codes),
+            *(first, 0 if into is None else len(into.scale)),
+            *(width, x.stride(0), residual.stride(0), epsilon),
             **_options(triton.next_power_of_2(width)),
         )
     return out, total

@@ -1,12 +1,12 @@
 """Prefill attention in FP8, over vLLM's BF16 KV cache.
 
-Attention is most of a long prompt's prefill. For the quantized rows of a pass that stand far enough
-into their prompts, queries, keys and values are encoded in E4M3 on the fly and multiplied by
-FlashAttention-3 (the wheel ``fa3-fwd``), which writes BF16. All other rows, decode rows among them,
-keep vLLM's own BF16 kernel. The cache stays as it is.
+Attention is most of a long prompt's prefill. For the quantized rows of prompts that are long enough,
+queries, keys and values are encoded in E4M3 on the fly and multiplied by FlashAttention-3 (the wheel
+``fa3-fwd``), which writes BF16. All other rows, decode rows among them, keep vLLM's own BF16 kernel. The
+cache stays as it is.
 
 Codes have no scale, so no row depends on later tokens; and whether a row's attention is FP8 depends on
-its own position and the plan alone.
+the length of its prompt and the plan alone.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from mixquant.engines.vllm.versions import keys_and_values
 from mixquant.phase import PhasePlan, plan_in_force
 from mixquant.recipe import Recipe
 
-# Rows at lower positions attend to so few keys that BF16 takes no longer.
-LEAST_POSITION = 2048
+# In tokens. With fewer, BF16 takes no longer: encoding and more launches cost what FP8 gains.
+LEAST_PROMPT = 4096
 
 HEAD_SIZES = (64, 128, 256)
 
@@ -42,20 +42,25 @@ class Piece:
     keys: int  # of the last of them: its position + 1
 
 
-def pieces_of(plan: PhasePlan, batch: Any, least_position: int = LEAST_POSITION) -> list[Piece]:
-    """The rows of a pass whose attention is FP8: quantized ones from a position on.
+def pieces_of(plan: PhasePlan, batch: Any, least_prompt: int = LEAST_PROMPT) -> list[Piece]:
+    """The rows of a pass whose attention is FP8: quantized ones of prompts from a length on.
 
     Args:
-        batch: with arrays ``first_positions`` and ``row_counts`` ``[sequences]``, in row order.
+        batch: with arrays ``first_positions``, ``row_counts`` and ``prompt_lengths``
+            ``[sequences]``, in row order.
     """
     pieces = []
     row = 0
-    for sequence, (first, count) in enumerate(
-        zip(batch.first_positions.tolist(), batch.row_counts.tolist(), strict=True)
+    for sequence, (first, count, prompt) in enumerate(
+        zip(
+            batch.first_positions.tolist(),
+            batch.row_counts.tolist(),
+            batch.prompt_lengths.tolist(),
+            strict=True,
+        )
     ):
-        begin = row + max(0, least_position - first)
-        for start, stop in plan.quantized:
-            low, high = max(start, begin), min(stop, row + count)
+        for start, stop in plan.quantized if prompt >= least_prompt else ():
+            low, high = max(start, row), min(stop, row + count)
             if low < high:
                 pieces.append(Piece(sequence, low, high, first + high - row))
         row += count
@@ -66,7 +71,8 @@ def pieces_of(plan: PhasePlan, batch: Any, least_position: int = LEAST_POSITION)
 class _Rest:
     """The other rows of a pass, as a pass of their own."""
 
-    rows: Tensor  # [rest] int64
+    rows: Tensor | slice  # [rest] int64, or consecutive ones
+    count: int
     metadata: Any
 
 
@@ -106,6 +112,7 @@ class PrefillAttention:
         plan = plan_in_force()
         if attn_metadata is None and self._profiling():
             self._codes(len(query), self._longest, query.device)
+            self._warm_up(query.device)
         pieces = [] if plan is None or attn_metadata is None else self._pieces(plan, attn_metadata)
         if not pieces:
             return self._forward(
@@ -113,20 +120,14 @@ class PrefillAttention:
             )
         assert plan is not None
         rest = self._rest(plan, pieces, attn_metadata)
-        if rest is not None:
-            theirs = output.new_empty(len(rest.rows), *output.shape[1:])
-            self._forward(
-                layer,
-                query.index_select(0, rest.rows),
-                key,
-                value,
-                kv_cache,
-                rest.metadata,
-                theirs,
-                *args,
-                **kwargs,
-            )
-            output.index_copy_(0, rest.rows, theirs)
+        if rest is not None and isinstance(rest.rows, Tensor):
+            some = query.index_select(0, rest.rows)
+            into = output.new_empty(rest.count, *output.shape[1:])
+            self._forward(layer, some, key, value, kv_cache, rest.metadata, into, *args, **kwargs)
+            output.index_copy_(0, rest.rows, into)
+        elif rest is not None:
+            some, into = query[rest.rows], output[rest.rows]
+            self._forward(layer, some, key, value, kv_cache, rest.metadata, into, *args, **kwargs)
         keys, values = keys_and_values(kv_cache, self._implementation.head_size)
         for piece in pieces:
             self._attend(piece, query, keys, values, attn_metadata.block_table, output)
@@ -172,6 +173,19 @@ class PrefillAttention:
         gather(values, pages, v)
         out = output[piece.start : piece.stop].view(1, rows, heads, size)
         flash_attention(q[None], k[None], v[None], implementation.scale, out)
+
+    def _warm_up(self, device: torch.device) -> None:
+        """Has the kernels compiled before the first request waits for them."""
+        from mixquant.kernels.fp8_triton import encode, gather
+
+        of = self._implementation
+        q, k, v = self._codes(1, 1, device)
+        encode(torch.zeros(1, of.num_heads, of.head_size, dtype=torch.bfloat16, device=device), q)
+        page = torch.zeros(1, 16, of.num_kv_heads, 2 * of.head_size, device=device).bfloat16()
+        for codes, half in ((k, page[..., : of.head_size]), (v, page[..., of.head_size :])):
+            gather(half, torch.zeros(1, dtype=torch.int32, device=device), codes)
+        out = torch.empty(1, 1, of.num_heads, of.head_size, dtype=torch.bfloat16, device=device)
+        flash_attention(q[None], k[None], v[None], of.scale, out)
 
     def _codes(self, rows: int, keys: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
         """Room for the codes of queries, keys and values."""
@@ -254,7 +268,9 @@ def _rest(batch: Any, pieces: list[Piece], metadata: Any) -> _Rest | None:
     theirs.max_seq_len = max(lengths)
     theirs.block_table = metadata.block_table.index_select(0, table)
     theirs.scheduler_metadata = None  # made for the whole pass
-    return _Rest(torch.tensor(rows).to(device, non_blocking=True), theirs)
+    if rows[-1] - rows[0] == len(rows) - 1:
+        return _Rest(slice(rows[0], rows[-1] + 1), len(rows), theirs)
+    return _Rest(torch.tensor(rows).to(device, non_blocking=True), len(rows), theirs)
 
 
 def why_not(
@@ -301,6 +317,8 @@ def follow_attention(
     from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 
     layers = [module for module in model.modules() if isinstance(module, AttentionLayerBase)]
+    if not layers:
+        return ""
     reasons: Counter[str] = Counter()
     capability = torch.cuda.get_device_capability() if torch.cuda.is_available() else None
     for layer in layers:

@@ -68,6 +68,7 @@ class PhaseLinearMethod(UnquantizedLinearMethod):  # type: ignore[misc]
         self.parts: tuple[Part, ...] = ()
         self.products: tuple[tuple[Range, Product | None], ...] = ()
         self.only_quantized = False  # nothing is left of the BF16 weight
+        self.activated = False  # the input is SiluAndMul's, which is computed here: see fusion.py
 
     def create_weights(
         self,
@@ -80,7 +81,7 @@ class PhaseLinearMethod(UnquantizedLinearMethod):  # type: ignore[misc]
         **extra_weight_attrs: Any,
     ) -> None:
         self.shape = (sum(output_partition_sizes), input_size_per_partition)
-        self.itemsize = params_dtype.itemsize
+        self.dtype = params_dtype
         self.parts = lay_out(
             self.recipe,
             self.prefix,
@@ -146,7 +147,24 @@ class PhaseLinearMethod(UnquantizedLinearMethod):  # type: ignore[misc]
 
     def precise(self, layer: torch.nn.Module, x: Tensor, bias: Tensor | None) -> Tensor:
         """vLLM's own product with the BF16 weight."""
+        if self.activated:
+            x = _silu_and_mul(x)
         return super().apply(layer, x, bias)
+
+    def offer(self, plan: PhasePlan, x: Tensor, encoded: Any) -> None:
+        """Keeps the quantized rows of ``x``, which this layer is given next, in this pass."""
+        plan.memo["offered", id(self)] = (x.data_ptr(), encoded)
+
+    def encoded(self, plan: PhasePlan, flat: Tensor, rows: Tensor, product: Product) -> Any:
+        """The quantized rows ``rows`` of the layer's input ``flat``, as ``product`` takes them."""
+        if self.activated:
+            from mixquant.kernels.fused_triton import room_for, silu_and_mul
+
+            codes = room_for("fp8", len(rows), rows.shape[1] // 2, rows.device)
+            silu_and_mul(rows, codes)
+            return codes.codes, codes.scale
+        address, encoded = plan.memo.pop(("offered", id(self)), (None, None))
+        return encoded if address == flat.data_ptr() else product.encode(rows)
 
     def described(self, name: str) -> list[Layer]:
         """The layer's lines in the table, one for each part."""
@@ -162,7 +180,7 @@ class PhaseLinearMethod(UnquantizedLinearMethod):  # type: ignore[misc]
                     native=product.kernel.native if product else True,
                     nbytes=product.nbytes if product else 0,
                     why_precise=part.why_precise,
-                    freed=(stop - start) * self.shape[1] * self.itemsize
+                    freed=(stop - start) * self.shape[1] * self.dtype.itemsize
                     if self.only_quantized
                     else 0,
                 )
@@ -195,11 +213,29 @@ _layers: weakref.WeakValueDictionary[int, torch.nn.Module] = weakref.WeakValueDi
 _numbers = itertools.count()
 
 
+def layer_of(number: Tensor) -> Any:
+    """The layer that the operator knows by this number."""
+    return _layers[int(number)]
+
+
+def quantized_rows(plan: PhasePlan, rows: int) -> Range | None:
+    """From the first to the last quantized row, if so few in between are not that all are computed.
+
+    None as well for a plan of other rows, or without quantized ones.
+    """
+    if plan.rows != rows or not plan.quantized:
+        return None
+    first, last = plan.quantized[0][0], plan.quantized[-1][1]
+    return (first, last) if plan.quantized_rows >= 0.9 * (last - first) else None
+
+
 def _phase_linear(x: Tensor, bias: Tensor | None, number: Tensor, features: int) -> Tensor:
-    layer: Any = _layers[int(number)]
+    layer = layer_of(number)
     method: PhaseLinearMethod = layer.mixquant_method
     rows = x.numel() // x.shape[-1]
-    plan = everything_quantized(rows) if method.only_quantized else plan_in_force()
+    plan = plan_in_force()
+    if method.only_quantized and (plan is None or plan.rows != rows or plan.precise):
+        plan = everything_quantized(rows)
     if plan is None or plan.rows != rows or not plan.quantized:
         return method.precise(layer, x, bias)
     flat = x.reshape(rows, x.shape[-1])
@@ -222,24 +258,31 @@ def _quantized(
     for_vllm = bias
     if bias is not None:
         bias = bias.to(flat.dtype)  # the CPU backend may have made it FP32 for its own kernels
-    first, last = plan.quantized[0][0], plan.quantized[-1][1]
-    span = last - first
     if plan.quantized_rows + plan.precise_rows < plan.rows:
         out.zero_()  # padding is read by nobody, but must not be what lay in this memory
     # Few precise rows in between are computed twice rather than all the others gathered.
-    together = plan.quantized_rows >= 0.9 * span
-    rows = flat[first:last] if together else select(flat, plan, "quantized")
-    target = out[first:last] if together else out.new_empty(len(rows), out.shape[1])
+    together = quantized_rows(plan, len(flat))
+    rows = flat[slice(*together)] if together else select(flat, plan, "quantized")
+    target = out[slice(*together)] if together else out.new_empty(len(rows), out.shape[1])
+    encoded: dict[str, Any] = {}  # by format, for parts that share one
     for (start, stop), product in method.products:
         part_bias = None if bias is None else bias[start:stop]
         if product is not None:
-            product(rows, part_bias, target[:, start:stop])
+            if product.format not in encoded:
+                encoded[product.format] = method.encoded(plan, flat, rows, product)
+            product.multiply(encoded[product.format], part_bias, target[:, start:stop])
         elif layer.weight.numel():
             target[:, start:stop] = F.linear(rows, layer.weight[start:stop], part_bias)
         else:  # the CPU backend has packed the weight, and packed ones have no parts
             target[:, start:stop] = method.precise(layer, rows, for_vllm)[:, start:stop]
     if not together:
         put(target, out, plan, "quantized")
+
+
+def _silu_and_mul(x: Tensor) -> Tensor:
+    out = x.new_empty(*x.shape[:-1], x.shape[-1] // 2)
+    torch.ops._C.silu_and_mul(out, x)
+    return out
 
 
 def _fake(x: Tensor, bias: Tensor | None, number: Tensor, features: int) -> Tensor:

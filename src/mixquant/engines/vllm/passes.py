@@ -21,6 +21,7 @@ import torch
 
 from mixquant.engines.vllm.attention import follow_attention
 from mixquant.engines.vllm.counters import Counters, multiprocess
+from mixquant.engines.vllm.fusion import follow_producers
 from mixquant.phase import PhasePlan, Thresholds, everything_quantized, in_force, plan_pass
 
 V1 = "vllm.v1.worker.gpu_model_runner"
@@ -61,7 +62,9 @@ class Follower:
         self.noted: Batch | None = None
         self.profiling = False
         self.attention = ""
+        self.fused = 0
         self._longest = runner.vllm_config.model_config.max_model_len
+        self._with_lora = runner.vllm_config.lora_config is not None
         self._entered: in_force | None = None
         self._counters = _counters_of(runner, method)
         self._trace = os.environ.get(TRACE) if self._counters is not None else None
@@ -73,6 +76,7 @@ class Follower:
             self.attention = follow_attention(
                 model, self.recipe, self._longest, lambda: self.profiling
             )
+            self.fused = follow_producers(model, self._with_lora)
             model.register_forward_pre_hook(self._begin, with_kwargs=True)
             model.register_forward_hook(self._end, always_call=True)
 

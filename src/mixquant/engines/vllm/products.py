@@ -18,6 +18,7 @@ from mixquant.prefill_checkpoint import Fp8Tensors, Nvfp4Tensors
 from mixquant.recipe import Recipe
 
 CUTLASS = Kernel("vLLM CUTLASS", native=True)
+CUBLAS = Kernel("cuBLASLt", native=True)
 ONEDNN = Kernel("vLLM oneDNN", native=True)
 
 
@@ -28,12 +29,20 @@ class Product(Protocol):
     kernel: Kernel
     nbytes: int
 
-    def __call__(self, rows: Tensor, bias: Tensor | None, out: Tensor) -> None:
-        """Quantizes ``rows`` ``[M, K]`` and writes their products ``[M, N]`` into ``out``.
+    def encode(self, rows: Tensor) -> Any:
+        """Rows ``[M, K]`` as `multiply` takes them, the same for all products of a format here."""
+        ...
+
+    def multiply(self, encoded: Any, bias: Tensor | None, out: Tensor) -> None:
+        """Writes the products ``[M, N]`` of encoded rows into ``out``.
 
         ``out`` may be columns of a wider matrix; ``bias`` is ``[N]`` in its type, or None.
         """
         ...
+
+    def __call__(self, rows: Tensor, bias: Tensor | None, out: Tensor) -> None:
+        """Writes the products ``[M, N]`` of rows ``[M, K]`` into ``out``, as `multiply` does."""
+        self.multiply(self.encode(rows), bias, out)
 
 
 def why_not(fmt: str, out_features: int, in_features: int) -> str | None:
@@ -61,7 +70,7 @@ def product_of(fmt: str, weight: Tensor, recipe: Recipe) -> Product:
     if _emulated(fmt):
         return EmulatedProduct(fmt, weight, {})
     if weight.is_cuda:
-        return CutlassProduct(fmt, weight)
+        return ScaledProduct(fmt, weight)
     return OneDnnProduct(weight)
 
 
@@ -70,7 +79,7 @@ def product_of_tensors(tensors: Fp8Tensors | Nvfp4Tensors, device: torch.device)
     if isinstance(tensors, Fp8Tensors):
         codes, scale = tensors.codes.to(device), tensors.scale.to(device)
         if device.type == "cuda" and not _emulated("fp8"):
-            return CutlassProduct.of_codes(codes, scale)
+            return ScaledProduct.of_codes(codes, scale)
         weight = fp8_format.Fp8Weight(codes, scale, EMULATION, tensors.shape)
         return EmulatedProduct.of_weight("fp8", weight)
     codes, block_scales = tensors.codes.to(device), tensors.block_scales.to(device)
@@ -95,10 +104,12 @@ def _emulated(fmt: str) -> bool:
     return fmt not in native_formats()[0]
 
 
-class CutlassProduct:
-    """FP8 or INT8 on a GPU: vLLM's row-wise quantizer and CUTLASS's scaled product."""
+class ScaledProduct(Product):
+    """FP8 or INT8 on a GPU: vLLM's row-wise quantizer and a product with a scale per row and column.
 
-    kernel = CUTLASS
+    The product is CUTLASS's in vLLM, and on Hopper, in FP8, cuBLASLt's in torch: measured there at
+    Qwen3-8B's shapes (docs/performance.md), it is the faster one where most of the arithmetic is.
+    """
 
     def __init__(self, fmt: str, weight: Tensor) -> None:
         quantize = fp8_format.quantize if fmt == "fp8" else int8_format.quantize
@@ -108,7 +119,7 @@ class CutlassProduct:
         self._hold(fmt, codes, scale)
 
     @classmethod
-    def of_codes(cls, codes: Tensor, scale: Tensor) -> CutlassProduct:
+    def of_codes(cls, codes: Tensor, scale: Tensor) -> ScaledProduct:
         """From a weight that is FP8 already: E4M3 codes ``[N, K]`` and FP32 scales ``[N, 1]``."""
         self = cls.__new__(cls)
         self._hold("fp8", codes, scale)
@@ -116,26 +127,49 @@ class CutlassProduct:
 
     def _hold(self, fmt: str, codes: Tensor, scale: Tensor) -> None:
         self.format = fmt
+        self.kernel = CUBLAS if fmt == "fp8" and _hopper() else CUTLASS
         self.codes = codes  # [N, K]
         self.scale = scale  # [N, 1]
         self.nbytes = codes.nbytes + scale.nbytes
 
-    def __call__(self, rows: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    def encode(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Codes ``[M, K]`` and FP32 scales ``[M, 1]``."""
         from vllm import _custom_ops as ops
 
         if self.format == "fp8":
             codes, scale = ops.scaled_fp8_quant(rows, use_per_token_if_dynamic=True)
         else:
             codes, scale, _ = ops.scaled_int8_quant(rows)
+        return codes, scale
+
+    def multiply(self, encoded: tuple[Tensor, Tensor], bias: Tensor | None, out: Tensor) -> None:
+        codes, scale = encoded
         # Straight into place: vLLM's Python wrapper makes a new matrix, which we would have to copy.
         # Not into columns of a wider one, whose stride the kernels for Hopper and later ignore.
         target = out if out.is_contiguous() else out.new_empty(out.shape)
-        torch.ops._C.cutlass_scaled_mm(target, codes, self.codes.t(), scale, self.scale, bias)
+        if self.kernel == CUBLAS and out.dtype == torch.bfloat16:
+            torch._scaled_mm(
+                codes,
+                self.codes.t(),
+                scale,
+                self.scale.t(),
+                bias=bias,
+                out_dtype=out.dtype,
+                use_fast_accum=True,
+                out=target,
+            )
+        else:
+            torch.ops._C.cutlass_scaled_mm(target, codes, self.codes.t(), scale, self.scale, bias)
         if target is not out:
             out.copy_(target)
 
 
-class OneDnnProduct:
+@functools.cache
+def _hopper() -> bool:
+    return torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+
+
+class OneDnnProduct(Product):
     """INT8 on a CPU: vLLM's row-wise quantizer and oneDNN's product."""
 
     format = "int8"
@@ -156,17 +190,24 @@ class OneDnnProduct:
         )
         self.nbytes = codes.nbytes + scale.nbytes
 
-    def __call__(self, rows: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    def encode(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Codes ``[M, K]`` and FP32 scales ``[M, 1]``."""
         from vllm import _custom_ops as ops
 
         codes, scale, _ = ops.onednn_scaled_int8_quant(rows.contiguous(), None, None, True)
+        return codes, scale
+
+    def multiply(self, encoded: tuple[Tensor, Tensor], bias: Tensor | None, out: Tensor) -> None:
+        from vllm import _custom_ops as ops
+
+        codes, scale = encoded
         target = out if out.is_contiguous() else out.new_empty(out.shape)
         ops.onednn_scaled_mm(self.handler, codes, target, scale, None, None, bias)
         if target is not out:
             out.copy_(target)
 
 
-class PreciseProduct:
+class PreciseProduct(Product):
     """The part of a layer that stays BF16 where the rest of its weight is given back."""
 
     format = "bf16"
@@ -176,11 +217,14 @@ class PreciseProduct:
         self.weight = weight.clone()
         self.nbytes = self.weight.nbytes
 
-    def __call__(self, rows: Tensor, bias: Tensor | None, out: Tensor) -> None:
-        out.copy_(F.linear(rows, self.weight, bias))
+    def encode(self, rows: Tensor) -> Tensor:
+        return rows
+
+    def multiply(self, encoded: Tensor, bias: Tensor | None, out: Tensor) -> None:
+        out.copy_(F.linear(encoded, self.weight, bias))
 
 
-class Nvfp4Product:
+class Nvfp4Product(Product):
     """NVFP4 on a GPU, in the kernel that vLLM selects for it.
 
     vLLM's kernels take one input scale for all rows, so a row would depend on what scale others
@@ -200,16 +244,20 @@ class Nvfp4Product:
         self.kernel = EMULATION if name == "Emulation" else Kernel(f"vLLM {name}", native)
         self.nbytes = sum(tensor.nbytes for tensor in self.holder.parameters())
 
-    def __call__(self, rows: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    def encode(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Rows brought into range, and the power of two of each ``[M, 1]``."""
         # BF16 whatever the model's type: FP16 has not the range. vLLM's kernels scale the blocks of
         # rows by 6, also where the recipe says 4/6, which then holds for the weights alone.
-        scaled, row_scale = nvfp4_format.scale_rows(rows.to(torch.bfloat16))
+        return nvfp4_format.scale_rows(rows.to(torch.bfloat16))
+
+    def multiply(self, encoded: tuple[Tensor, Tensor], bias: Tensor | None, out: Tensor) -> None:
+        scaled, row_scale = encoded
         product = self.vllm_kernel.apply_weights(self.holder, scaled, None)
         product = product * row_scale
         out.copy_(product if bias is None else product + bias)
 
 
-class TritonNvfp4Product:
+class TritonNvfp4Product(Product):
     """NVFP4 on a GPU that has it, where vLLM has no kernel for it: our own, in Triton."""
 
     format = "nvfp4"
@@ -220,10 +268,13 @@ class TritonNvfp4Product:
         self.tensor_scale = tensor_scale.view(1)
         self.nbytes = codes.nbytes + block_scales.nbytes + self.tensor_scale.nbytes
 
-    def __call__(self, rows: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    def encode(self, rows: Tensor) -> Tensor:
+        return rows  # the kernel quantizes them itself
+
+    def multiply(self, encoded: Tensor, bias: Tensor | None, out: Tensor) -> None:
         from mixquant.kernels import nvfp4_triton
 
-        nvfp4_triton.linear(rows, self.codes, self.block_scales, self.tensor_scale, bias, out)
+        nvfp4_triton.linear(encoded, self.codes, self.block_scales, self.tensor_scale, bias, out)
 
 
 def nvfp4_codes(weight: Tensor, recipe: Recipe) -> tuple[Tensor, Tensor, Tensor]:
@@ -305,7 +356,7 @@ def holder_for_nvfp4(
     return layer
 
 
-class EmulatedProduct:
+class EmulatedProduct(Product):
     """A format that this machine does not multiply natively, in this project's own emulation."""
 
     kernel = EMULATION
@@ -326,6 +377,8 @@ class EmulatedProduct:
         self.options = options
         self.nbytes = weight.nbytes
 
-    def __call__(self, rows: Tensor, bias: Tensor | None, out: Tensor) -> None:
-        codes = BY_NAME[self.format].quantize_rows(rows, EMULATION, **self.options)
-        BY_NAME[self.format].linear(codes, self.weight, bias, out)
+    def encode(self, rows: Tensor) -> Any:
+        return BY_NAME[self.format].quantize_rows(rows, EMULATION, **self.options)
+
+    def multiply(self, encoded: Any, bias: Tensor | None, out: Tensor) -> None:
+        BY_NAME[self.format].linear(encoded, self.weight, bias, out)
