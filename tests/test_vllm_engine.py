@@ -108,6 +108,8 @@ def engines(
     base = {"max_model_len": 2048, "enable_prefix_caching": False}
     lora = {"enable_lora": True, "max_lora_rank": 8, "enforce_eager": True}
     first, few = [prompts[0]], prompts[:3]
+    text = [token for prompt in prompts for token in prompt] * 10
+    long = [text[:5000], text[100:5100]]
 
     def engine(runs: dict[str, Any], **options: Any) -> dict[str, Any]:
         return {"model": smollm2_path, "options": {**base, **options}, "runs": runs}
@@ -189,7 +191,22 @@ def engines(
                     {"crowd": {"prompts": prompts}, "chunks": {"prompts": prompts, "chunk": 2048}},
                     compilation_config={"cudagraph_capture_sizes": [1, 8, 64, 512, 2048]},
                     **mixquant(min_prefill_tokens=0),
-                )
+                ),
+                **{
+                    f"long, {name}": engine(
+                        {
+                            "crowd": {"prompts": [*long, *few]},
+                            "chunks": {"prompts": [*long, *few], "chunk": 1024},
+                        },
+                        **{**options, "max_model_len": 8192, "max_num_batched_tokens": 8192},
+                    )
+                    for name, options in {
+                        "plain": {},
+                        "BF16 attention": mixquant(prefill_attention="bf16"),
+                        "FP8 attention": mixquant(prefill_attention="fp8"),
+                        "FP8 attention alone": mixquant(preset="exact", prefill_attention="fp8"),
+                    }.items()
+                },
             }
             if ON_GPU
             else {}
@@ -421,6 +438,41 @@ def test_a_pass_that_replays_a_graph_is_precise_however_large(engines: dict[str,
         assert [row[3] for row in rows_of(one)] == by_the_rule(one, 0, 0, 1)
     assert any(one["quantized"] for one in runs["crowd"]["passes"])
     assert not any(one["quantized"] for one in runs["chunks"]["passes"])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not ON_GPU, reason="no NVIDIA GPU")
+def test_norms_quantize_for_the_layers_that_follow(
+    engines: dict[str, Any], smollm2_path: str
+) -> None:
+    config = json.loads((Path(smollm2_path) / "config.json").read_text())
+    norms = 2 * config["num_hidden_layers"] - 1  # the first is alone with the embeddings
+    for run in engines["always"].values():
+        planned = sum(bool(one["quantized"]) for one in run["passes"])
+        assert run["products"].get("offered", 0) == planned * norms > 0
+    assert not any("offered" in run["products"] for run in engines["lora"].values())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not ON_GPU, reason="no NVIDIA GPU")
+@pytest.mark.skipif(importlib.util.find_spec("fa3_fwd") is None, reason="needs fa3-fwd")
+def test_long_prompts_attend_in_fp8(engines: dict[str, Any], smollm2_path: str) -> None:
+    layers = json.loads((Path(smollm2_path) / "config.json").read_text())["num_hidden_layers"]
+    plain, bf16 = engines["long, plain"]["crowd"], engines["long, BF16 attention"]["crowd"]
+    for name in ("FP8 attention", "FP8 attention alone"):
+        crowd, chunks = engines[f"long, {name}"]["crowd"], engines[f"long, {name}"]["chunks"]
+        assert crowd["products"]["attention"] >= 2 * layers  # two long prompts
+        assert chunks["products"]["attention"] >= 10 * layers  # in chunks
+        for request in (0, 1):
+            effect = divergence(plain, request, crowd, request)
+            assert 1e-6 < effect < 0.1
+            assert divergence(crowd, request, chunks, request) < 0.03
+    assert "attention" not in bf16["products"]
+    assert divergence(bf16, 0, engines["long, FP8 attention"]["crowd"], 0) > 1e-6
+    # Short prompts keep BF16 attention.
+    alone = engines["long, FP8 attention alone"]["crowd"]
+    for request in (2, 3, 4):
+        assert divergence(plain, request, alone, request) < 1e-3
 
 
 def test_quantized_rows_change_something(engines: dict[str, Any]) -> None:

@@ -33,8 +33,9 @@ def count_products() -> None:
 
     The trace says what was planned; this says what was done.
     """
-    from mixquant.engines.vllm import experts, linear
+    from mixquant.engines.vllm import attention, experts, linear
 
+    of_attention, offered = attention.PrefillAttention._attend, linear.PhaseLinearMethod.offer
     linear_layer, experts_layer = linear._quantized, experts.PhaseExpertsMethod._experts
 
     def counted_linear(*arguments: Any) -> None:
@@ -45,6 +46,16 @@ def count_products() -> None:
         products["experts"] += 1
         return experts_layer(*arguments)
 
+    def counted_attention(*arguments: Any) -> None:
+        products["attention"] += 1
+        of_attention(*arguments)
+
+    def counted_offers(*arguments: Any) -> None:
+        products["offered"] += 1
+        offered(*arguments)
+
+    attention.PrefillAttention._attend = counted_attention  # type: ignore[method-assign]
+    linear.PhaseLinearMethod.offer = counted_offers  # type: ignore[method-assign]
     linear._quantized = counted_linear
     experts.PhaseExpertsMethod._experts = counted_experts  # type: ignore[method-assign]
 

@@ -150,10 +150,11 @@ def silu_and_mul(x: Tensor, into: Codes) -> None:
     rows, width = len(x), x.shape[1] // 2
     if rows == 0:
         return
-    tile = triton.next_power_of_2(width)
-    silu_and_mul_kernel[(rows,)](
-        *(x, into.codes, into.block_scales, into.scale, width, x.stride(0)),
-        **_options(tile),
+    _launch(
+        silu_and_mul_kernel,
+        rows,
+        (x, into.codes, into.block_scales, into.scale, width, x.stride(0)),
+        width,
     )
 
 
@@ -180,13 +181,38 @@ def rms_norm(
     total = torch.empty_like(out)
     if rows:
         codes = (None, None, None) if into is None else (into.codes, into.block_scales, into.scale)
-        rms_norm_kernel[(rows,)](
-            *(x, residual, weight, out, total, *codes),
-            *(first, 0 if into is None else len(into.scale)),
-            *(width, x.stride(0), residual.stride(0), epsilon),
-            **_options(triton.next_power_of_2(width)),
+        count = 0 if into is None else len(into.scale)
+        sizes = (width, x.stride(0), residual.stride(0), epsilon)
+        _launch(
+            rms_norm_kernel,
+            rows,
+            (x, residual, weight, out, total, *codes, first, count, *sizes),
+            width,
         )
     return out, total
+
+
+# Finding the compiled kernel takes Triton as long as launching it, which tells where a pass is so short
+# that the GPU waits for the CPU: so it is kept, by all that Triton compiles anew for.
+_compiled: dict[Any, Any] = {}
+
+
+def _launch(kernel: Any, rows: int, arguments: tuple[Any, ...], width: int) -> None:
+    x = arguments[0]
+    tensors = [argument for argument in arguments if isinstance(argument, Tensor)]
+    key = None
+    if not any(tensor.data_ptr() & 15 for tensor in tensors):
+        kinds = tuple(None if argument is None else argument.__class__ for argument in arguments)
+        strides = tuple(tensor.stride(0) for tensor in tensors)
+        key = (kernel, x.device, x.dtype, tensors[1].dtype, width, strides, kinds)
+    found = _compiled.get(key)
+    if found is not None:
+        found[rows, 1, 1](*arguments, triton.next_power_of_2(width))
+        return
+    options = _options(triton.next_power_of_2(width))
+    found = kernel[(rows,)](*arguments, **options)
+    if key is not None and found is not None:  # None in Triton's interpreter
+        _compiled[key] = found
 
 
 def _options(tile: int) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mixquant.engines.vllm.linear import PhaseLinearMethod, layer_of, quantized_rows
+from mixquant.engines.vllm.linear import PhaseLinearMethod, computed_together, layer_of
 from mixquant.phase import plan_in_force
 
 # The bodies of forward, statement by statement, as ast.unparse writes them.
@@ -152,8 +152,10 @@ def _phase_rms_norm(
     from mixquant.kernels.fused_triton import rms_norm, room_for
 
     plan = plan_in_force()
-    rows = None if plan is None else quantized_rows(plan, len(x))
-    if plan is None or rows is None:
+    if plan is None or plan.rows != len(x) or not plan.quantized:
+        return rms_norm(x, residual, weight, epsilon)
+    rows = computed_together(plan)
+    if rows is None:
         return rms_norm(x, residual, weight, epsilon)
     codes = room_for("fp8", rows[1] - rows[0], x.shape[1], x.device)
     normed, total = rms_norm(x, residual, weight, epsilon, codes, rows[0])

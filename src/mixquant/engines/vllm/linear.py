@@ -110,7 +110,7 @@ class PhaseLinearMethod(UnquantizedLinearMethod):  # type: ignore[misc]
         if self.only_quantized:
             load_in_turn(self, layer)
             in_bf16 = sum(
-                (part.features[1] - part.features[0]) * self.shape[1] * self.itemsize
+                (part.features[1] - part.features[0]) * self.shape[1] * self.dtype.itemsize
                 for part in self.parts
                 if part.format == "bf16"
             )
@@ -218,15 +218,20 @@ def layer_of(number: Tensor) -> Any:
     return _layers[int(number)]
 
 
-def quantized_rows(plan: PhasePlan, rows: int) -> Range | None:
-    """From the first to the last quantized row, if so few in between are not that all are computed.
+def computed_together(plan: PhasePlan) -> Range | None:
+    """A range that holds all quantized rows of a plan that has some, and few others.
 
-    None as well for a plan of other rows, or without quantized ones.
+    All of it is multiplied with the copy, and the others again as they should be: cheaper than
+    gathering the quantized ones. None if the others are too many.
     """
-    if plan.rows != rows or not plan.quantized:
-        return None
-    first, last = plan.quantized[0][0], plan.quantized[-1][1]
-    return (first, last) if plan.quantized_rows >= 0.9 * (last - first) else None
+    if "together" not in plan.memo:
+        first, last = plan.quantized[0][0], plan.quantized[-1][1]
+        many = plan.quantized_rows / 0.9
+        padded = plan.quantized_rows + plan.precise_rows < plan.rows
+        found = (0, plan.rows) if many >= plan.rows and not padded else (first, last)
+        plan.memo["together"] = found if many >= found[1] - found[0] else None
+    together: Range | None = plan.memo["together"]
+    return together
 
 
 def _phase_linear(x: Tensor, bias: Tensor | None, number: Tensor, features: int) -> Tensor:
@@ -238,12 +243,14 @@ def _phase_linear(x: Tensor, bias: Tensor | None, number: Tensor, features: int)
         plan = everything_quantized(rows)
     if plan is None or plan.rows != rows or not plan.quantized:
         return method.precise(layer, x, bias)
-    flat = x.reshape(rows, x.shape[-1])
+    # Views are avoided where they change nothing: passes of few thousand rows take the GPU as long as
+    # they take the CPU to launch.
+    flat = x if x.ndim == 2 else x.reshape(rows, x.shape[-1])
     out = flat.new_empty(rows, features)
     _quantized(flat, bias, layer, method, plan, out)
     if plan.precise:
         put(method.precise(layer, select(flat, plan, "precise"), bias), out, plan, "precise")
-    return out.view(*x.shape[:-1], features)
+    return out if x.ndim == 2 else out.view(*x.shape[:-1], features)
 
 
 def _quantized(
@@ -258,19 +265,22 @@ def _quantized(
     for_vllm = bias
     if bias is not None:
         bias = bias.to(flat.dtype)  # the CPU backend may have made it FP32 for its own kernels
-    if plan.quantized_rows + plan.precise_rows < plan.rows:
-        out.zero_()  # padding is read by nobody, but must not be what lay in this memory
-    # Few precise rows in between are computed twice rather than all the others gathered.
-    together = quantized_rows(plan, len(flat))
-    rows = flat[slice(*together)] if together else select(flat, plan, "quantized")
-    target = out[slice(*together)] if together else out.new_empty(len(rows), out.shape[1])
+    together = computed_together(plan)
+    if together == (0, plan.rows):
+        rows, target = flat, out
+    else:
+        if plan.quantized_rows + plan.precise_rows < plan.rows:
+            out.zero_()  # padding is read by nobody, but must not be what lay in this memory
+        rows = flat[slice(*together)] if together else select(flat, plan, "quantized")
+        target = out[slice(*together)] if together else out.new_empty(len(rows), out.shape[1])
     encoded: dict[str, Any] = {}  # by format, for parts that share one
     for (start, stop), product in method.products:
         part_bias = None if bias is None else bias[start:stop]
         if product is not None:
             if product.format not in encoded:
                 encoded[product.format] = method.encoded(plan, flat, rows, product)
-            product.multiply(encoded[product.format], part_bias, target[:, start:stop])
+            columns = target if len(method.products) == 1 else target[:, start:stop]
+            product.multiply(encoded[product.format], part_bias, columns)
         elif layer.weight.numel():
             target[:, start:stop] = F.linear(rows, layer.weight[start:stop], part_bias)
         else:  # the CPU backend has packed the weight, and packed ones have no parts

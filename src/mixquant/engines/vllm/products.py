@@ -19,6 +19,7 @@ from mixquant.recipe import Recipe
 
 CUTLASS = Kernel("vLLM CUTLASS", native=True)
 CUBLAS = Kernel("cuBLASLt", native=True)
+MANY_ROWS = 4096  # from which on cuBLASLt is called
 ONEDNN = Kernel("vLLM oneDNN", native=True)
 
 
@@ -107,8 +108,9 @@ def _emulated(fmt: str) -> bool:
 class ScaledProduct(Product):
     """FP8 or INT8 on a GPU: vLLM's row-wise quantizer and a product with a scale per row and column.
 
-    The product is CUTLASS's in vLLM, and on Hopper, in FP8, cuBLASLt's in torch: measured there at
-    Qwen3-8B's shapes (docs/performance.md), it is the faster one where most of the arithmetic is.
+    The product is CUTLASS's in vLLM, and for many rows in FP8 on Hopper cuBLASLt's in torch: at
+    Qwen3-8B's shapes (docs/performance.md) it is the faster one where most of the arithmetic is, but it
+    takes the CPU longer to launch.
     """
 
     def __init__(self, fmt: str, weight: Tensor) -> None:
@@ -130,6 +132,7 @@ class ScaledProduct(Product):
         self.kernel = CUBLAS if fmt == "fp8" and _hopper() else CUTLASS
         self.codes = codes  # [N, K]
         self.scale = scale  # [N, 1]
+        self._operands = codes.t(), scale.t()
         self.nbytes = codes.nbytes + scale.nbytes
 
     def encode(self, rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -147,19 +150,20 @@ class ScaledProduct(Product):
         # Straight into place: vLLM's Python wrapper makes a new matrix, which we would have to copy.
         # Not into columns of a wider one, whose stride the kernels for Hopper and later ignore.
         target = out if out.is_contiguous() else out.new_empty(out.shape)
-        if self.kernel == CUBLAS and out.dtype == torch.bfloat16:
+        weight, weight_scale = self._operands
+        if self.kernel == CUBLAS and len(codes) >= MANY_ROWS and out.dtype == torch.bfloat16:
             torch._scaled_mm(
                 codes,
-                self.codes.t(),
+                weight,
                 scale,
-                self.scale.t(),
+                weight_scale,
                 bias=bias,
-                out_dtype=out.dtype,
+                out_dtype=torch.bfloat16,
                 use_fast_accum=True,
                 out=target,
             )
         else:
-            torch.ops._C.cutlass_scaled_mm(target, codes, self.codes.t(), scale, self.scale, bias)
+            torch.ops._C.cutlass_scaled_mm(target, codes, weight, scale, self.scale, bias)
         if target is not out:
             out.copy_(target)
 
