@@ -65,9 +65,11 @@ def check_codes(fmt: str, got, x: Tensor, most_different: float = 0) -> None:
         finite = scale.isfinite().flatten()
         torch.testing.assert_close(got.scale[finite], scale[finite], rtol=most_different, atol=0)
         assert got.scale[~finite].isfinite().logical_not().all()
-        # It multiplies with a reciprocal, which is half an ulp off.
-        most_different = max(most_different, 1e-4)
-        assert same(got.codes[finite], codes[finite])
+        # It multiplies with a reciprocal, which is half an ulp off: of two codes that are as near,
+        # BF16 rows have many, it may take the other.
+        x, codes, scale = x[finite].double(), codes[finite].double(), scale[finite].double()
+        far = (got.codes[finite].double() * got.scale[finite].double() - x).abs()
+        assert (far <= (codes * scale - x).abs() * (1 + 1e-4) + 1e-5 * x.abs()).all()
     else:
         wanted = NVFP4.quantize_rows(x, EMULATION, "6")
         finite = wanted.row_scale.isfinite().flatten()

@@ -60,7 +60,8 @@ def pieces_of(plan: PhasePlan, batch: Any, least_prompt: int = LEAST_PROMPT) -> 
         )
     ):
         for start, stop in plan.quantized if prompt >= least_prompt else ():
-            low, high = max(start, row), min(stop, row + count)
+            # Decode rows are quantized, too, where everything is.
+            low, high = max(start, row), min(stop, row + count, row + prompt - first)
             if low < high:
                 pieces.append(Piece(sequence, low, high, first + high - row))
         row += count

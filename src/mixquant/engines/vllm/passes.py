@@ -95,6 +95,7 @@ class Follower:
         if self._everywhere:
             plan = everything_quantized(rows)  # dummy passes, too: graphs are captured from them
             if batch is not None:
+                plan.memo["batch"] = batch
                 counted = everything_quantized(int(batch.row_counts.sum()))  # no padding
                 self._count(batch, counted, "graph" if _may_replay_graph() else None)
         elif self.profiling:
