@@ -104,6 +104,10 @@ def measure(arm: str, options: argparse.Namespace) -> dict[str, list[dict[str, A
     if not FILLED.exists():
         sys.exit("this vLLM fills weights in another way, or its engine's process was not forked")
     FILLED.unlink()
+    # Others that still start would be measured, too.
+    options.turns.with_name(f"started-{os.getpid()}").touch()
+    while len(list(options.turns.parent.glob("started-*"))) < options.together:
+        time.sleep(0.1)
     turn = FileLock(options.turns)  # released as the process ends
     turn.acquire()
     generator = random.Random(0)
@@ -254,19 +258,27 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             started = time.perf_counter()
             processes = []
-            for arm in arms[first : first + options.together]:
+            group = arms[first : first + options.together]
+            for arm in group:
                 result = Path(folder, f"{len(processes)}.json")
                 command = [sys.executable, __file__, "--model", options.model, "--arms", arm]
                 command += [f"--{name}={text}" for name, text in numbers.items()]
                 command += ["--one-arm", str(result), "--turns", str(Path(folder, "turn"))]
+                command += ["--together", str(len(group))]
                 if options.vocabulary:
                     command += ["--vocabulary", str(options.vocabulary)]
                 process = subprocess.Popen(command, env={**os.environ, "HF_HUB_OFFLINE": "1"})
                 processes.append((arm, process, result))
-            for arm, process, result in processes:
-                if process.wait():
-                    sys.exit(f"{arm}: ended with {process.returncode}")
-                print(f"{arm}: {time.perf_counter() - started:.0f} s", file=sys.stderr, flush=True)
+            while any(process.poll() is None for _, process, _ in processes):
+                for arm, process, _ in processes:
+                    if process.returncode:
+                        for _, other, _ in processes:
+                            other.kill()
+                        sys.exit(f"{arm}: ended with {process.returncode}")
+                time.sleep(0.5)
+            took = time.perf_counter() - started
+            print(f"{'; '.join(group)}: {took:.0f} s", file=sys.stderr, flush=True)
+            for _, _, result in processes:
                 measured = json.loads(result.read_text())
                 rows += measured["results"]
                 pieces += measured["breakdown"]

@@ -1,4 +1,4 @@
-"""RMSNorm and SiLU-and-multiply that quantize what they produce, against PyTorch and the formats.
+"""SiLU-and-multiply that quantizes what it produces, against PyTorch and the formats.
 
 Compiled for GPUs that need not be there, and run in Triton's interpreter; with a GPU, on it. Triton is
 imported in child processes, as in test_nvfp4_triton.py.
@@ -21,8 +21,6 @@ from torch import Tensor
 from mixquant.formats import fp8
 from mixquant.formats.base import EMULATION
 from mixquant.formats.nvfp4 import NVFP4, NVFP4Rows
-
-EPSILON = 1e-6
 
 
 @needs_triton
@@ -115,27 +113,6 @@ def check_silu_and_mul(fmt: str, device: str, rows: int, width: int) -> None:
     check_codes(fmt, to_cpu(got), values, most_different=0.001)
 
 
-def check_rms_norm(fmt: str | None, device: str, rows: int, width: int, first: int = 0) -> None:
-    from mixquant.kernels.fused_triton import rms_norm
-
-    x = torch.randn(rows, width, device=device).bfloat16()
-    residual = (torch.randn(rows, width, device=device) * 20).bfloat16()
-    weight = torch.randn(width, device=device).bfloat16()
-    count = max(1, (rows - first) // 2)
-    got = None if fmt is None else poisoned(fmt, count, width, device)
-    out, total = rms_norm(x, residual, weight, EPSILON, got, first)
-    exact = x.cpu().double() + residual.cpu().double()
-    assert torch.equal(total.cpu(), (x.cpu().float() + residual.cpu().float()).bfloat16())
-    exact = exact * (exact.square().mean(1, keepdim=True) + EPSILON).rsqrt()
-    exact = exact * weight.cpu().double()
-    assert ((out.cpu().double() - exact).abs() <= exact.abs() * 2**-7 + 1e-30).all()
-    if fmt is not None:
-        some = slice(first, first + count)
-        check_codes(fmt, to_cpu(got), out.cpu()[some].float())
-        error = (dequantized(fmt, to_cpu(got)).double() - exact[some]).norm() / exact[some].norm()
-        assert error < ERROR[fmt]
-
-
 def check(device: str) -> None:
     torch.manual_seed(0)
     cases = [(1, 64), (3, 576), (13, 96), (2, 1536)]
@@ -143,9 +120,6 @@ def check(device: str) -> None:
     for fmt in ("fp8", "nvfp4"):
         for rows, width in cases:
             check_silu_and_mul(fmt, device, rows, width)
-            for first in {0, rows // 3}:
-                check_rms_norm(fmt, device, rows, width, first)
-    check_rms_norm(None, device, 5, 96)
     check_extremes(device)
 
 
@@ -171,14 +145,10 @@ def main() -> None:
         from mixquant.kernels.fused_triton import compile_for
 
         capability, fmt = int(sys.argv[2]), sys.argv[3]
-        kernels = compile_for(capability, fmt)
-        assert kernels.keys() == {"silu_and_mul", "rms_norm"}
-        for kernel in kernels.values():
-            ptx = kernel.asm["ptx"]
-            assert kernel.asm["cubin"][:4] == b"\x7fELF"
-            assert re.search(r"cvt\.rn\.satfinite\.e4m3x2\.f32", ptx), (
-                "E4M3 is converted in software"
-            )
+        kernel = compile_for(capability, fmt)
+        assert kernel.asm["cubin"][:4] == b"\x7fELF"
+        # The hardware's own conversion.
+        assert re.search(r"cvt\.rn\.satfinite\.e4m3x2\.f32", kernel.asm["ptx"])
 
 
 if __name__ == "__main__":

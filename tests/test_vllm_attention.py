@@ -207,7 +207,7 @@ def test_each_row_attends_in_its_precision(
     query, cache, metadata = pass_of(batch, layout, seed)
     plan = plan_of(batch, numbers)
     implementation = Implementation()
-    ours = PrefillAttention(implementation.forward, implementation, 100, lambda: False)
+    ours = PrefillAttention(implementation.forward, implementation)
     output = torch.full_like(query, float("nan"))
     with in_force(plan):
         for _ in range(2):  # as two layers do, which share the plan
@@ -251,7 +251,7 @@ def test_everything_else_is_vllms_own(case: str) -> None:
     else:
         plan.memo.clear()
     implementation = Implementation()
-    ours = PrefillAttention(implementation.forward, implementation, 100, lambda: True)
+    ours = PrefillAttention(implementation.forward, implementation)
     output = torch.empty_like(query)
     with in_force(plan):
         ours(None, query, query, query, cache, given, output)
@@ -272,6 +272,8 @@ def flash_implementation(**changes: Any) -> Any:
         "logits_soft_cap": 0,
         "sinks": None,
         "dcp_world_size": 1,
+        "num_heads": 8,
+        "num_kv_heads": 2,
     }
     one = type("FlashAttentionImpl", (), {})()
     one.__dict__.update(values | changes)
@@ -336,17 +338,18 @@ def test_what_a_model_does_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     model = torch.nn.ModuleList([Layer(128), Layer(80), Layer(128)])
     fast = Recipe(preset="fast").resolved(frozenset({"fp8"}))
     for _ in range(2):  # also when it is loaded anew
-        said = follow_attention(model, fast, 100, lambda: False)
+        said, one = follow_attention(model, fast)
         assert (
             said
             == "FP8 in 2 layers, BF16 in 1 layers (head size 80; expected one of (64, 128, 256))"
         )
+    assert one is model[2].impl.forward
+    q, k, v = one.codes(7, 100, torch.device("cpu"))
+    assert (q.shape, k.shape, v.shape) == ((7, 8, 128), (100, 2, 128), (100, 2, 128))
     assert isinstance(model[0].impl.forward, PrefillAttention)
     assert not isinstance(model[0].impl.forward._forward, PrefillAttention)
     assert not isinstance(model[1].impl.forward, PrefillAttention)
     for recipe in (Recipe(preset="exact"), Recipe(preset="fast", prefill_attention="bf16")):
         model = torch.nn.ModuleList([Layer(128)])
-        assert (
-            follow_attention(model, recipe.resolved(frozenset({"fp8"})), 100, lambda: False) == ""
-        )
+        assert follow_attention(model, recipe.resolved(frozenset({"fp8"}))) == ("", None)
         assert not isinstance(model[0].impl.forward, PrefillAttention)

@@ -32,7 +32,9 @@ LENGTHS = (511, 300, 37, 129, 700, 64, 200, 450, 90, 33, 256, 150, 1000, 80, 60,
 # Two runs' distributions may differ by the order of sums, which depends on the shapes of a pass: in
 # BF16, and in FP8 on a GPU. INT8 products themselves do not. So much of what quantizing does to them,
 # summed over the requests, is the same; were it near one, these tests would hold without a plugin.
-SAME = 0.1
+# Of what quantization changes, so much may a request's company change: on a GPU libraries choose kernels
+# by the number of rows, for the precise rows, too (0.24 was seen on an H200, in chunks of 256).
+SAME = 0.4 if ON_GPU else 0.1
 # On a GPU chunks of 64 would be replayed from CUDA graphs, which hold precise products.
 CHUNKED = (
     ["chunks of 256", "chunks of 2048"] if ON_GPU else [f"chunks of {n}" for n in (64, 256, 2048)]
@@ -288,7 +290,9 @@ def test_every_layer_multiplied_what_was_planned(
     config = json.loads((Path(smollm2_path) / "config.json").read_text())
     layers = 4 * config["num_hidden_layers"]  # qkv, o, gate and up, down
     for run in engines[engine].values():
-        planned = sum(bool(one["quantized"]) for one in run["passes"])
+        # A captured graph multiplied when it was captured.
+        eager = [one for one in run["passes"] if one["kind"] != "graph"]
+        planned = sum(bool(one["quantized"]) for one in eager)
         assert run["products"].get("linear", 0) == planned * layers
 
 
@@ -378,7 +382,10 @@ def test_the_defaults_stay_close_to_bf16(engines: dict[str, Any]) -> None:
 
 def test_adapters(engines: dict[str, Any]) -> None:
     plain, exact = engines["lora, plain"]["few"], engines["lora, exact"]["few"]
-    assert exact["tokens"] == plain["tokens"]
+    if ON_GPU:  # where vLLM's kernels for adapters add in any order
+        assert all(divergence(plain, request, exact, request) < 0.005 for request in range(3))
+    else:
+        assert exact["tokens"] == plain["tokens"]
     assert plain["tokens"] != engines["plain"]["all"]["tokens"][:3]
     ours = engines["lora"]["few"]
     assert all(divergence(plain, request, ours, request) < 0.25 for request in range(3))
@@ -442,15 +449,14 @@ def test_a_pass_that_replays_a_graph_is_precise_however_large(engines: dict[str,
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not ON_GPU, reason="no NVIDIA GPU")
-def test_norms_quantize_for_the_layers_that_follow(
+def test_activations_are_computed_as_they_are_quantized(
     engines: dict[str, Any], smollm2_path: str
 ) -> None:
-    config = json.loads((Path(smollm2_path) / "config.json").read_text())
-    norms = 2 * config["num_hidden_layers"] - 1  # the first is alone with the embeddings
+    layers = json.loads((Path(smollm2_path) / "config.json").read_text())["num_hidden_layers"]
     for run in engines["always"].values():
         planned = sum(bool(one["quantized"]) for one in run["passes"])
-        assert run["products"].get("offered", 0) == planned * norms > 0
-    assert not any("offered" in run["products"] for run in engines["lora"].values())
+        assert run["products"].get("activations", 0) == planned * layers > 0
+    assert not any("activations" in run["products"] for run in engines["lora"].values())
 
 
 @pytest.mark.gpu

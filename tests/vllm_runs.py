@@ -35,7 +35,7 @@ def count_products() -> None:
     """
     from mixquant.engines.vllm import attention, experts, linear
 
-    of_attention, offered = attention.PrefillAttention._attend, linear.PhaseLinearMethod.offer
+    of_attention, encoded = attention.PrefillAttention._attend, linear.PhaseLinearMethod.encoded
     linear_layer, experts_layer = linear._quantized, experts.PhaseExpertsMethod._experts
 
     def counted_linear(*arguments: Any) -> None:
@@ -50,12 +50,13 @@ def count_products() -> None:
         products["attention"] += 1
         of_attention(*arguments)
 
-    def counted_offers(*arguments: Any) -> None:
-        products["offered"] += 1
-        offered(*arguments)
+    def counted_activations(method: Any, *arguments: Any) -> Any:
+        if method.activated:
+            products["activations"] += 1
+        return encoded(method, *arguments)
 
     attention.PrefillAttention._attend = counted_attention  # type: ignore[method-assign]
-    linear.PhaseLinearMethod.offer = counted_offers  # type: ignore[method-assign]
+    linear.PhaseLinearMethod.encoded = counted_activations  # type: ignore[method-assign]
     linear._quantized = counted_linear
     experts.PhaseExpertsMethod._experts = counted_experts  # type: ignore[method-assign]
 

@@ -1,8 +1,8 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs
-"""What produces an activation, fused with what quantizes it: RMSNorm and SiLU-and-multiply, in Triton.
+"""SiLU-and-multiply, fused with what quantizes it, in Triton.
 
-A quantizer by itself reads the activation from memory once more. These kernels write the codes of a
-row while they hold it: FP8 (a scale per row) as `mixquant.formats.fp8`, NVFP4 (a power of two per row,
+A quantizer by itself reads the activation from memory once more. This kernel writes the codes of a row
+while it holds it: FP8 (a scale per row) as `mixquant.formats.fp8`, NVFP4 (a power of two per row,
 an E4M3 scale per 16) as `mixquant.kernels.nvfp4_triton`, of values rounded to BF16 as the unfused
 layers round them.
 
@@ -67,47 +67,6 @@ def silu_and_mul_kernel(x, codes, block_scales, scale, K, stride_x, TILE: tl.con
         _write_nvfp4(values, codes, block_scales, scale, row, K, TILE)
 
 
-# Not compiled anew for a row range that happens to begin at 1 or at a multiple of 16.
-@triton.jit(do_not_specialize=["first", "count"])
-def rms_norm_kernel(
-    x,
-    residual,
-    weight,
-    out,
-    total,
-    codes,
-    block_scales,
-    scale,
-    first,
-    count,
-    K,
-    stride_x,
-    stride_residual,
-    epsilon,
-    TILE: tl.constexpr,
-):
-    """One program per row; `rms_norm` says what the tensors are."""
-    row = tl.program_id(0).to(tl.int64)
-    columns = tl.arange(0, TILE)
-    there = columns < K
-    values = tl.load(x + row * stride_x + columns, there, 0.0).to(tl.float32)
-    values += tl.load(residual + row * stride_residual + columns, there, 0.0).to(tl.float32)
-    tl.store(total + row * K + columns, values.to(tl.bfloat16), there)
-    variance = tl.sum(values * values, 0) / K
-    values = (values * tl.rsqrt(variance + epsilon)).to(tl.bfloat16)
-    values = values.to(tl.float32) * tl.load(weight + columns, there, 0.0).to(tl.float32)
-    normed = values.to(tl.bfloat16)
-    tl.store(out + row * K + columns, normed, there)
-    if codes is not None:
-        at = row - first
-        if (at >= 0) & (at < count):
-            values = normed.to(tl.float32)
-            if block_scales is None:
-                _write_fp8(values, codes, scale, at, columns, K)
-            else:
-                _write_nvfp4(values, codes, block_scales, scale, at, K, TILE)
-
-
 @dataclass(frozen=True)
 class Codes:
     """Quantized rows ``[M, K]``.
@@ -150,69 +109,21 @@ def silu_and_mul(x: Tensor, into: Codes) -> None:
     rows, width = len(x), x.shape[1] // 2
     if rows == 0:
         return
-    _launch(
-        silu_and_mul_kernel,
-        rows,
-        (x, into.codes, into.block_scales, into.scale, width, x.stride(0)),
-        width,
-    )
-
-
-def rms_norm(
-    x: Tensor,
-    residual: Tensor,
-    weight: Tensor,
-    epsilon: float,
-    into: Codes | None = None,
-    first: int = 0,
-) -> tuple[Tensor, Tensor]:
-    """RMSNorm of ``x + residual`` in BF16, of which some rows are quantized as well.
-
-    Args:
-        x, residual: BF16 ``[M, K]``, each row contiguous.
-        weight: BF16 ``[K]``.
-        into: of ``[rows, K]``, contiguous, for rows from ``first`` on; None for BF16 alone.
-
-    Returns:
-        The normalized rows, and the sums, both BF16 ``[M, K]``.
-    """
-    rows, width = x.shape
-    out = torch.empty(rows, width, dtype=x.dtype, device=x.device)
-    total = torch.empty_like(out)
-    if rows:
-        codes = (None, None, None) if into is None else (into.codes, into.block_scales, into.scale)
-        count = 0 if into is None else len(into.scale)
-        sizes = (width, x.stride(0), residual.stride(0), epsilon)
-        _launch(
-            rms_norm_kernel,
-            rows,
-            (x, residual, weight, out, total, *codes, first, count, *sizes),
-            width,
-        )
-    return out, total
-
-
-# Finding the compiled kernel takes Triton as long as launching it, which tells where a pass is so short
-# that the GPU waits for the CPU: so it is kept, by all that Triton compiles anew for.
-_compiled: dict[Any, Any] = {}
-
-
-def _launch(kernel: Any, rows: int, arguments: tuple[Any, ...], width: int) -> None:
-    x = arguments[0]
-    tensors = [argument for argument in arguments if isinstance(argument, Tensor)]
+    arguments = (x, into.codes, into.block_scales, into.scale, width, x.stride(0))
     key = None
-    if not any(tensor.data_ptr() & 15 for tensor in tensors):
-        kinds = tuple(None if argument is None else argument.__class__ for argument in arguments)
-        strides = tuple(tensor.stride(0) for tensor in tensors)
-        key = (kernel, x.device, x.dtype, tensors[1].dtype, width, strides, kinds)
-    found = _compiled.get(key)
-    if found is not None:
+    if not any(tensor.data_ptr() % 16 for tensor in (x, into.codes, into.scale)):
+        key = (x.device, into.codes.dtype, width, x.stride(0))
+    if (found := _compiled.get(key)) is not None:
         found[rows, 1, 1](*arguments, triton.next_power_of_2(width))
         return
-    options = _options(triton.next_power_of_2(width))
-    found = kernel[(rows,)](*arguments, **options)
+    found = silu_and_mul_kernel[(rows,)](*arguments, **_options(triton.next_power_of_2(width)))
     if key is not None and found is not None:  # None in Triton's interpreter
         _compiled[key] = found
+
+
+# Finding the compiled kernel takes Triton as long as launching it, which shows where a pass is so short
+# that the GPU waits for the CPU: so it is kept, by all that Triton would compile anew for.
+_compiled: dict[Any, Any] = {}
 
 
 def _options(tile: int) -> dict[str, Any]:
@@ -221,20 +132,14 @@ def _options(tile: int) -> dict[str, Any]:
     return {"TILE": tile, "num_warps": warps, "enable_fp_fusion": False}
 
 
-_POINTERS = {
-    "x": "*bf16",
-    "residual": "*bf16",
-    "weight": "*bf16",
-    "out": "*bf16",
-    "total": "*bf16",
-    "scale": "*fp32",
-    "epsilon": "fp32",
+_TYPES = {
+    "fp8": {"codes": "*fp8e4nv"},
+    "nvfp4": {"codes": "*u8", "block_scales": "*fp8e4nv"},
 }
-_CODES = {"fp8": {"codes": "*fp8e4nv"}, "nvfp4": {"codes": "*u8", "block_scales": "*fp8e4nv"}}
 
 
-def compile_for(capability: int, fmt: str, width: int = 4096) -> dict[str, Any]:
-    """Compiles both kernels for a GPU that need not be there.
+def compile_for(capability: int, fmt: str, width: int = 4096) -> Any:
+    """Compiles the kernel for a GPU that need not be there.
 
     Args:
         capability: compute capability times ten: 90, 100, 120.
@@ -242,22 +147,17 @@ def compile_for(capability: int, fmt: str, width: int = 4096) -> dict[str, Any]:
         width: of the quantized rows.
 
     Returns:
-        Triton's compiled kernels, "silu_and_mul" and "rms_norm", each with ``asm["ptx"]``.
+        Triton's compiled kernel, with ``asm["ptx"]``.
     """
     from triton.backends.compiler import GPUTarget  # type: ignore[import-not-found, import-untyped]
     from triton.compiler import ASTSource  # type: ignore[import-not-found, import-untyped]
 
-    types = _POINTERS | _CODES[fmt]
+    types = {"x": "*bf16", "scale": "*fp32", **_TYPES[fmt]}
     options = _options(triton.next_power_of_2(width))
     constants = {"TILE": options.pop("TILE")} | ({"block_scales": None} if fmt == "fp8" else {})
-    compiled = {}
-    for name, kernel in (("silu_and_mul", silu_and_mul_kernel), ("rms_norm", rms_norm_kernel)):
-        signature = {
-            argument: "constexpr" if argument in constants else types.get(argument, "i32")
-            for argument in kernel.arg_names
-        }
-        source = ASTSource(kernel, signature, constants)
-        compiled[name] = triton.compile(
-            source, target=GPUTarget("cuda", capability, 32), options=options
-        )
-    return compiled
+    signature = {
+        name: "constexpr" if name in constants else types.get(name, "i32")
+        for name in silu_and_mul_kernel.arg_names
+    }
+    source = ASTSource(silu_and_mul_kernel, signature, constants)
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)

@@ -82,21 +82,11 @@ class PrefillAttention:
 
     Args:
         forward: the implementation's own.
-        longest: the longest sequence, in tokens.
-        profiling: whether vLLM is measuring how much memory a pass may need.
     """
 
-    def __init__(
-        self,
-        forward: Callable[..., Tensor],
-        implementation: Any,
-        longest: int,
-        profiling: Callable[[], bool],
-    ) -> None:
+    def __init__(self, forward: Callable[..., Tensor], implementation: Any) -> None:
         self._forward = forward
         self._implementation = implementation
-        self._longest = longest
-        self._profiling = profiling
 
     def __call__(
         self,
@@ -111,9 +101,6 @@ class PrefillAttention:
         **kwargs: Any,
     ) -> Tensor:
         plan = plan_in_force()
-        if attn_metadata is None and self._profiling():
-            self._codes(len(query), self._longest, query.device)
-            self._warm_up(query.device)
         pieces = [] if plan is None or attn_metadata is None else self._pieces(plan, attn_metadata)
         if not pieces:
             return self._forward(
@@ -167,7 +154,7 @@ class PrefillAttention:
             implementation.num_heads,
             implementation.head_size,
         )
-        q, k, v = self._codes(rows, piece.keys, query.device)
+        q, k, v = self.codes(rows, piece.keys, query.device)
         encode(query[piece.start : piece.stop].view(rows, heads, size), q)
         pages = table[piece.sequence]
         gather(keys, pages, k)
@@ -175,12 +162,12 @@ class PrefillAttention:
         out = output[piece.start : piece.stop].view(1, rows, heads, size)
         flash_attention(q[None], k[None], v[None], implementation.scale, out)
 
-    def _warm_up(self, device: torch.device) -> None:
+    def warm_up(self, device: torch.device) -> None:
         """Has the kernels compiled before the first request waits for them."""
         from mixquant.kernels.fp8_triton import encode, gather
 
         of = self._implementation
-        q, k, v = self._codes(1, 1, device)
+        q, k, v = self.codes(1, 1, device)
         encode(torch.zeros(1, of.num_heads, of.head_size, dtype=torch.bfloat16, device=device), q)
         page = torch.zeros(1, 16, of.num_kv_heads, 2 * of.head_size, device=device).bfloat16()
         for codes, half in ((k, page[..., : of.head_size]), (v, page[..., of.head_size :])):
@@ -188,7 +175,7 @@ class PrefillAttention:
         out = torch.empty(1, 1, of.num_heads, of.head_size, dtype=torch.bfloat16, device=device)
         flash_attention(q[None], k[None], v[None], of.scale, out)
 
-    def _codes(self, rows: int, keys: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    def codes(self, rows: int, keys: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
         """Room for the codes of queries, keys and values."""
         of = self._implementation
         fp8 = torch.float8_e4m3fn
@@ -299,38 +286,34 @@ def why_not(
     return None
 
 
-def follow_attention(
-    model: torch.nn.Module, recipe: Recipe, longest: int, profiling: Callable[[], bool]
-) -> str:
+def follow_attention(model: torch.nn.Module, recipe: Recipe) -> tuple[str, PrefillAttention | None]:
     """Makes a loaded model's attention layers multiply quantized rows in FP8, where they can.
 
-    Args:
-        longest: the longest sequence, in tokens.
-        profiling: whether vLLM is measuring how much memory a pass may need.
-
     Returns:
-        What they do, for the table.
+        What they do, for the table, and one of those that do.
     """
     assert isinstance(recipe.format, dict)
     quantizes = set(recipe.format.values()) != {"bf16"}
     if recipe.prefill_attention == "bf16" or (recipe.prefill_attention == "auto" and not quantizes):
-        return ""
+        return "", None
     from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 
     layers = [module for module in model.modules() if isinstance(module, AttentionLayerBase)]
     if not layers:
-        return ""
+        return "", None
+    followed = None
     reasons: Counter[str] = Counter()
     capability = torch.cuda.get_device_capability() if torch.cuda.is_available() else None
     for layer in layers:
         implementation: Any = getattr(layer, "impl", None)
         why = why_not(implementation, getattr(layer, "dtype", None), capability)
         reasons[why or ""] += 1
-        if why is None and not isinstance(implementation.forward, PrefillAttention):
-            implementation.forward = PrefillAttention(
-                implementation.forward, implementation, longest, profiling
-            )
-    return ", ".join(
+        if why is None:
+            if not isinstance(implementation.forward, PrefillAttention):
+                implementation.forward = PrefillAttention(implementation.forward, implementation)
+            followed = implementation.forward
+    said = ", ".join(
         f"BF16 in {count} layers ({why})" if why else f"FP8 in {count} layers"
         for why, count in sorted(reasons.items())
     )
+    return said, followed

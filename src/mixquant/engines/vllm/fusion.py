@@ -1,15 +1,15 @@
-"""Activations that are quantized by what produces them, where a model's code is known to allow it.
+"""SiLU-and-multiply, computed as it is quantized, where a model's code is known to allow it.
 
-In front of a layer whose weight is FP8 as a whole stands an RMSNorm or a SiLU-and-multiply, in models
-that are written as Llama's are. There:
+In front of a ``down_proj`` whose weight is FP8 as a whole stands a SiLU-and-multiply, in models whose
+MLP is written as Llama's or Qwen's. There the activation is left to ``down_proj``: for quantized rows
+one kernel computes and quantizes it, which saves writing and reading it in BF16; for precise rows it is
+vLLM's own. Passes without quantized rows, those that CUDA graphs are captured from among them, launch
+as many kernels as before.
 
-- the norm writes the codes of a pass's quantized rows beside its BF16 result, and the layer takes them;
-- the activation is left to ``down_proj``, which computes it as it quantizes, and by vLLM's own kernel
-  for precise rows.
-
-Passes without quantized rows, those that CUDA graphs are captured from among them, launch as many
-kernels as before. That the layer is given what the norm returned, and nobody else is, shows in the
-source of the model's classes alone; where they are written otherwise, nothing is fused.
+That down_proj is given what the activation returned, and nobody else is, shows in the source of the
+model's class alone; where it is written otherwise, nothing is fused. RMSNorm is not fused: as an
+operator of its own it costs the CPU more per pass than it saves the GPU where passes are short, and in
+a compiled graph it would have to quantize in decode, too (docs/performance.md).
 """
 
 from __future__ import annotations
@@ -26,21 +26,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mixquant.engines.vllm.linear import PhaseLinearMethod, computed_together, layer_of
-from mixquant.phase import plan_in_force
+from mixquant.engines.vllm.linear import PhaseLinearMethod
 
 # The bodies of forward, statement by statement, as ast.unparse writes them.
-_LAYER = [
-    "if residual is None:\n"
-    "    residual = hidden_states\n"
-    "    hidden_states = self.input_layernorm(hidden_states)\n"
-    "else:\n"
-    "    hidden_states, residual = self.input_layernorm(hidden_states, residual)",
-    "hidden_states = self.self_attn(positions=positions, hidden_states=hidden_states)",
-    "hidden_states, residual = self.post_attention_layernorm(hidden_states, residual)",
-    "hidden_states = self.mlp(hidden_states)",
-    "return (hidden_states, residual)",
-]
 _MLPS = [
     [*begin, "x, _ = self.down_proj(x)", "return x"]
     for begin in (
@@ -52,30 +40,21 @@ _MLPS = [
         ],
     )
 ]
-_ATTENTION = "qkv, _ = self.qkv_proj(hidden_states)"
 
 
-def follow_producers(model: torch.nn.Module, with_lora: bool) -> int:
-    """Joins norms and activations of a loaded model to the layers that read them; returns how many.
+def follow_activations(model: torch.nn.Module, with_lora: bool) -> int:
+    """Leaves the activations of a loaded model to the layers that read them; returns how many.
 
     Args:
         with_lora: whether adapters are served: they read what the layers are given.
     """
     if with_lora or not torch.cuda.is_available() or importlib.util.find_spec("triton") is None:
         return 0
-    joined = 0
-    module: Any
-    for module in model.modules():
-        if _body(type(module)) in _MLPS:
-            joined += _join_activation(module.act_fn, module.down_proj)
-        if _body(type(module)) == _LAYER:
-            attention, mlp = module.self_attn, module.mlp
-            first, *others = _body(type(attention))
-            if first == _ATTENTION and "hidden_states" not in " ".join(others):
-                joined += _join_norm(module.input_layernorm, attention.qkv_proj)
-            if _body(type(mlp)) in _MLPS:
-                joined += _join_norm(module.post_attention_layernorm, mlp.gate_up_proj)
-    return joined
+    return sum(
+        _join(module.act_fn, module.down_proj)
+        for module in model.modules()
+        if _body(type(module)) in _MLPS
+    )
 
 
 def _read(kind: Any) -> list[str]:
@@ -89,6 +68,15 @@ def _read(kind: Any) -> list[str]:
 
 
 _body: Callable[[Any], list[str]] = functools.cache(_read)
+
+
+def _join(activation: Any, layer: Any) -> bool:
+    own = getattr(activation, "_forward_method", None)  # of vLLM's versions that are known
+    if type(activation).__name__ != "SiluAndMul" or own is None or not _fusable(layer):
+        return False
+    layer.quant_method.activated = True
+    activation._forward_method = MethodType(_unapplied, activation)
+    return True
 
 
 def _fusable(layer: Any) -> bool:
@@ -109,70 +97,5 @@ def _fusable(layer: Any) -> bool:
     )
 
 
-def _join_activation(activation: Any, layer: Any) -> bool:
-    if type(activation).__name__ != "SiluAndMul" or not _own(activation) or not _fusable(layer):
-        return False
-    layer.quant_method.activated = True
-    activation._forward_method = MethodType(_unapplied, activation)
-    return True
-
-
-def _join_norm(norm: Any, layer: Any) -> bool:
-    plain = type(norm).__name__ == "RMSNorm" and norm.has_weight
-    plain = plain and norm.variance_size_override is None and norm.weight.dtype == torch.bfloat16
-    if not plain or not _own(norm) or not _fusable(layer):
-        return False
-    norm.mixquant_number = layer.mixquant_number
-    norm.mixquant_alone = norm._forward_method
-    norm._forward_method = MethodType(_norm, norm)
-    return True
-
-
-def _own(operation: Any) -> bool:
-    """Whether an operation still computes as vLLM has it, in a version that is written as known."""
-    found = getattr(operation, "_forward_method", None)
-    return getattr(found, "__func__", found) not in (None, _unapplied, _norm)
-
-
 def _unapplied(self: Any, x: Tensor) -> Tensor:
     return x
-
-
-def _norm(self: Any, x: Tensor, residual: Tensor | None = None) -> Any:
-    if residual is None or x.ndim != 2:
-        return self.mixquant_alone(x, residual)
-    return torch.ops.mixquant.phase_rms_norm(
-        x, residual, self.weight.data, self.variance_epsilon, self.mixquant_number
-    )
-
-
-def _phase_rms_norm(
-    x: Tensor, residual: Tensor, weight: Tensor, epsilon: float, number: Tensor
-) -> tuple[Tensor, Tensor]:
-    from mixquant.kernels.fused_triton import rms_norm, room_for
-
-    plan = plan_in_force()
-    if plan is None or plan.rows != len(x) or not plan.quantized:
-        return rms_norm(x, residual, weight, epsilon)
-    rows = computed_together(plan)
-    if rows is None:
-        return rms_norm(x, residual, weight, epsilon)
-    codes = room_for("fp8", rows[1] - rows[0], x.shape[1], x.device)
-    normed, total = rms_norm(x, residual, weight, epsilon, codes, rows[0])
-    layer_of(number).quant_method.offer(plan, normed, (codes.codes, codes.scale))
-    return normed, total
-
-
-def _fake(
-    x: Tensor, residual: Tensor, weight: Tensor, epsilon: float, number: Tensor
-) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(x), torch.empty_like(x)
-
-
-_library = torch.library.Library("mixquant", "FRAGMENT")
-_library.define(
-    "phase_rms_norm(Tensor x, Tensor residual, Tensor weight, float epsilon, Tensor number)"
-    " -> (Tensor, Tensor)"
-)
-_library.impl("phase_rms_norm", _phase_rms_norm, "CompositeExplicitAutograd")
-torch.library.register_fake("mixquant::phase_rms_norm", _fake, lib=_library)

@@ -153,20 +153,15 @@ class PhaseLinearMethod(UnquantizedLinearMethod):  # type: ignore[misc]
         """What the weight is multiplied with."""
         return _silu_and_mul(x) if self.activated else x
 
-    def offer(self, plan: PhasePlan, x: Tensor, encoded: Any) -> None:
-        """Keeps the quantized rows of ``x``, which this layer is given next, in this pass."""
-        plan.memo["offered", id(self)] = (x.data_ptr(), encoded)
+    def encoded(self, rows: Tensor, product: Product) -> Any:
+        """The quantized rows of the layer's input, as ``product`` takes them."""
+        if not self.activated:
+            return product.encode(rows)
+        from mixquant.kernels.fused_triton import room_for, silu_and_mul
 
-    def encoded(self, plan: PhasePlan, flat: Tensor, rows: Tensor, product: Product) -> Any:
-        """The quantized rows ``rows`` of the layer's input ``flat``, as ``product`` takes them."""
-        if self.activated:
-            from mixquant.kernels.fused_triton import room_for, silu_and_mul
-
-            codes = room_for("fp8", len(rows), rows.shape[1] // 2, rows.device)
-            silu_and_mul(rows, codes)
-            return codes.codes, codes.scale
-        address, encoded = plan.memo.pop(("offered", id(self)), (None, None))
-        return encoded if address == flat.data_ptr() else product.encode(rows)
+        codes = room_for("fp8", len(rows), rows.shape[1] // 2, rows.device)
+        silu_and_mul(rows, codes)
+        return codes.codes, codes.scale
 
     def described(self, name: str) -> list[Layer]:
         """The layer's lines in the table, one for each part."""
@@ -215,11 +210,6 @@ _layers: weakref.WeakValueDictionary[int, torch.nn.Module] = weakref.WeakValueDi
 _numbers = itertools.count()
 
 
-def layer_of(number: Tensor) -> Any:
-    """The layer that the operator knows by this number."""
-    return _layers[int(number)]
-
-
 def computed_together(plan: PhasePlan) -> Range | None:
     """A range that holds all quantized rows of a plan that has some, and few others.
 
@@ -237,7 +227,7 @@ def computed_together(plan: PhasePlan) -> Range | None:
 
 
 def _phase_linear(x: Tensor, bias: Tensor | None, number: Tensor, features: int) -> Tensor:
-    layer = layer_of(number)
+    layer: Any = _layers[int(number)]
     method: PhaseLinearMethod = layer.mixquant_method
     rows = x.numel() // x.shape[-1]
     plan = plan_in_force()
@@ -284,7 +274,7 @@ def _quantized(
         part_bias = None if bias is None else bias[start:stop]
         if product is not None:
             if product.format not in encoded:
-                encoded[product.format] = method.encoded(plan, flat, rows, product)
+                encoded[product.format] = method.encoded(rows, product)
             columns = target if len(method.products) == 1 else target[:, start:stop]
             product.multiply(encoded[product.format], part_bias, columns)
         elif layer.weight.numel():

@@ -19,9 +19,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from mixquant.engines.vllm.attention import follow_attention
+from mixquant.engines.vllm.attention import PrefillAttention, follow_attention
 from mixquant.engines.vllm.counters import Counters, multiprocess
-from mixquant.engines.vllm.fusion import follow_producers
+from mixquant.engines.vllm.fusion import follow_activations
 from mixquant.phase import PhasePlan, Thresholds, everything_quantized, in_force, plan_pass
 
 V1 = "vllm.v1.worker.gpu_model_runner"
@@ -62,7 +62,8 @@ class Follower:
         self.noted: Batch | None = None
         self.profiling = False
         self.attention = ""
-        self.fused = 0
+        self._fp8_attention: PrefillAttention | None = None
+        self._room: Any = None
         self._longest = runner.vllm_config.model_config.max_model_len
         self._with_lora = runner.vllm_config.lora_config is not None
         self._entered: in_force | None = None
@@ -73,10 +74,10 @@ class Follower:
         """Puts the hooks on the model, which may have been loaded anew."""
         if model is not self.model:
             self.model = model
-            self.attention = follow_attention(
-                model, self.recipe, self._longest, lambda: self.profiling
-            )
-            self.fused = follow_producers(model, self._with_lora)
+            self.attention, self._fp8_attention = follow_attention(model, self.recipe)
+            if self._fp8_attention is not None:
+                self._fp8_attention.warm_up(torch.device("cuda"))
+            follow_activations(model, self._with_lora)
             model.register_forward_pre_hook(self._begin, with_kwargs=True)
             model.register_forward_hook(self._end, always_call=True)
 
@@ -106,10 +107,15 @@ class Follower:
             if plan is not None:
                 plan.memo["batch"] = batch
             self._count(batch, plan, "graph" if replays else None)
+        if self.profiling and self._fp8_attention is not None:
+            # vLLM leaves attention out as it measures what memory a pass may need.
+            device = torch.device("cuda")
+            self._room = self._fp8_attention.codes(rows, self._longest, device)
         self._entered = in_force(plan)
         self._entered.__enter__()
 
     def _end(self, model: Any, args: Any, output: Any) -> None:
+        self._room = None
         if self._entered is not None:
             self._entered.__exit__()
             self._entered = None
