@@ -3,7 +3,7 @@
     python benchmarks/ceilings.py --model benchmarks/models/qwen3-8b
 
 Measures the linear layers' shapes of a model (config.json) in BF16 (cuBLAS) and FP8 (vLLM's CUTLASS
-kernels, rows quantized beforehand), and causal attention of a chunk in BF16 (vLLM's FlashAttention) and
+kernels, with which the prefill is added up, and cuBLASLt; rows quantized beforehand), and causal attention of a chunk in BF16 (vLLM's FlashAttention) and
 FP8 (fa3-fwd, codes made beforehand). A prefill cannot be faster than its products and its attention.
 """
 
@@ -21,6 +21,7 @@ from triton.testing import do_bench  # type: ignore[import-not-found, import-unt
 from vllm.vllm_flash_attn import flash_attn_varlen_func
 
 from mixquant.engines.vllm.attention import flash_attention
+from mixquant.kernels.fused_triton import room_for, silu_and_mul
 
 CHUNK = 8192
 
@@ -29,8 +30,8 @@ def median_ms(call: Callable[[], object]) -> float:
     return float(do_bench(call, warmup=50, rep=200, return_mode="median"))
 
 
-def linear_ms(rows: int, shape: tuple[int, int]) -> tuple[float, float]:
-    """ms of one product in BF16 and in FP8."""
+def linear_ms(rows: int, shape: tuple[int, int]) -> tuple[float, float, float]:
+    """ms of one product in BF16, and in FP8 by CUTLASS and by cuBLASLt."""
     features, width = shape
     x = torch.randn(rows, width, device="cuda", dtype=torch.bfloat16)
     weight = torch.randn(features, width, device="cuda", dtype=torch.bfloat16)
@@ -41,7 +42,34 @@ def linear_ms(rows: int, shape: tuple[int, int]) -> tuple[float, float]:
     def fp8() -> None:
         torch.ops._C.cutlass_scaled_mm(out, codes, weight_codes.t(), scale, weight_scale, None)
 
-    return median_ms(lambda: torch.nn.functional.linear(x, weight)), median_ms(fp8)
+    def cublas() -> None:
+        torch._scaled_mm(
+            codes,
+            weight_codes.t(),
+            scale,
+            weight_scale.t(),
+            out_dtype=torch.bfloat16,
+            use_fast_accum=True,
+            out=out,
+        )
+
+    return (
+        median_ms(lambda: torch.nn.functional.linear(x, weight)),
+        median_ms(fp8),
+        median_ms(cublas),
+    )
+
+
+def activation_ms(rows: int, width: int) -> tuple[float, float, float]:
+    """ms of vLLM's SiLU-and-multiply, of its FP8 quantizer after it, and of ours, which is both."""
+    x = torch.randn(rows, 2 * width, device="cuda", dtype=torch.bfloat16)
+    out = torch.empty(rows, width, device="cuda", dtype=torch.bfloat16)
+    codes = room_for("fp8", rows, width, x.device)
+    return (
+        median_ms(lambda: torch.ops._C.silu_and_mul(out, x)),
+        median_ms(lambda: ops.scaled_fp8_quant(out, use_per_token_if_dynamic=True)),
+        median_ms(lambda: silu_and_mul(x, codes)),
+    )
 
 
 def attention_ms(rows: int, keys: int, heads: int, kv_heads: int, size: int) -> tuple[float, float]:
@@ -84,15 +112,20 @@ def main() -> None:
     shapes += [(2 * wide, hidden), (hidden, wide)]
     torch.manual_seed(0)
 
-    print("| product | BF16 TFLOP/s | FP8 TFLOP/s |\n| --- | --- | --- |")
-    linear: dict[int, tuple[float, float]] = {}
+    print("| product | BF16 TFLOP/s | FP8, CUTLASS | FP8, cuBLASLt |\n| --- | --- | --- | --- |")
+    linear: dict[int, tuple[float, ...]] = {}
     for rows in (2048, CHUNK):
         times = [linear_ms(rows, shape) for shape in shapes]
         for shape, ms in zip(shapes, times, strict=True):
             tflop = 2 * rows * shape[0] * shape[1] / 1e9
             cells = " | ".join(f"{tflop / one:.0f}" for one in ms)
             print(f"| {rows} x {shape[1]} x {shape[0]} | {cells} |")
-        linear[rows] = tuple(sum(column) for column in zip(*times, strict=True))  # type: ignore[assignment]
+        linear[rows] = tuple(sum(column) for column in zip(*times, strict=True))
+    print("\n| rows x width | SiLU-and-multiply ms | quantizer ms | both in one kernel ms |")
+    print("| --- | --- | --- | --- |")
+    for rows in (2048, CHUNK):
+        cells = " | ".join(f"{ms:.4f}" for ms in activation_ms(rows, wide))
+        print(f"| {rows} x {wide} | {cells} |")
     print("\n| attention, rows x keys | BF16 TFLOP/s | FP8 TFLOP/s |\n| --- | --- | --- |")
     attention: dict[tuple[int, int], tuple[float, float]] = {}
     for rows, keys in ((2048, 2048), (CHUNK, CHUNK), (CHUNK, 4 * CHUNK), (CHUNK, 16 * CHUNK)):
@@ -116,7 +149,7 @@ def main() -> None:
             products, attend = linear[tokens], attention[tokens, tokens]
         else:
             chunks = range(CHUNK, tokens + 1, CHUNK)
-            products = tuple(one * len(chunks) for one in linear[CHUNK])  # type: ignore[assignment]
+            products = tuple(one * len(chunks) for one in linear[CHUNK])
             attend = tuple(sum(of_chunk(keys, kind) for keys in chunks) for kind in (0, 1))  # type: ignore[assignment]
         whole = layers * (products[0] + attend[0])
         fast = layers * (products[1] + attend[0]), layers * (products[1] + attend[1])
