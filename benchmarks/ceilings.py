@@ -3,8 +3,9 @@
     python benchmarks/ceilings.py --model benchmarks/models/qwen3-8b
 
 Measures the linear layers' shapes of a model (config.json) in BF16 (cuBLAS) and FP8 (vLLM's CUTLASS
-kernels, with which the prefill is added up, and cuBLASLt; rows quantized beforehand), and causal attention of a chunk in BF16 (vLLM's FlashAttention) and
-FP8 (fa3-fwd, codes made beforehand). A prefill cannot be faster than its products and its attention.
+kernels, with which the prefill is added up, and cuBLASLt; rows quantized beforehand), and causal
+attention of a chunk in BF16 (vLLM's FlashAttention) and FP8 (fa3-fwd, codes made beforehand). A
+prefill cannot be faster than its products and its attention.
 """
 
 from __future__ import annotations
