@@ -124,7 +124,11 @@ def reason(log: Path) -> str:
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
     errors = [line for line in lines if "Error: " in line]
     own = [line for line in errors if "mixquant cannot serve this" in line]
-    return (own or errors or lines or ["it printed nothing"])[-1][-500:]
+    found = (own or errors or lines or ["it printed nothing"])[-1]
+    if "1 validation error for" in found:  # pydantic's: what it is stands in the next line
+        after = lines.index(found) + 1
+        found = " ".join([found, *lines[after : after + 1]])[:500]
+    return found[-500:]
 
 
 def end(process: subprocess.Popen[bytes], patience: float = 30) -> None:
