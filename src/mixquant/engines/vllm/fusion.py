@@ -61,9 +61,10 @@ def _read(kind: Any) -> list[str]:
     """The statements of a module's forward, without comments and formatting; none if unknown."""
     try:
         (function,) = ast.parse(textwrap.dedent(inspect.getsource(kind.forward))).body
-    except (OSError, SyntaxError, TypeError):
-        return [""]
-    assert isinstance(function, ast.FunctionDef)
+    except (OSError, SyntaxError, TypeError, ValueError):
+        return []
+    if not isinstance(function, ast.FunctionDef):
+        return []
     return [ast.unparse(statement) for statement in function.body]
 
 
