@@ -7,6 +7,7 @@ import os
 # Before anything imports huggingface_hub, which reads it once: tests never go to the network.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -71,8 +72,14 @@ def served(smollm2_path: str, tmp_path_factory: pytest.TempPathFactory) -> Itera
     arguments += ["--api-key", Served.key, "--chat-template", str(template)]
     arguments += ["--enable-auto-tool-choice", "--tool-call-parser", "hermes"]
     arm = on_cpu(Arm("mixquant", Recipe(), tuple(arguments)), Served.context)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
-        patch.setenv("VLLM_LOGGING_LEVEL", "WARNING")
-        with running(arm, smollm2_path, name=Served.name, log=folder / "log") as url:
-            yield Served(url)
+    with contextlib.ExitStack() as stack:
+        # As long as it lives, other servers cannot have half of the memory, vLLM's default.
+        session = stack.enter_context(pytest.MonkeyPatch.context())
+        session.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("VLLM_LOGGING_LEVEL", "WARNING")
+            url = stack.enter_context(
+                running(arm, smollm2_path, name=Served.name, log=folder / "log")
+            )
+        # From here on others' logs are tested, too.
+        yield Served(url)

@@ -147,10 +147,8 @@ def test_failures_stand_apart_and_are_asked_again_in_the_next_run(tmp_path: Path
         return echo(body)
 
     ran = do(tmp_path / "a", Echo(), items(5), answer)
-    assert [item for (item, _), entry in ran.entries.items() if entry.answer is None] == [
-        "q1",
-        "q3",
-    ]
+    failed_ones = [item for (item, _), entry in ran.entries.items() if entry.answer is None]
+    assert sorted(failed_ones) == ["q1", "q3"]
     failed = ran.entries["q1", 0]
     assert failed.error is not None
     assert "broken" in failed.error

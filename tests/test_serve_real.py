@@ -92,9 +92,12 @@ class Served:
 
     def metrics(self, role: str | None = None) -> dict[str, float]:
         """Of the front, or of an engine; without what vLLM labels engines and models with."""
+        return self.metrics_of(None if role is None else self.engine(role))
+
+    def metrics_of(self, engine: Any) -> dict[str, float]:
         port = self.port
-        if role is not None:
-            line = self.engine(role).cmdline()
+        if engine is not None:
+            line = engine.cmdline()
             port = int(line[line.index("--port") + 1])
         with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=PATIENCE) as page:
             lines = page.read().decode().splitlines()
@@ -193,8 +196,8 @@ def colocated(model: str, port: int, folder: Path) -> list[str]:
     return [*line, "--logs", str(folder / "logs"), "--api-key-variable", "MIXQUANT_TEST_KEY"]
 
 
-def command(model: str, port: int, folder: Path) -> list[str]:
-    line = [*colocated(model, port, folder), "--prefill", "1", "--decode", "1"]
+def command(model: str, port: int, folder: Path, prefill: int = 1) -> list[str]:
+    line = [*colocated(model, port, folder), "--prefill", str(prefill), "--decode", "1"]
     line += ["--min-transfer-tokens", "100", "--"]
     line += ["--max-model-len", str(CONTEXT), "--enforce-eager", "--num-gpu-blocks-override"]
     return [*line, str(BLOCKS), "--enable-auto-tool-choice", "--tool-call-parser", "hermes"]
@@ -607,3 +610,44 @@ def test_an_engine_that_cannot_start(model: str, tmp_path: Path) -> None:
     assert re.match(r"error: engine ended with exit code \d+: .*999999", last), last
     assert last.endswith(f"(all of it: {tmp_path / 'logs' / 'engine.log'})")
     assert "ready" not in done.stdout
+
+
+@pytest.mark.skipif(
+    os.environ.get("MIXQUANT_TEST_LARGER_SETS") != "1",
+    reason="three engines are slow on few cores: MIXQUANT_TEST_LARGER_SETS=1 runs them",
+)
+def test_two_prefill_engines(model: str, tmp_path: Path) -> None:
+    (port,) = _free_ports(1, 0)
+    with (tmp_path / "serve.log").open("wb") as log:
+        process = subprocess.Popen(
+            command(model, port, tmp_path, prefill=2),
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env=environment(),
+        )
+    one = Served(process, port, tmp_path)
+    try:
+        one.wait(lambda: "ready: " in one.output())
+        assert "with 2 prefill and 1 decode engines" in one.output()
+        engines = [each for each in one.children() if '"role":"prefill"' in str(each.cmdline())]
+        assert len(engines) == 2
+        name = 'mixquant_rows_total{phase="prefill",precision="quantized"}'
+
+        def both_read() -> bool:
+            for number in range(4):  # sessions of their own, for the router to spread
+                prompt = TEXT[number * 3000 :][:2500]
+                done = one.complete(prompt, user=f"{number} {time.monotonic()}")
+                assert done.usage.completion_tokens == 8
+            return all(one.metrics_of(engine)[name] > 0 for engine in engines)
+
+        one.wait(both_read)
+        one.is_well()
+        engines[0].kill()
+        assert crowd(one, 20) == ["length"] * 20
+        one.wait(lambda: "ended by signal 9; the last lines of" in one.output())
+        one.is_well()
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(PATIENCE) == 0
+    finally:
+        process.kill()
+        process.wait()
