@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 
 from mixquant import cli
 from mixquant.serve import render_compose, render_kubernetes
-from mixquant.serve.commands import processes
-from mixquant.serve.containers import DOCKERFILE, PYTHON, alone
+from mixquant.serve.commands import Process, processes
+from mixquant.serve.containers import DOCKERFILE, PYTHON, alone, is_engine
 from mixquant.serve.description import Deployment, ServeError
 
 yaml = pytest.importorskip("yaml")
@@ -135,7 +135,7 @@ def test_compose_runs_the_same_commands(deployment: Deployment) -> None:
         service = services[process.name]
         assert service["command"] == list(process.argv)
         environment = {k: v for k, v in service.get("environment", {}).items() if k != "HF_TOKEN"}
-        assert environment == dict(process.environment)
+        assert environment == {**process.environment, **caches(process)}
         assert list(service.get("depends_on", {})) == list(process.after)
     # Whom a command names is there, and listens where it is looked for.
     for service in services.values():
@@ -143,6 +143,11 @@ def test_compose_runs_the_same_commands(deployment: Deployment) -> None:
             theirs = services[host]["command"]
             assert theirs[theirs.index("--port") + 1] == port
             assert theirs[theirs.index("--host") + 1] == "0.0.0.0"
+
+
+def caches(process: Process) -> dict[str, str]:
+    """What containers add to an engine's environment."""
+    return {"XDG_CACHE_HOME": "/cache"} if is_engine(process) else {}
 
 
 def test_kubernetes_runs_the_same_commands(deployment: Deployment) -> None:
@@ -166,7 +171,8 @@ def test_kubernetes_runs_the_same_commands(deployment: Deployment) -> None:
         assert not any(re.search(r"(?<!\$)\$\(", one) for one in container["command"])
         assert comparable(command) == comparable(list(process.argv))
         values = {one["name"]: one.get("value") for one in container["env"]}
-        assert set(process.environment) | set(process.secrets) == set(values) - {"HF_TOKEN"}
+        expected_names = {*process.environment, *process.secrets, *caches(process)}
+        assert expected_names == set(values) - {"HF_TOKEN"}
     replicas = {
         name: one["spec"]["replicas"]
         for (kind, name), one in objects.items()
@@ -343,7 +349,8 @@ def test_engines_see_checkpoints_and_caches(name: str) -> None:
             assert "volumes" not in service
             continue
         targets = {one["target"]: one["source"] for one in service["volumes"]}
-        assert targets == {"/root/.cache": "cache", **{path: path for path in paths}}
+        cache = service["environment"]["XDG_CACHE_HOME"]
+        assert targets == {cache: "cache", **{path: path for path in paths}}
         assert ("HF_TOKEN" in service["environment"]) == (not paths)
         assert service["ipc"] == "host"  # with the machine's shared memory
     objects = kubernetes(deployment)
@@ -352,7 +359,9 @@ def test_engines_see_checkpoints_and_caches(name: str) -> None:
             continue
         (container,) = pod["containers"]
         mounted = {one["mountPath"]: one["name"] for one in container["volumeMounts"]}
-        assert set(mounted) == {"/root/.cache", "/dev/shm", *paths}
+        (cache,) = (one["value"] for one in container["env"] if one["name"] == "XDG_CACHE_HOME")
+        assert set(mounted) == {cache, "/dev/shm", *paths}
+        assert mounted[cache] == "cache"
         claims = objects["StatefulSet", name]["spec"]["volumeClaimTemplates"]
         volumes = {one["name"]: one for one in pod["volumes"]}
         claimed = {one["metadata"]["name"] for one in claims}

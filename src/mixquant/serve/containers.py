@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from mixquant.serve.commands import Place, Process, processes
 from mixquant.serve.description import Deployment, ServeError
 
 PYTHON = "python3"  # of the image
-CACHE = "/root/.cache"  # the hub's files, and what vLLM compiled
+CACHE = "/cache"  # the hub's files, and what vLLM compiled, whoever the image runs as
 PORT, SIDE_CHANNEL, METRICS = 8000, 5600, 29000
 PROBE_SECONDS = 10
 
@@ -34,7 +35,12 @@ def in_containers(deployment: Deployment, place: Callable[[str], Place]) -> list
     for name in _checkpoints(deployment):
         if not os.path.isabs(name) and Path(name).is_dir():
             raise ServeError(f"{name} is a directory: in containers it needs its absolute path")
-    return processes(deployment, place, python=PYTHON, gpus=())
+    return [
+        replace(process, environment={"XDG_CACHE_HOME": CACHE, **process.environment})
+        if is_engine(process)
+        else process
+        for process in processes(deployment, place, python=PYTHON, gpus=())
+    ]
 
 
 def alone(host: str) -> Place:
