@@ -18,7 +18,7 @@ from mixquant.prefill_checkpoint import Fp8Tensors, Nvfp4Tensors
 from mixquant.recipe import Recipe
 
 CUTLASS = Kernel("vLLM CUTLASS", native=True)
-CUBLAS = Kernel("cuBLASLt", native=True)
+CUBLAS = Kernel("cuBLASLt, CUTLASS", native=True)  # by the number of rows and the output's type
 MANY_ROWS = 4096  # from which on cuBLASLt is called
 ONEDNN = Kernel("vLLM oneDNN", native=True)
 
