@@ -25,7 +25,7 @@ Handler = Callable[[Any], Any]
 
 @pytest.fixture(autouse=True)
 def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(front, "PAUSES", (0.0, 0.0, 0.0))
+    monkeypatch.setattr(front, "PAUSES", [0.0] * len(front.PAUSES))
 
 
 @contextmanager
@@ -218,7 +218,36 @@ def test_no_decode_engine_takes_over_where_it_must_not() -> None:
     assert answer.status_code == 503
     assert answer.headers["retry-after"] == "5"
     assert "try again later" in answer.json()["error"]["message"]
-    assert routers.hosts == ["transfer"] * 3
+    assert routers.hosts == ["transfer"] * len(front.PAUSES)
+
+
+@pytest.mark.parametrize("trouble", [[503, 503, 200], [DOWN, 503, DOWN, 200], [500, 200]])
+def test_a_takeover_has_attempts_of_its_own(trouble: list[Any]) -> None:
+    # A decode engine of a busy machine can pass for dead for a moment.
+    routers = Routers(transfer=[500, 503], direct=list(trouble))
+    with served(routers) as client:
+        assert client.post("/v1/completions", json=completion()).status_code == 200
+    assert routers.hosts == ["transfer"] * 2 + ["direct"] * len(trouble)
+
+
+def test_what_engines_may_have_died_of_is_not_shown_to_all_of_them() -> None:
+    routers = Routers(transfer=500, direct=500)
+    with served(routers) as client:
+        assert client.post("/v1/completions", json=completion()).status_code == 500
+    assert routers.hosts == ["transfer"] * 2 + ["direct"] * 2
+
+
+def test_the_log_says_what_was_tried_and_nothing_of_a_prompt(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    router = httpx.Response(503, text="No available workers")
+    engine = httpx.Response(500, json={"error": {"message": "a secret"}})
+    answers = [router, DOWN, engine, httpx.Response(500, json={})]
+    with served(Routers(direct=answers)) as client:
+        client.post("/v1/completions", json=completion(SHORT))
+    (line,) = [r.getMessage() for r in caplog.records if "no engine served" in r.getMessage()]
+    wanted = "direct: 503 No available workers; direct: ConnectError; direct: 500; direct: 500"
+    assert line.endswith(wanted)
 
 
 @pytest.mark.parametrize("fault", [500, 503, DOWN])

@@ -538,7 +538,8 @@ def test_a_killed_router(served: Served, router: str) -> None:
 
 def test_a_prefill_engine_killed_under_load(served: Served) -> None:
     fallbacks = served.routed("fallback")
-    assert crowd(served, 60, lambda: kill(served, '"role":"prefill"')) == ["length"] * 60
+    answers = crowd(served, 60, lambda: kill(served, '"role":"prefill"'))
+    assert answers == ["length"] * 60, (served.folder / "logs" / "front.log").read_text()
     assert crowd(served, 10) == ["length"] * 10
     assert served.routed("fallback") > fallbacks
     served.wait(lambda: "prefill-0 ended by signal 9; the last lines of" in served.output())

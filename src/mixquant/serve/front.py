@@ -15,6 +15,7 @@ import contextlib
 import hashlib
 import hmac
 import json
+import logging
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
@@ -27,11 +28,15 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 
+LOG = logging.getLogger("uvicorn.error")  # whose handler and level the server sets up
 BYTES_PER_TOKEN = 4  # of English text and code; what decides is a rough measure of worth
 CLIENT_GONE = 499
 UNREADY = (502, 503, 504)
 BROKEN = (500, *UNREADY)
-PAUSES = (0.0, 1.5, 3.0)  # s before each attempt: a router takes a second to notice a death
+# s before each attempt on a route: a router takes a second to notice a death, and seconds on a busy
+# machine to find an engine well again that it thought dead.
+PAUSES = (0.0, 1.5, 3.0, 6.0)
+MOST_FAULTS = 2  # on a route: the request itself may be what engines die of
 # What a client may say to the router: sessions, for its policies, and the trace.
 PASSED_ON = ("x-session-id", "x-user-id", "x-tenant-id", "x-correlation-id", "traceparent")
 
@@ -99,8 +104,10 @@ def application(settings: Settings, client: httpx.AsyncClient | None = None) -> 
     ) -> httpx.Response:
         """The first answer that is no sign of a dead engine, or else the last one."""
         last: httpx.Response | None = None
-        attempt = 0
+        attempt = faults = 0
+        found: list[str] = []
         while True:
+            await asyncio.sleep(PAUSES[attempt])
             ROUTED.labels(route, reason).inc()
             base = settings.transfer if route == "transfer" else settings.direct
             try:
@@ -109,8 +116,9 @@ def application(settings: Settings, client: httpx.AsyncClient | None = None) -> 
                     stream=True,
                 )
                 status = answer.status_code
-            except httpx.HTTPError:
+            except httpx.HTTPError as error:
                 answer, status = None, 502
+                found.append(f"{route}: {type(error).__name__}")
             if status not in BROKEN:
                 assert answer is not None
                 return answer
@@ -118,10 +126,10 @@ def application(settings: Settings, client: httpx.AsyncClient | None = None) -> 
                 with contextlib.suppress(httpx.HTTPError):
                     await answer.aread()
                 await answer.aclose()
+                found.append(f"{route}: {said_by_router(answer)}")
                 last = answer
             attempt += 1
-            if attempt == len(PAUSES):
-                return last or httpx.Response(503)
+            faults += status not in UNREADY
             if (
                 route == "transfer"
                 and settings.decode_fallback
@@ -129,8 +137,10 @@ def application(settings: Settings, client: httpx.AsyncClient | None = None) -> 
             ):
                 # No prefill engine is there, or two attempts found one that died.
                 route, reason = "direct", "fallback"
-                continue
-            await asyncio.sleep(PAUSES[attempt])
+                attempt = faults = 0
+            elif attempt == len(PAUSES) or faults == MOST_FAULTS:
+                LOG.warning("no engine served a request; attempts: %s", "; ".join(found))
+                return last or httpx.Response(503)
 
     async def relayed(answer: httpx.Response, streams: bool) -> Response:
         headers = {
@@ -346,6 +356,15 @@ def unready(answer: httpx.Response | None) -> Response:
     ):
         return Response(answer.content, 500, media_type="application/json")
     return failure(503, "no engine can serve this now: one ended and starts again; try again later")
+
+
+def said_by_router(answer: httpx.Response) -> str:
+    """What a log may say of an answer: what engines say is JSON, and can hold parts of a prompt."""
+    if "json" in answer.headers.get("content-type", ""):
+        return str(answer.status_code)
+    with contextlib.suppress(httpx.ResponseNotRead):
+        return f"{answer.status_code} {answer.text[:300]}"
+    return str(answer.status_code)
 
 
 async def unknown(request: Request, error: Exception) -> Response:
