@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import multiprocessing
 import os
 import signal
 import sys
@@ -31,8 +32,14 @@ port, *habits = sys.argv[1:]
 print("hello", *habits, "key", os.environ.get("KEY"), flush=True)
 if "fails" in habits:
     sys.exit("ValueError: this model is not one")
+def use_memory(*_):
+    global kept
+    import mmap
+    path = "/dev/shm/" + os.environ["MEMORY"]
+    file = open(path, "w+b"); file.truncate(4096); kept = mmap.mmap(file.fileno(), 4096)
+    print("mapped", flush=True)
 if "deaf" in habits:
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, use_memory if "memory-late" in habits else signal.SIG_IGN)
 else:
     def end(*_):
         print("goodbye", time.monotonic(), flush=True)
@@ -42,9 +49,7 @@ if "child" in habits:
     child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(1000)"])
     print("child", child.pid, flush=True)
 if "memory" in habits:
-    import ctypes, mmap
-    path = "/dev/shm/" + os.environ["MEMORY"]
-    file = open(path, "w+b"); file.truncate(4096); kept = mmap.mmap(file.fileno(), 4096)
+    use_memory()
 class Handler(BaseHTTPRequestHandler):
     def do_GET(self):
         if os.path.exists(os.environ.get("STUCK", "/nowhere")):
@@ -52,6 +57,7 @@ class Handler(BaseHTTPRequestHandler):
         well = not os.path.exists(os.environ.get("UNWELL", "/nowhere"))
         self.send_response(200 if well else 503); self.end_headers(); self.wfile.write(b"ok")
     def log_message(self, *_): pass
+print("habits are set", flush=True)
 ThreadingHTTPServer(("127.0.0.1", int(port)), Handler).serve_forever()
 """
 
@@ -174,7 +180,7 @@ def test_a_set_starts_and_ends_in_order_and_leaves_nothing(tmp_path: Path) -> No
     whole = Set(tmp_path, {**ALL, "prefill-0": ["child"], "router-direct": ["deaf"]})
     whole.run(nothing)
     assert whole.ready
-    assert whole.said == []
+    assert [line.split(":")[0] for line in whole.said] == ["stopping"]
     assert whole.left() == []
     assert not whole.supervisor.scratch.exists()
     child = int(whole.log("prefill-0").split("child ")[2].split()[0])
@@ -268,7 +274,7 @@ def test_one_that_says_it_is_not_well_is_left_alone(
         await asyncio.sleep(1.5)
 
     whole.run(wait)
-    assert whole.said == []
+    assert [line.split(":")[0] for line in whole.said] == ["stopping"]
 
 
 @pytest.mark.parametrize(
@@ -360,6 +366,63 @@ def test_memory_is_seen_in_the_maps_of_a_process() -> None:
         block.unlink()
     assert f"/dev/shm/{block.name}" not in leftovers.shared_memory([os.getpid()])
     assert os.getpid() in leftovers.members(os.getsid(0))
+
+
+def test_a_semaphore_is_seen_under_its_name() -> None:
+    before = leftovers.shared_memory([os.getpid()])
+    lock = multiprocessing.get_context("spawn").Lock()
+    (found,) = leftovers.shared_memory([os.getpid()]) - before
+    assert Path(found).exists()
+    assert Path(found).name == f"sem.{lock._semlock.name.lstrip('/')}"  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("starting", [False, True])
+def test_shared_memory_made_while_it_is_asked_to_end_is_removed(
+    tmp_path: Path, starting: bool
+) -> None:
+    """As vLLM's while it starts, which SIGTERM does not end."""
+    name = f"mixquant-test-{uuid.uuid4().hex}"
+    environment = {"MEMORY": name}
+    if starting:
+        (tmp_path / "stuck").touch()
+        environment["STUCK"] = str(tmp_path / "stuck")
+    whole = Set(tmp_path, {**ALL, "decode-0": ["deaf", "memory-late"]}, environment)
+    path = Path("/dev/shm") / name
+
+    async def stop() -> None:
+        await until(lambda: whole["decode-0"].lives > 0 and "are set" in whole.log("decode-0"))
+        whole.supervisor.stop()
+
+    async def main() -> None:
+        await asyncio.gather(whole.supervisor.run(lambda: None), stop())
+
+    try:
+        if starting:
+            asyncio.run(asyncio.wait_for(main(), PATIENCE))
+        else:
+            whole.run(nothing)
+        assert "mapped" in whole.log("decode-0")
+        assert not path.exists()
+        assert whole.left() == []
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def test_what_still_starts_is_not_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(supervisor, "ENDING", 10.0 * PATIENCE)
+    (tmp_path / "stuck").touch()
+    whole = Set(tmp_path, {**ALL, "decode-0": ["deaf"]}, {"STUCK": str(tmp_path / "stuck")})
+
+    async def main() -> None:
+        running = asyncio.ensure_future(whole.supervisor.run(lambda: None))
+        await until(lambda: whole["decode-0"].lives > 0 and "are set" in whole.log("decode-0"))
+        whole.supervisor.stop()
+        await asyncio.wait_for(running, PATIENCE)
+
+    asyncio.run(main())
+    assert whole.left() == []
 
 
 def test_a_second_request_to_stop_does_not_wait(tmp_path: Path) -> None:

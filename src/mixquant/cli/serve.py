@@ -187,7 +187,7 @@ def serve(
         "log_folder": logs,
     }
     values |= {name: value for name, value in given.items() if value is not None}
-    if "model" not in values:
+    if "model" not in values and config is None:
         raise ServeError("give a MODEL, or a --config whose file names one")
     deployment = Deployment.from_values(values, f"{config}: " if config else "")
     if image is not None and render is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -24,17 +25,21 @@ def members(session: int) -> list[int]:
 
 def shared_memory(processes: Iterable[int]) -> set[str]:
     """Files under /dev/shm that processes have mapped, and that exist by name."""
-    found = set()
+    mapped = set()
     for process in processes:
         try:
             maps = Path(f"/proc/{process}/maps").read_text()
         except OSError:
             continue
-        for line in maps.splitlines():
-            _, slash, name = line.partition(_SHARED)
-            if slash and not name.endswith("(deleted)"):
-                found.add(_SHARED + name)
-    return found
+        # Address, rights, offset, device, inode, path. By inode, since a semaphore's path there is the
+        # one under which glibc made it, before it got its name.
+        fields = (line.split(maxsplit=5) for line in maps.splitlines())
+        mapped |= {int(found[4]) for found in fields if len(found) == 6 and _SHARED in found[5]}
+    if not mapped:
+        return set()
+    with contextlib.suppress(OSError), os.scandir(_SHARED) as entries:
+        return {entry.path for entry in entries if entry.inode() in mapped}
+    return set()
 
 
 def _is_zombie(process: str) -> bool:

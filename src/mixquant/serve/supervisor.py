@@ -27,6 +27,7 @@ FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0  # s before a process is started again; d
 SETTLED = 300.0  # s of health after which earlier ends are forgotten
 LAST_LINES = 8  # of a log, shown when its process ended
 ENDING = 20.0  # s from the request to end to the order
+ENDING_EARLY = 1.0  # s of it, for what has not started yet
 CHILDREN_ENDING = 5.0  # s that its children have to notice
 
 
@@ -66,6 +67,9 @@ class Supervised:
         child = self.child
         if child is None:
             return
+        if not self.ready.is_set():
+            # It has no request to finish, and vLLM does not listen to SIGTERM while it starts.
+            patience = min(patience, ENDING_EARLY)
         self.ready.clear()
         self.note_memory()
         if child.returncode is None:
@@ -73,16 +77,26 @@ class Supervised:
                 child.send_signal(signal.SIGTERM)
             with contextlib.suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(child.wait(), patience)
-        # Its children have a moment of their own: they put their shared memory away when they notice.
-        deadline = time.monotonic() + CHILDREN_ENDING
-        while members(child.pid) and time.monotonic() < deadline:
-            await asyncio.sleep(0.1)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(child.pid, signal.SIGKILL)  # its own session
+        if child.returncode is not None:
+            # Its children have a moment of their own: they put their shared memory away when they
+            # notice.
+            deadline = time.monotonic() + CHILDREN_ENDING
+            while members(child.pid) and time.monotonic() < deadline:
+                await asyncio.sleep(0.1)
+        self.kill()
         await child.wait()
         while members(child.pid):
             await asyncio.sleep(0.05)
         self.child = None
+
+    def kill(self) -> None:
+        """Kills it and whatever it started, once it is seen what shared memory they use."""
+        if self.child is None:
+            return
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.child.pid, signal.SIGSTOP)  # its own session; so they make no more
+            self.note_memory()
+            os.killpg(self.child.pid, signal.SIGKILL)
 
     def note_memory(self) -> None:
         if self.child is not None:
@@ -163,9 +177,10 @@ class Supervisor:
         """Drains and ends everything; a second time, at once."""
         if self.stopping.is_set():
             for one in self.supervised:
-                if one.child is not None:
-                    with contextlib.suppress(ProcessLookupError):
-                        os.killpg(one.child.pid, signal.SIGKILL)
+                one.kill()
+        else:
+            patience = self.deployment.drain_timeout
+            self.say(f"stopping: answers have {patience:g} s to end (once more: at once)")
         self.stopping.set()
 
     async def _all_ready(self) -> bool:
