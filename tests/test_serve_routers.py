@@ -119,9 +119,9 @@ def served() -> Iterator[Set]:
 
 
 def _port() -> int:
-    from mixquant.serve.commands import _free_ports
+    from mixquant.ports import free_ports
 
-    return _free_ports(1, 0)[0]
+    return free_ports(1)[0]
 
 
 def _answers(url: str) -> bool:

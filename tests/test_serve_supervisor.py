@@ -17,8 +17,9 @@ from typing import Any
 
 import pytest
 
+from mixquant.ports import free_ports
 from mixquant.serve import leftovers, supervisor
-from mixquant.serve.commands import Place, Process, Role, _free_ports
+from mixquant.serve.commands import Place, Process, Role
 from mixquant.serve.description import Deployment, ServeError
 from mixquant.serve.supervisor import Supervised, Supervisor
 
@@ -86,7 +87,7 @@ class Set:
     supervisor: Supervisor = field(init=False)
 
     def __post_init__(self) -> None:
-        ports = iter(_free_ports(len(self.habits), 0))
+        ports = iter(free_ports(len(self.habits)))
         processes = []
         for name, habits in self.habits.items():
             role: Role = next(

@@ -14,7 +14,6 @@ import contextlib
 import json
 import multiprocessing
 import os
-import socket
 import sys
 import traceback
 from collections import Counter
@@ -162,7 +161,9 @@ def _process_for_prefill() -> Any:
 def _prefill(theirs: Any, parent: Any) -> None:
     theirs.close()
     os.environ[TRACE] += ".prefill"
-    os.environ["VLLM_NIXL_SIDE_CHANNEL_PORT"] = str(_free_port())
+    from mixquant.ports import free_ports
+
+    os.environ["VLLM_NIXL_SIDE_CHANNEL_PORT"] = str(free_ports(1)[0])
     ask = {"do_remote_decode": True, "do_remote_prefill": False}
     with contextlib.suppress(EOFError):
         while True:
@@ -296,12 +297,6 @@ def run(
     }
 
 
-def _free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return int(one.getsockname()[1])
-
-
 def _parameter_bytes(model: Any) -> int:
     return sum(parameter.nbytes for parameter in model.parameters())
 
@@ -319,12 +314,14 @@ def _passes(trace: Path, start: int) -> list[dict[str, Any]]:
 
 
 if __name__ == "__main__":
+    from mixquant.ports import free_ports
+
     os.environ.update(
         HF_HUB_OFFLINE="1",
         VLLM_CPU_KVCACHE_SPACE="1",
         VLLM_ENABLE_V1_MULTIPROCESSING="0",
         VLLM_NIXL_SIDE_CHANNEL_HOST="127.0.0.1",
-        VLLM_NIXL_SIDE_CHANNEL_PORT=str(_free_port()),
+        VLLM_NIXL_SIDE_CHANNEL_PORT=str(free_ports(1)[0]),
         VLLM_CPU_OMP_THREADS_BIND="nobind",  # several ranks on one NUMA node
         VLLM_WORKER_MULTIPROC_METHOD=os.environ.get("VLLM_WORKER_MULTIPROC_METHOD", "fork"),
         VLLM_LOGGING_LEVEL=os.environ.get("VLLM_LOGGING_LEVEL", "WARNING"),

@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import json
 import shlex
-import socket
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from mixquant.ports import free_ports
 from mixquant.serve.description import Deployment
 
 Role = Literal["colocated", "prefill", "decode", "router", "front"]
@@ -142,7 +141,7 @@ def local_places(deployment: Deployment) -> Callable[[str], Place]:
     """Places on this machine: the public one as described, all else on free loopback ports."""
     public = "front" if deployment.disaggregated else "engine"
     names = 4 + (deployment.prefill or 0) + (deployment.decode or 0)
-    ports = iter(_free_ports(3 * names, deployment.port))
+    ports = iter(free_ports(3 * names, deployment.port))
 
     def place(name: str) -> Place:
         one = Place(LOOPBACK, LOOPBACK, next(ports), next(ports), next(ports))
@@ -326,15 +325,3 @@ def _bracketed(host: str) -> str:
 def _reached(host: str) -> str:
     """An address by which a server that listens on ``host`` can be reached from this machine."""
     return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
-
-
-def _free_ports(number: int, taken: int) -> list[int]:
-    found: list[int] = []
-    with ExitStack() as open_ones:  # all at once, or the same port could come twice
-        while len(found) < number:
-            one = open_ones.enter_context(socket.socket())
-            one.bind(("127.0.0.1", 0))
-            port = int(one.getsockname()[1])
-            if port != taken:
-                found.append(port)
-    return found

