@@ -114,6 +114,9 @@ def test_the_command_line_refuses_before_it_looks_at_the_model(
     file.write_text("model: nowhere\nprefill: 1\ndecode: 1\ncolour: red\n")
     assert main(["serve", "--config", str(file)]) == 2
     assert f"error: {file}: unknown key 'colour'" in capsys.readouterr().err
+    file.write_text("modell: nowhere\n")
+    assert main(["serve", "--config", str(file)]) == 2
+    assert f"error: {file}: unknown key 'modell'" in capsys.readouterr().err
     assert main(["serve"]) == 2
     assert "give a MODEL" in capsys.readouterr().err
     assert main(["serve", "nowhere", "--prefill", "0", "--decode", "1"]) == 2
