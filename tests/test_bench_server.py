@@ -254,7 +254,7 @@ def test_ctrl_c_leaves_no_process_behind(smollm2_path: str, tmp_path: Path) -> N
             os.killpg(process.pid, signal.SIGKILL)
     assert process.returncode == 130
     assert "Traceback" not in err
-    _, alive = psutil.wait_procs(family, timeout=30)
+    _, alive = psutil.wait_procs(family, timeout=PATIENCE)
     assert not alive
 
 

@@ -267,12 +267,12 @@ def test_one_that_says_it_is_not_well_is_left_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As the front does while engines are missing."""
-    monkeypatch.setattr(supervisor, "UNRESPONSIVE", 0.3)
+    monkeypatch.setattr(supervisor, "UNRESPONSIVE", 3)
     whole = Set(tmp_path, ALL, {"UNWELL": str(tmp_path / "unwell")})
 
     async def wait() -> None:
         (tmp_path / "unwell").touch()
-        await asyncio.sleep(1.5)
+        await asyncio.sleep(supervisor.UNRESPONSIVE + 1)
 
     whole.run(wait)
     assert [line.split(":")[0] for line in whole.said] == ["stopping"]
