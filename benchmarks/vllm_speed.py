@@ -192,7 +192,10 @@ def measure(arm: str, options: argparse.Namespace) -> dict[str, list[dict[str, A
         print(f"{arm}, {tokens} tokens", *longest(found), sep="\n", file=sys.stderr, flush=True)
         for kind, ms in by_kind(found).items():
             pieces.append({"arm": arm, "tokens": tokens, "kind": kind, "ms": round(ms, 3)})
-        trace.unlink()
+        if options.traces:
+            trace.rename(options.traces / f"{arm.replace(' ', '-')}-{tokens}.json.gz")
+        else:
+            trace.unlink()
     return {"results": rows, "breakdown": pieces}
 
 
@@ -232,6 +235,7 @@ def main() -> None:
     parser.add_argument(
         "--breakdown", default="8192,131072", help="profile prompts of these lengths"
     )
+    parser.add_argument("--traces", metavar="FOLDER", type=Path, help="keep the profiles' traces")
     parser.add_argument("--vocabulary", type=int, help="tokens are drawn below this number")
     parser.add_argument("--json", type=Path, help="where the results go")
     parser.add_argument("--together", type=int, default=1, help="engines that start at a time")
@@ -247,6 +251,8 @@ def main() -> None:
     for name, text in numbers.items():
         setattr(options, name, [int(number) for number in text.split(",") if number])
 
+    if options.traces:
+        options.traces.mkdir(parents=True, exist_ok=True)
     if options.one_arm:
         options.one_arm.write_text(json.dumps(measure(options.arms, options)))
         return
@@ -265,6 +271,8 @@ def main() -> None:
                 command += [f"--{name}={text}" for name, text in numbers.items()]
                 command += ["--one-arm", str(result), "--turns", str(Path(folder, "turn"))]
                 command += ["--together", str(len(group))]
+                if options.traces:
+                    command += ["--traces", str(options.traces)]
                 if options.vocabulary:
                     command += ["--vocabulary", str(options.vocabulary)]
                 process = subprocess.Popen(command, env={**os.environ, "HF_HUB_OFFLINE": "1"})

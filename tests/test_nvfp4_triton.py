@@ -241,8 +241,8 @@ class Cubins:
 def complete_the_interpreter() -> None:
     """Gives Triton's interpreter (3.9) what it lacks for these kernels, by way of torch.
 
-    Its conversions to narrower types round halves up and lose a carry into the exponent, and its
-    dot_scaled takes any scales for powers of two (E8M0).
+    Its conversions to narrower types round halves up and lose a carry into the exponent, its
+    dot_scaled takes any scales for powers of two (E8M0), and its dot the bits of BF16 for numbers.
     """
     import numpy as np
     import triton.language as tl
@@ -260,6 +260,17 @@ def complete_the_interpreter() -> None:
         plain = {2: torch.uint16, 1: torch.uint8}.get(converted.itemsize, torch.float32)
         return converted.view(plain).numpy()
 
+    dot = interpreter.InterpreterBuilder.create_dot
+
+    def create_dot(self, a, b, *arguments):
+        if a.dtype == tl.bfloat16:
+            a, b = (
+                interpreter.TensorHandle(convert(x.data, tl.bfloat16, tl.float32), tl.float32)
+                for x in (a, b)
+            )
+        return dot(self, a, b, *arguments)
+
+    interpreter.InterpreterBuilder.create_dot = create_dot
     interpreter._convert_float = convert
     interpreter._dot_scaled_scale_to_f32 = lambda scale, _: convert(
         scale.data, scale.dtype.scalar, tl.float32

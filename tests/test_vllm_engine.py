@@ -194,6 +194,15 @@ def engines(
                     compilation_config={"cudagraph_capture_sizes": [1, 8, 64, 512, 2048]},
                     **mixquant(min_prefill_tokens=0),
                 ),
+                "sleeping": engine(
+                    {
+                        "awake": {"prompts": few},
+                        "level 1": {"prompts": few, "sleep": 1},
+                        "level 2": {"prompts": few, "sleep": 2, "reload_from": smollm2_path},
+                    },
+                    enable_sleep_mode=True,
+                    **mixquant(min_prefill_tokens=0),
+                ),
                 **{
                     f"long, {name}": engine(
                         {
@@ -445,6 +454,18 @@ def test_a_pass_that_replays_a_graph_is_precise_however_large(engines: dict[str,
         assert [row[3] for row in rows_of(one)] == by_the_rule(one, 0, 0, 1)
     assert any(one["quantized"] for one in runs["crowd"]["passes"])
     assert not any(one["quantized"] for one in runs["chunks"]["passes"])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not ON_GPU, reason="no NVIDIA GPU")
+@pytest.mark.parametrize("level", [1, 2])
+def test_the_copy_sleeps_and_wakes_with_the_weights(engines: dict[str, Any], level: int) -> None:
+    awake, slept = engines["sleeping"]["awake"], engines["sleeping"][f"level {level}"]
+    assert slept["products"] == awake["products"]
+    plain = engines["plain"]["all"]
+    for request in range(3):
+        effect = divergence(plain, request, awake, request)
+        assert divergence(awake, request, slept, request) < 0.1 * effect
 
 
 @pytest.mark.gpu

@@ -395,16 +395,18 @@ class Cutlass:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.outs: list[Tensor] = []
-        monkeypatch.setattr(ops, "scaled_fp8_quant", self.quantize_fp8)
+        quantize = "dynamic_per_token_scaled_fp8_quant"
+        monkeypatch.setattr(torch.ops._C, quantize, self.quantize_fp8, raising=False)
         monkeypatch.setattr(ops, "scaled_int8_quant", self.quantize_int8)
         monkeypatch.setattr(torch.ops._C, "cutlass_scaled_mm", self.multiply, raising=False)
 
-    def quantize_fp8(
-        self, input: Tensor, scale: Any = None, *, use_per_token_if_dynamic: bool = False
-    ) -> tuple[Tensor, Tensor]:
-        assert scale is None and use_per_token_if_dynamic  # or one scale would serve all rows
-        assert input.ndim == 2 and input.stride(1) == 1
-        return fp8_format.quantize(input)
+    def quantize_fp8(self, codes: Tensor, rows: Tensor, scale: Tensor, most: Any) -> None:
+        assert most is None and rows.ndim == 2 and rows.stride(1) == 1
+        assert codes.dtype == torch.float8_e4m3fn and codes.is_contiguous()
+        assert scale.dtype == torch.float32 and scale.shape == (len(rows), 1)
+        its_codes, its_scale = fp8_format.quantize(rows)
+        codes.copy_(its_codes)
+        scale.copy_(its_scale)
 
     def quantize_int8(self, input: Tensor, scale: Any = None) -> tuple[Tensor, Tensor, None]:
         assert scale is None and input.ndim == 2

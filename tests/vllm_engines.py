@@ -32,13 +32,13 @@ class Results(dict[str, Any]):
 def results_of(engines: dict[str, Any], folder: Path, seconds: int = 3600) -> Results:
     """Runs the engines (see `vllm_runs`) and returns their results; a crash fails with the log's end.
 
-    Every second one runs in a process beside the others'.
+    They run in a few processes, side by side.
     Left out are those that MIXQUANT_TEST_WITHOUT names, for versions of vLLM that cannot run them.
     """
     without = os.environ.get("MIXQUANT_TEST_WITHOUT", "").split(",")
     named = [(name, engine) for name, engine in engines.items() if name not in without]
-    # Starting an engine keeps one core busy. On a GPU they share the memory, so one at a time.
-    count = 1 if ON_GPU else 2
+    # Starting an engine keeps one core busy, and where it compiles the model, several.
+    count = max(1, min(6, (os.cpu_count() or 1) // 2)) if ON_GPU else 2
     threads = max(1, (os.cpu_count() or 1) // count)
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(threads)}
     processes = []

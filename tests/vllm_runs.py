@@ -189,8 +189,10 @@ def _started(model: str, options: dict[str, Any]) -> Iterator[Any]:
     most_layers_in_bf16 = 0
     defaults: dict[str, Any] = {"skip_tokenizer_init": True, "disable_log_stats": True}
     if torch.cuda.is_available():
-        # The compiled model and its CUDA graphs are tested, too; engines share the memory.
-        defaults |= {"gpu_memory_utilization": 0.1, "max_num_seqs": 32}
+        # The compiled model and its CUDA graphs are tested, too; engines share the memory, so none
+        # can measure what is left.
+        defaults |= {"gpu_memory_utilization": 0.1, "kv_cache_memory_bytes": 2 * 10**9}
+        defaults |= {"max_num_seqs": 32}
     else:
         defaults |= {"enforce_eager": True}
     llm = LLM(model, **{**defaults, **options})
@@ -211,6 +213,7 @@ def run(
     sampling: dict[str, Any] | None = None,
     lora: str | None = None,
     reload_from: str | None = None,
+    sleep: int | None = None,
     transfers: list[dict[str, Any]] | None = None,
 ) -> dict[str, Any]:
     """Greedy answers to prompts that are submitted together.
@@ -223,6 +226,7 @@ def run(
         sampling: further sampling parameters.
         lora: the directory of an adapter for all requests.
         reload_from: a checkpoint whose weights are loaded into the running engine first.
+        sleep: a level of vLLM's sleep mode, at which the engine sleeps before the run.
         transfers: per prompt, what the KV connector is told: to keep the prompt's keys and values for
             another engine, or where they are.
 
@@ -239,6 +243,9 @@ def run(
     engine = llm.llm_engine
     scheduler = engine.engine_core.engine_core.scheduler
     usual = scheduler.max_num_scheduled_tokens
+    if sleep:
+        llm.sleep(level=sleep)
+        llm.wake_up()
     if reload_from:
         llm.collective_rpc("reload_weights", kwargs={"weights_path": reload_from})
     products.clear()

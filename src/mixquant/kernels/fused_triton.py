@@ -1,10 +1,9 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs
-"""SiLU-and-multiply, fused with what quantizes it, in Triton.
+"""SiLU-and-multiply, fused with what quantizes it, in Triton; and by itself, for precise rows.
 
 A quantizer by itself reads the activation from memory once more. This kernel writes the codes of a row
 while it holds it: FP8 (a scale per row) as `mixquant.formats.fp8`, NVFP4 (a power of two per row,
-an E4M3 scale per 16) as `mixquant.kernels.nvfp4_triton`, of values rounded to BF16 as the unfused
-layers round them.
+an E4M3 scale per 16) as `mixquant.kernels.nvfp4_triton`.
 
 Importing this module imports Triton.
 """
@@ -67,6 +66,18 @@ def silu_and_mul_kernel(x, codes, block_scales, scale, K, stride_x, TILE: tl.con
         _write_nvfp4(values, codes, block_scales, scale, row, K, TILE)
 
 
+@triton.jit
+def precise_kernel(x, out, K, stride_x, TILE: tl.constexpr):
+    """Some columns of one row; see `precise_silu_and_mul`."""
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * TILE + tl.arange(0, TILE)
+    there = columns < K
+    gate = tl.load(x + row * stride_x + columns, there, 0.0).to(tl.float32)
+    up = tl.load(x + row * stride_x + K + columns, there, 0.0).to(tl.float32)
+    values = gate / (1.0 + tl.exp(-gate)) * up
+    tl.store(out + row * K + columns, values.to(tl.bfloat16), there)
+
+
 @dataclass(frozen=True)
 class Codes:
     """Quantized rows ``[M, K]``.
@@ -119,6 +130,27 @@ def silu_and_mul(x: Tensor, into: Codes) -> None:
     found = silu_and_mul_kernel[(rows,)](*arguments, **_options(triton.next_power_of_2(width)))
     if key is not None and found is not None:  # None in Triton's interpreter
         _compiled[key] = found
+
+
+def precise_silu_and_mul(x: Tensor) -> Tensor:
+    """``silu(gate) * up``, rounded once, as torch.compile has it. (vLLM's kernel takes one multiprocessor
+    for each row, which in decode shows.)
+
+    Args:
+        x: BF16 ``[M, 2 K]``, the gates and then the ups, each row contiguous.
+
+    Returns:
+        BF16 ``[M, K]``.
+    """
+    rows, width = len(x), x.shape[1] // 2
+    out = x.new_empty(rows, width)
+    if rows:
+        grid = (rows, triton.cdiv(width, _COLUMNS))
+        precise_kernel[grid](x, out, width, x.stride(0), _COLUMNS, num_warps=4)
+    return out
+
+
+_COLUMNS = 1024  # of a program
 
 
 # Finding the compiled kernel takes Triton as long as launching it, which shows where a pass is so short

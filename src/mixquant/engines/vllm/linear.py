@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 
+from mixquant.engines.vllm.few_rows import few_rows_of
 from mixquant.engines.vllm.layout import Part, beside, lay_out
 from mixquant.engines.vllm.loading import begins, load_in_turn
 from mixquant.engines.vllm.memory import Ledger
@@ -151,7 +152,12 @@ class PhaseLinearMethod(UnquantizedLinearMethod):  # type: ignore[misc]
 
     def input_of(self, x: Tensor) -> Tensor:
         """What the weight is multiplied with."""
-        return _silu_and_mul(x) if self.activated else x
+        if not self.activated:
+            return x
+        from mixquant.kernels.fused_triton import precise_silu_and_mul
+
+        flat = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
+        return precise_silu_and_mul(flat).view(*x.shape[:-1], x.shape[-1] // 2)
 
     def encoded(self, rows: Tensor, product: Product) -> Any:
         """The quantized rows of the layer's input, as ``product`` takes them."""
@@ -220,7 +226,10 @@ def computed_together(plan: PhasePlan) -> Range | None:
         first, last = plan.quantized[0][0], plan.quantized[-1][1]
         many = plan.quantized_rows / 0.9
         padded = plan.quantized_rows + plan.precise_rows < plan.rows
-        found = (0, plan.rows) if many >= plan.rows and not padded else (first, last)
+        few = few_rows_of(plan, torch.bfloat16)
+        # Precise rows that are written meanwhile are left out, if they stand at an end.
+        all_of_them = many >= plan.rows and not padded and not (few and few.beside)
+        found = (0, plan.rows) if all_of_them else (first, last)
         plan.memo["together"] = found if many >= found[1] - found[0] else None
     together: Range | None = plan.memo["together"]
     return together
@@ -239,11 +248,16 @@ def _phase_linear(x: Tensor, bias: Tensor | None, number: Tensor, features: int)
     # they take the CPU to launch.
     flat = x if x.ndim == 2 else x.reshape(rows, x.shape[-1])
     out = flat.new_empty(rows, features)
+    weight: Any = layer.weight
+    ours = x.is_cuda and bias is None and weight.is_contiguous()
+    few = few_rows_of(plan, x.dtype) if ours else None
+    if few is not None and few.beside:
+        with few.beside_quantized(flat, layer, method, out):
+            _quantized(flat, bias, layer, method, plan, out)
+        return out if x.ndim == 2 else out.view(*x.shape[:-1], features)
     _quantized(flat, bias, layer, method, plan, out)
-    if len(plan.precise) == 1 and bias is None and x.is_cuda:
-        start, stop = plan.precise[0]
-        some = method.input_of(flat[start:stop])
-        torch.mm(some, layer.weight.t(), out=out[start:stop])  # without a copy
+    if few is not None:
+        few.after_quantized(flat, layer, method, out)
     elif plan.precise:
         put(method.precise(layer, select(flat, plan, "precise"), bias), out, plan, "precise")
     return out if x.ndim == 2 else out.view(*x.shape[:-1], features)
@@ -283,12 +297,6 @@ def _quantized(
             target[:, start:stop] = method.precise(layer, rows, for_vllm)[:, start:stop]
     if not together:
         put(target, out, plan, "quantized")
-
-
-def _silu_and_mul(x: Tensor) -> Tensor:
-    out = x.new_empty(*x.shape[:-1], x.shape[-1] // 2)
-    torch.ops._C.silu_and_mul(out, x)
-    return out
 
 
 def _fake(x: Tensor, bias: Tensor | None, number: Tensor, features: int) -> Tensor:

@@ -133,15 +133,19 @@ class ScaledProduct(Product):
         self.codes = codes  # [N, K]
         self.scale = scale  # [N, 1]
         self._operands = codes.t(), scale.t()
+        self._cublas = self.kernel == CUBLAS
         self.nbytes = codes.nbytes + scale.nbytes
 
     def encode(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Codes ``[M, K]`` and FP32 scales ``[M, 1]``."""
-        from vllm import _custom_ops as ops
-
         if self.format == "fp8":
-            codes, scale = ops.scaled_fp8_quant(rows, use_per_token_if_dynamic=True)
+            # Not by vLLM's Python wrapper, which takes as long as the operator.
+            codes = torch.empty(rows.shape, dtype=torch.float8_e4m3fn, device=rows.device)
+            scale = torch.empty(len(rows), 1, device=rows.device)
+            torch.ops._C.dynamic_per_token_scaled_fp8_quant(codes, rows, scale, None)
         else:
+            from vllm import _custom_ops as ops
+
             codes, scale, _ = ops.scaled_int8_quant(rows)
         return codes, scale
 
@@ -151,7 +155,7 @@ class ScaledProduct(Product):
         # Not into columns of a wider one, whose stride the kernels for Hopper and later ignore.
         target = out if out.is_contiguous() else out.new_empty(out.shape)
         weight, weight_scale = self._operands
-        if self.kernel == CUBLAS and len(codes) >= MANY_ROWS and out.dtype == torch.bfloat16:
+        if self._cublas and len(codes) >= MANY_ROWS and out.dtype == torch.bfloat16:
             torch._scaled_mm(
                 codes,
                 weight,

@@ -6,6 +6,9 @@ import functools
 from dataclasses import replace
 from typing import Any
 
+import torch
+
+from mixquant import formats
 from mixquant.engines.vllm import versions
 from mixquant.engines.vllm.config import METHOD, MixQuantConfig
 from mixquant.engines.vllm.counters import Counters
@@ -103,9 +106,10 @@ def resolve(given: Any) -> Recipe:
     foreign = sorted(set(resolved.format.values()) - native - {"bf16"})
     if foreign and not recipe.emulate:
         can = ", ".join(sorted(native)) or "none of the formats"
+        instead = "leave 'format' at auto" if native else "take preset exact for BF16"
         raise RecipeError(
-            f"{device} does not multiply {foreign[0]} natively (it does {can}); leave 'format' at "
-            "auto, or set 'emulate' to true to run it slower than BF16"
+            f"{device} does not multiply {foreign[0]} natively (it does {can}); {instead}, or set "
+            "'emulate' to true to run it slower than BF16"
         )
     return resolved
 
@@ -129,7 +133,8 @@ def native_formats() -> tuple[frozenset[str], str]:
     from vllm.platforms import current_platform
 
     if current_platform.is_cpu():
-        return frozenset({"int8"}), "this CPU"
+        # vLLM's oneDNN has what torch's has: without VNNI its INT8 sums saturate.
+        return formats.native_formats(torch.device("cpu")), "this CPU"
     if not current_platform.is_cuda():
         return frozenset(), f"vLLM's platform {current_platform.device_name}"
     capability = current_platform.get_device_capability()

@@ -1,0 +1,125 @@
+"""The few precise rows of a pass whose other rows are quantized: last tokens of prompts, decode rows.
+
+Their product reads the whole BF16 weight for a handful of rows, so it waits for memory while the
+quantized product computes. On Hopper a kernel of ours (`mixquant.kernels.few_rows_triton`) takes them:
+beside the quantized product, on a stream of its own and on a few multiprocessors, where that is
+long enough to hide it; else after it, on all of them (docs/performance.md has what was measured).
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mixquant.linear import put, select
+from mixquant.phase import PhasePlan, Range
+
+MOST_ROWS = 64
+LEAST_BESIDE = 4096  # quantized rows
+_PROGRAMS = (
+    8  # of the kernel, beside the product of LEAST_BESIDE rows; half of them beside twice as many
+)
+_SPARED = 2  # multiprocessors, that the quantized product leaves free for each: they come in pairs
+
+
+@functools.cache
+def why_not() -> str | None:
+    """Why this machine multiplies precise rows as vLLM does, or None if it does not."""
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
+        return "needs a GPU of compute capability 9.0"
+    if importlib.util.find_spec("triton") is None:
+        return "needs Triton"
+    return None
+
+
+class FewRows:
+    """How the precise rows of one plan are multiplied in each of its layers."""
+
+    def __init__(self, plan: PhasePlan) -> None:
+        self.plan = plan
+        self.beside = plan.quantized_rows >= LEAST_BESIDE
+        first, last = plan.quantized[0][0], plan.quantized[-1][1]
+        start, stop = plan.precise[0]
+        outside = stop <= first or start >= last
+        # Where they can be written while the quantized product writes the rest.
+        self.place: Range | None = (start, stop) if outside and len(plan.precise) == 1 else None
+
+    def multiply(self, flat: Tensor, layer: Any, method: Any, out: Tensor, programs: int) -> Tensor:
+        """Products ``[precise rows, N]``, in their place if they have one of their own."""
+        from mixquant.kernels.few_rows_triton import few_rows
+
+        rows = method.input_of(select(flat, self.plan, "precise"))
+        place = self.place
+        target = (
+            rows.new_empty(len(rows), out.shape[1]) if place is None else out[place[0] : place[1]]
+        )
+        few_rows(rows, layer.weight, target, programs)
+        return target
+
+    @contextmanager
+    def beside_quantized(
+        self, flat: Tensor, layer: Any, method: Any, out: Tensor
+    ) -> Iterator[None]:
+        """Multiplies them while what the block launches runs; afterwards they are in ``out``."""
+        side, begun, done = _side(flat.device)
+        programs = _PROGRAMS if self.plan.quantized_rows < 2 * LEAST_BESIDE else _PROGRAMS // 2
+        main = torch.cuda.current_stream()
+        begun.record(main)
+        side.wait_event(begun)
+        with torch.cuda.stream(side):
+            rows = self.multiply(flat, layer, method, out, programs)
+            done.record(side)
+        # Of torch's, which hands it on to cuBLASLt; all others take no notice.
+        torch._C._set_sm_carveout_experimental(programs * _SPARED)
+        try:
+            yield
+        finally:
+            torch._C._set_sm_carveout_experimental(None)
+        main.wait_event(done)
+        if self.place is None:
+            put(rows, out, self.plan, "precise")
+
+    def after_quantized(self, flat: Tensor, layer: Any, method: Any, out: Tensor) -> None:
+        """Multiplies them now, and writes them into ``out``."""
+        rows = self.multiply(flat, layer, method, out, _multiprocessors())
+        if self.place is None:
+            put(rows, out, self.plan, "precise")
+
+
+def few_rows_of(plan: PhasePlan, dtype: torch.dtype) -> FewRows | None:
+    """How a pass's precise rows are multiplied here; None: as vLLM does."""
+    if "few rows" not in plan.memo:
+        fits = 0 < plan.precise_rows <= MOST_ROWS and plan.quantized and why_not() is None
+        plan.memo["few rows"] = FewRows(plan) if fits else None
+    found: FewRows | None = plan.memo["few rows"]
+    return found if dtype == torch.bfloat16 else None
+
+
+def warm_up(device: torch.device) -> None:
+    """Has the kernels compiled before the first request waits for them."""
+    if why_not() is not None:
+        return
+    from mixquant.kernels.few_rows_triton import few_rows
+
+    weight = torch.zeros(256, 256, dtype=torch.bfloat16, device=device)
+    for rows in (1, 17):
+        x = torch.zeros(rows, 256, dtype=torch.bfloat16, device=device)
+        for programs in (_PROGRAMS, _multiprocessors()):
+            few_rows(x, weight, torch.empty_like(x), programs)
+
+
+@functools.cache
+def _multiprocessors() -> int:
+    return torch.cuda.get_device_properties().multi_processor_count
+
+
+@functools.cache
+def _side(device: torch.device) -> tuple[torch.cuda.Stream, torch.cuda.Event, torch.cuda.Event]:
+    """A stream of its own, and two events that are recorded anew in each layer."""
+    return torch.cuda.Stream(device), torch.cuda.Event(), torch.cuda.Event()

@@ -1,0 +1,147 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs
+"""The product of a few rows with a BF16 weight, on as many of the GPU's multiprocessors as one likes, in Triton.
+
+A library's kernel for few rows takes all multiprocessors, which then wait for memory together. A few of
+them draw much more than their share. So beside a product that computes, on a stream of its own, a kernel
+on a few multiprocessors costs what these would have computed, which is less than the time that it takes.
+
+Importing this module imports Triton.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton  # type: ignore[import-not-found, import-untyped]
+import triton.language as tl  # type: ignore[import-not-found, import-untyped]
+from torch import Tensor
+
+MOST_ROWS = 64
+
+# Features and depth of a tile of the weight, warps, and tiles in flight: on an H100 a multiprocessor of few
+# draws 83 GB/s with the first (62 with the second), all of them 2.9 TB/s with the second, which makes
+# more programs of a small weight.
+_ON_FEW = (128, 128, 8, 6)
+_ON_ALL = (64, 256, 4, 5)
+_FEW = 32  # multiprocessors
+
+
+# Not compiled anew for a number of rows that happens to be 1 or a multiple of 16.
+@triton.jit(do_not_specialize=["rows"])
+def few_rows_kernel(
+    x,
+    weight,
+    out,
+    rows,
+    N,
+    K,
+    stride_x,
+    stride_out,
+    ROWS: tl.constexpr,
+    FEATURES: tl.constexpr,
+    DEPTH: tl.constexpr,
+):
+    """Each program takes every so many-th tile of features; see `few_rows`."""
+    row = tl.arange(0, ROWS)
+    depth = tl.arange(0, DEPTH)
+    there = row < rows
+    for tile in range(tl.program_id(0), tl.cdiv(N, FEATURES), tl.num_programs(0)):
+        feature = tile * FEATURES + tl.arange(0, FEATURES)
+        inside = feature < N
+        sums = tl.zeros((FEATURES, ROWS), tl.float32)
+        for start in range(0, K, DEPTH):
+            column = start + depth
+            weights = tl.load(
+                weight + feature[:, None].to(tl.int64) * K + column[None, :],
+                inside[:, None] & (column < K)[None, :],
+                0.0,
+            )
+            values = tl.load(
+                x + row[None, :].to(tl.int64) * stride_x + column[:, None],
+                there[None, :] & (column < K)[:, None],
+                0.0,
+            )
+            sums = tl.dot(weights, values, sums)
+        to = out + row[None, :].to(tl.int64) * stride_out + feature[:, None]
+        tl.store(to, sums.to(tl.bfloat16), there[None, :] & inside[:, None])
+
+
+def few_rows(x: Tensor, weight: Tensor, out: Tensor, programs: int) -> None:
+    """Writes ``x @ weight.T`` into ``out``: FP32 sums, rounded once.
+
+    Args:
+        x: BF16 ``[M, K]``, up to `MOST_ROWS` rows, each contiguous.
+        weight: BF16 ``[N, K]``, contiguous.
+        out: BF16 ``[M, N]``, each row contiguous.
+        programs: how many multiprocessors it takes at the most, one each.
+
+    Raises:
+        ValueError: too many rows.
+    """
+    rows, depth = x.shape
+    if rows > MOST_ROWS:
+        raise ValueError(f"{rows} rows; this kernel takes up to {MOST_ROWS}")
+    features = len(weight)
+    tile = _tile(rows)
+    kind = _ON_FEW if programs <= _FEW else _ON_ALL
+    grid = (min(programs, triton.cdiv(features, kind[0])), 1, 1)
+    arguments = (x, weight, out, rows, features, depth, x.stride(0), out.stride(0))
+    key = None
+    if not any(tensor.data_ptr() % 16 for tensor in (x, weight, out)):
+        key = (x.device, tile, kind, *arguments[4:])
+    if (found := _compiled.get(key)) is not None:
+        found[grid](*arguments, tile, kind[0], kind[1])
+        return
+    found = few_rows_kernel[grid](
+        *arguments, tile, kind[0], kind[1], **_options(kind[2], kind[3], tile)
+    )
+    if key is not None and found is not None:  # None in Triton's interpreter
+        _compiled[key] = found
+
+
+# As in fused_triton.py: finding the compiled kernel takes Triton as long as launching it.
+_compiled: dict[Any, Any] = {}
+
+
+def _tile(rows: int) -> int:
+    return 16 if rows <= 16 else MOST_ROWS
+
+
+def _options(warps: int, stages: int, tile: int) -> dict[str, Any]:
+    # Wider rows leave room for fewer tiles of the weight.
+    return {"num_warps": warps, "num_stages": stages if tile == 16 else stages - 2}
+
+
+def compile_for(capability: int, programs: int, rows: int = 1) -> Any:
+    """Compiles the kernel for a GPU that need not be there.
+
+    Args:
+        capability: compute capability times ten: 90.
+        programs, rows: as `few_rows` would be given; they choose among kernels.
+
+    Returns:
+        Triton's compiled kernel, with ``asm["ptx"]``.
+    """
+    from triton.backends.compiler import GPUTarget  # type: ignore[import-not-found, import-untyped]
+    from triton.compiler import ASTSource  # type: ignore[import-not-found, import-untyped]
+
+    features, depth, warps, stages = _ON_FEW if programs <= _FEW else _ON_ALL
+    constants = {"ROWS": _tile(rows), "FEATURES": features, "DEPTH": depth}
+    types = {"x": "*bf16", "weight": "*bf16", "out": "*bf16"}
+    names = few_rows_kernel.arg_names
+    signature = {
+        name: "constexpr" if name in constants else types.get(name, "i32") for name in names
+    }
+    # What a launch finds out by itself: all but the number of rows are multiples of 16.
+    aligned = {
+        (index,): [["tt.divisibility", 16]]
+        for index, name in enumerate(names)
+        if name not in constants and name != "rows"
+    }
+    source = ASTSource(few_rows_kernel, signature, constants, aligned)
+    return triton.compile(
+        source,
+        target=GPUTarget("cuda", capability, 32),
+        options=_options(warps, stages, constants["ROWS"]),
+    )

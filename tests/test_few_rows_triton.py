@@ -1,0 +1,83 @@
+"""The product of a few rows on a few multiprocessors, against PyTorch.
+
+Compiled for a GPU that need not be there, and run in Triton's interpreter; with a GPU, on it. Triton is
+imported in child processes, as in test_nvfp4_triton.py.
+"""
+
+import re
+import sys
+
+import pytest
+import torch
+from test_nvfp4_triton import child, complete_the_interpreter, needs_gpu, needs_triton
+
+CASES = [  # rows, features, depth, programs
+    (1, 130, 512, 3),
+    (1, 64, 4096, 200),
+    (3, 257, 520, 8),
+    (16, 200, 96, 1),
+    (17, 128, 256, 40),
+    (64, 96, 384, 4),
+]
+
+
+@needs_triton
+@pytest.mark.parametrize("rows", [1, 64])
+@pytest.mark.parametrize("programs", [8, 132])
+def test_compiles_for_hopper(rows: int, programs: int) -> None:
+    child(__file__, "compile", str(programs), str(rows))
+
+
+@needs_triton
+def test_the_interpreted_kernels_numbers() -> None:
+    child(__file__, "interpret", TRITON_INTERPRET="1")
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_the_kernels_numbers_on_a_gpu() -> None:
+    child(__file__, "gpu")
+
+
+def check(device: str, cases: list[tuple[int, int, int, int]]) -> None:
+    from mixquant.kernels.few_rows_triton import few_rows
+
+    torch.manual_seed(0)
+    for rows, features, depth, programs in cases:
+        wide = torch.full((rows, depth + 8), torch.nan, device=device).bfloat16()
+        x = wide[:, :depth]
+        x.copy_(torch.randn(rows, depth))
+        weight = torch.randn(features, depth, device=device).bfloat16()
+        whole = torch.full((rows + 2, features), torch.nan, device=device).bfloat16()
+        out = whole[1:-1]
+        few_rows(x, weight, out, programs)
+        wanted = x.double() @ weight.double().T
+        # Half a unit in the last place, and what FP32 sums in another order make of it.
+        torch.testing.assert_close(
+            out.double(), wanted, rtol=2**-8, atol=1e-5 * depth, msg=str((rows, features, depth))
+        )
+        assert whole[[0, -1]].isnan().all(), "wrote beyond its rows"
+    with pytest.raises(ValueError, match="65 rows"):
+        few_rows(torch.zeros(65, 8), torch.zeros(8, 8), torch.zeros(65, 8), 1)
+
+
+def main() -> None:
+    what, *arguments = sys.argv[1:]
+    if what == "interpret":
+        complete_the_interpreter()
+        check("cpu", CASES)
+    elif what == "gpu":
+        check("cuda", [*CASES, (1, 24576, 4096, 4), (5, 4096, 12288, 8), (33, 6144, 4096, 132)])
+    else:
+        from mixquant.kernels.few_rows_triton import compile_for
+
+        kernel = compile_for(90, *map(int, arguments))
+        assert kernel.metadata.shared <= 227 * 1024
+        ptx = kernel.asm["ptx"]
+        assert re.search(r"mma\S*\.f32\.bf16\.bf16", ptx)
+        # Tiles are in flight while others are multiplied; or memory would be waited for.
+        assert "cp.async.cg.shared.global" in ptx
+
+
+if __name__ == "__main__":
+    main()
