@@ -121,6 +121,19 @@ def check(device: str) -> None:
         for rows, width in cases:
             check_silu_and_mul(fmt, device, rows, width)
     check_extremes(device)
+    check_precise(device)
+
+
+def check_precise(device: str) -> None:
+    from mixquant.kernels.fused_triton import precise_silu_and_mul
+
+    for rows, width in ((0, 64), (1, 1536), (3, 100), (17, 1024)):
+        x = torch.randn(rows, 2 * width + 16).bfloat16()[:, : 2 * width]
+        gate, up = x.float().split(width, 1)
+        got = precise_silu_and_mul(x.to(device)).cpu()
+        wanted = torch.nn.functional.silu(gate) * up
+        assert got.dtype == torch.bfloat16 and got.shape == wanted.shape
+        torch.testing.assert_close(got.float(), wanted, rtol=2**-8, atol=1e-6)
 
 
 def check_extremes(device: str) -> None:

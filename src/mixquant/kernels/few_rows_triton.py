@@ -1,5 +1,5 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs
-"""The product of a few rows with a BF16 weight, on as many of the GPU's multiprocessors as one likes, in Triton.
+"""The product of a few rows with a BF16 weight, on as many multiprocessors as one likes, in Triton.
 
 A library's kernel for few rows takes all multiprocessors, which then wait for memory together. A few of
 them draw much more than their share. So beside a product that computes, on a stream of its own, a kernel
@@ -12,16 +12,14 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 import triton  # type: ignore[import-not-found, import-untyped]
 import triton.language as tl  # type: ignore[import-not-found, import-untyped]
 from torch import Tensor
 
 MOST_ROWS = 64
 
-# Features and depth of a tile of the weight, warps, and tiles in flight: on an H100 a multiprocessor of few
-# draws 83 GB/s with the first (62 with the second), all of them 2.9 TB/s with the second, which makes
-# more programs of a small weight.
+# Features and depth of a tile of the weight, warps, tiles in flight. With the first, a multiprocessor
+# draws more; with the second, a small weight makes more programs (docs/performance.md).
 _ON_FEW = (128, 128, 8, 6)
 _ON_ALL = (64, 256, 4, 5)
 _FEW = 32  # multiprocessors

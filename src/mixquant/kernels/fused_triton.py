@@ -133,8 +133,9 @@ def silu_and_mul(x: Tensor, into: Codes) -> None:
 
 
 def precise_silu_and_mul(x: Tensor) -> Tensor:
-    """``silu(gate) * up``, rounded once, as torch.compile has it. (vLLM's kernel takes one multiprocessor
-    for each row, which in decode shows.)
+    """``silu(gate) * up``, rounded once, as torch.compile has it.
+
+    vLLM's kernel takes one multiprocessor for each row, which in decode shows.
 
     Args:
         x: BF16 ``[M, 2 K]``, the gates and then the ups, each row contiguous.

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from mixquant.engines.vllm import few_rows
 from mixquant.engines.vllm.attention import PrefillAttention, follow_attention
 from mixquant.engines.vllm.counters import Counters, multiprocess
 from mixquant.engines.vllm.fusion import follow_activations
@@ -77,6 +78,8 @@ class Follower:
             self.attention, self._fp8_attention = follow_attention(model, self.recipe)
             if self._fp8_attention is not None:
                 self._fp8_attention.warm_up(torch.device("cuda"))
+            if not self._precise and not self._everywhere:
+                few_rows.warm_up(torch.device("cuda"))
             follow_activations(model, self._with_lora)
             model.register_forward_pre_hook(self._begin, with_kwargs=True)
             model.register_forward_hook(self._end, always_call=True)
