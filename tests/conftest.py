@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
+import this_machine
 import torch
 
 from mixquant import models
@@ -71,7 +72,7 @@ def served(smollm2_path: str, tmp_path_factory: pytest.TempPathFactory) -> Itera
     arguments = ["--max-model-len", str(Served.context), "--enforce-eager"]
     arguments += ["--api-key", Served.key, "--chat-template", str(template)]
     arguments += ["--enable-auto-tool-choice", "--tool-call-parser", "hermes"]
-    arm = on_cpu(Arm("mixquant", Recipe(), tuple(arguments)), Served.context)
+    arm = on_cpu(Arm("mixquant", Recipe(**this_machine.RECIPE), tuple(arguments)), Served.context)
     with contextlib.ExitStack() as stack:
         # As long as it lives, other servers cannot have half of the memory, vLLM's default.
         session = stack.enter_context(pytest.MonkeyPatch.context())

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import this_machine
 import tiny_models
 import torch
 import transformers
@@ -428,7 +429,8 @@ class TestOnVLLM:
         require_vllm()
         monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")  # not nearly all of the memory
         recipe, file = tmp_path / "my.json", tmp_path / "fidelity.json"
-        recipe.write_text(json.dumps({"format": "int8", "min_prefill_tokens": 0}))
+        int8 = {"format": "int8", "min_prefill_tokens": 0, **this_machine.RECIPE}
+        recipe.write_text(json.dumps(int8))
         # Prompts come in three pieces, of which only the last one ends in an answer's token.
         arguments = [smollm2_path, *_arguments(texts, file), "--recipe", str(recipe)]
         arguments += ["--no-quantized", "--engine", "vllm"]

@@ -482,6 +482,21 @@ def test_int8_products_are_exact(kernel: Kernel, shape: tuple[int, int]) -> None
 
 
 @pytest.mark.parametrize("kernel", INT8_KERNELS, ids=lambda kernel: kernel.name)
+@pytest.mark.parametrize("k", [1040, 1041, 5000])
+def test_int8_products_of_the_largest_codes_are_exact(kernel: Kernel, k: int) -> None:
+    """Their sums are the first that FP32 would round: odd ones beyond 2^24."""
+    sign = torch.tensor([[1.0], [-1.0]])
+    weight = int8.INT8.quantize_weight(sign.expand(2, k).clone(), kernel)
+    x = torch.ones(3, k)
+    x[1, 0] = 126 / 127  # so that sums are no multiples of 127^2
+    rows = int8.INT8.quantize_rows(x, kernel)
+    out = product(int8.INT8, rows, weight, None, 3, torch.float32)
+    sums = torch.tensor([k * 127**2, k * 127**2 - 127, k * 127**2])[:, None] * torch.tensor([1, -1])
+    scale = int8.quantize(x)[1]
+    assert torch.equal(out, (sums.float() * scale[0]) * scale)
+
+
+@pytest.mark.parametrize("kernel", INT8_KERNELS, ids=lambda kernel: kernel.name)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_int8_products_of_a_row_are_those_it_has_alone(

@@ -24,6 +24,7 @@ from pydoc_data.topics import topics
 from typing import Any
 
 import pytest
+import this_machine
 import tiny_models
 from transformers import AutoTokenizer
 from vllm_engines import ON_GPU, require_vllm
@@ -192,7 +193,7 @@ def model(smollm2_path: str, tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def colocated(model: str, port: int, folder: Path) -> list[str]:
     line = [sys.executable, "-m", "mixquant.cli", "serve", model, "--port", str(port)]
-    line += ["--served-model-name", "tiny"]
+    line += ["--served-model-name", "tiny", *this_machine.RECIPE_OPTION]
     return [*line, "--logs", str(folder / "logs"), "--api-key-variable", "MIXQUANT_TEST_KEY"]
 
 

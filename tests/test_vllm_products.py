@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from this_machine import needs_int8_sums
 from torch import Tensor
 
 pytest.importorskip("vllm")
@@ -83,18 +84,26 @@ def assert_rounded(found: Tensor, wanted: Tensor, ulps: float = 1.5) -> None:
 
 @on_cpu
 @pytest.mark.parametrize(
-    ("fmt", "kind", "kernel"),
+    ("native", "fmt", "kind", "kernel"),
     [
-        ("int8", OneDnnProduct, "vLLM oneDNN"),
-        ("fp8", EmulatedProduct, "emulation"),
-        ("nvfp4", EmulatedProduct, "emulation"),
+        (("int8",), "int8", OneDnnProduct, "vLLM oneDNN"),
+        (("int8",), "fp8", EmulatedProduct, "emulation"),
+        (("int8",), "nvfp4", EmulatedProduct, "emulation"),
+        ((), "int8", EmulatedProduct, "emulation"),
     ],
 )
-def test_what_a_cpu_multiplies_with(fmt: str, kind: type, kernel: str) -> None:
+def test_what_a_cpu_multiplies_with(
+    native: tuple[str, ...],
+    fmt: str,
+    kind: type,
+    kernel: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(settings, "native_formats", lambda: (frozenset(native), "a CPU"))
     product = product_of(fmt, random(48, K), Recipe(block_scale="4/6"))
     assert type(product) is kind
     assert (product.format, product.kernel.name) == (fmt, kernel)
-    assert product.kernel.native == (fmt == "int8")
+    assert product.kernel.native == (fmt in native)
     if isinstance(product, EmulatedProduct):
         assert product.options == ({"block_scale": "4/6"} if fmt == "nvfp4" else {})
 
@@ -132,6 +141,7 @@ def test_bytes_that_are_announced_are_those_of_the_native_copy(fmt: str) -> None
 
 
 @on_cpu
+@needs_int8_sums
 @given(
     rows=st.integers(1, 70),
     features=st.integers(1, 5),

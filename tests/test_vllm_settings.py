@@ -24,6 +24,7 @@ import mixquant
 from mixquant.engines.vllm import counters, passes, plugin, settings, versions
 from mixquant.engines.vllm.config import MixQuantConfig
 from mixquant.engines.vllm.settings import SettingsError, resolve
+from mixquant.formats import int8
 from mixquant.recipe import Recipe, RecipeError
 
 
@@ -271,7 +272,9 @@ def test_what_nvidia_gpus_multiply(
 def test_what_other_platforms_multiply(monkeypatch: pytest.MonkeyPatch) -> None:
     import vllm.platforms
 
-    for cpu, formats in ((True, {"int8"}), (False, set())):
+    for cpu, sums, formats in ((True, True, {"int8"}), (True, False, set()), (False, True, set())):
+        # Without VNNI oneDNN's sums saturate.
+        monkeypatch.setattr(int8, "_onednn_multiplies", lambda sums=sums: sums)
         platform = SimpleNamespace(
             is_cpu=lambda cpu=cpu: cpu, is_cuda=lambda: False, device_name="tpu"
         )
@@ -308,7 +311,8 @@ def config_like(**changes: Any) -> Any:
     )
 
 
-def test_the_hook_is_put_on_once_and_runs_around_vllms_own() -> None:
+def test_the_hook_is_put_on_once_and_runs_around_vllms_own(device: Callable[..., None]) -> None:
+    device("int8")
     calls: list[str] = []
 
     class Config:

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
+import this_machine
+from this_machine import ON_GPU
 
 HERE = Path(__file__).parent
-ON_GPU = torch.cuda.is_available()
 
 
 def require_vllm() -> None:
@@ -74,7 +74,8 @@ def results_of(engines: dict[str, Any], folder: Path, seconds: int = 3600) -> Re
 
 def mixquant(**recipe: Any) -> dict[str, Any]:
     """The engine options for a recipe."""
-    return {"quantization": "mixquant", "additional_config": {"mixquant": recipe}}
+    runs_here = {**this_machine.RECIPE, **recipe}
+    return {"quantization": "mixquant", "additional_config": {"mixquant": runs_here}}
 
 
 def rows_of(one: dict[str, Any]) -> list[tuple[int, int, int, bool]]:
