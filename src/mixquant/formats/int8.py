@@ -159,11 +159,12 @@ def _exact_product(codes: Tensor, weight_codes: Tensor) -> Tensor:
     if codes.is_cuda:  # where FP32 may mean TF32, and FP64 is exact as far as 2^53
         return codes.double() @ weight_codes.double().T
     # On a CPU FP32 is twice as fast as FP64.
-    product = torch.zeros(len(codes), len(weight_codes), dtype=torch.float64)
     pieces = [one.split(_EXACT_IN_FP32, dim=1) for one in (codes, weight_codes)]
-    for columns, its in zip(*pieces, strict=True):
-        product += columns.float() @ its.float().T
-    return product
+    products = (columns.float() @ its.float().T for columns, its in zip(*pieces, strict=True))
+    total = next(products)
+    for product in products:
+        total = total.double() + product
+    return total
 
 
 @functools.cache
