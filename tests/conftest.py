@@ -70,6 +70,7 @@ def served(smollm2_path: str, tmp_path_factory: pytest.TempPathFactory) -> Itera
     template = folder / "template.jinja"
     template.write_text(TEMPLATE)
     arguments = ["--max-model-len", str(Served.context), "--enforce-eager"]
+    arguments += ["--dtype", this_machine.SERVED_IN]
     arguments += ["--api-key", Served.key, "--chat-template", str(template)]
     arguments += ["--enable-auto-tool-choice", "--tool-call-parser", "hermes"]
     arm = on_cpu(Arm("mixquant", Recipe(**this_machine.RECIPE), tuple(arguments)), Served.context)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import this_machine
 from conftest import Served
 from vllm_engines import ON_GPU, require_vllm
 
@@ -28,7 +29,7 @@ pytestmark = pytest.mark.skipif(ON_GPU, reason="expects what a CPU serves with t
 COMMAND = [sys.executable, "-m", "mixquant.cli", "bench"]
 PATIENCE = 900  # s: only a hang is a fault
 BLOCK = 128  # tokens of the prefix cache that are found together, on a CPU
-EAGER = "--enforce-eager --max-model-len 1024"
+EAGER = f"--enforce-eager --max-model-len 1024 --dtype {this_machine.SERVED_IN}"
 TINY = ["--lengths", "20,300", "--batches", "2", "--concurrencies", "1", "--prompt-tokens", "150"]
 TINY += ["--output-tokens", "4", "--repeats", "2"]
 

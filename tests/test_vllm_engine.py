@@ -9,8 +9,10 @@ from pydoc_data.topics import topics
 from typing import Any
 
 import pytest
+import this_machine
 import torch
 from safetensors.torch import save_file
+from this_machine import needs_fp8_cache
 from transformers import AutoTokenizer
 from vllm_engines import (
     ON_GPU,
@@ -33,8 +35,10 @@ LENGTHS = (511, 300, 37, 129, 700, 64, 200, 450, 90, 33, 256, 150, 1000, 80, 60,
 # BF16, and in FP8 on a GPU. INT8 products themselves do not. So much of what quantizing does to them,
 # summed over the requests, is the same; were it near one, these tests would hold without a plugin.
 # Of what quantization changes, so much may a request's company change: on a GPU libraries choose kernels
-# by the number of rows, for the precise rows, too (0.24 was seen on an H200, in chunks of 256).
-SAME = 0.4 if ON_GPU else 0.1
+# by the number of rows, for the precise rows, too (0.24 was seen on an H200, in chunks of 256), and in
+# AVX2 vLLM's attention adds up in an order that chunks change: 13 of 16 requests answer exactly the same
+# in chunks of 64, the others as if quantized anew (0.13 in all).
+SAME = 0.4 if ON_GPU else 0.1 if torch.cpu._is_avx512_supported() else 0.25
 # On a GPU chunks of 64 would be replayed from CUDA graphs, which hold precise products.
 CHUNKED = (
     ["chunks of 256", "chunks of 2048"] if ON_GPU else [f"chunks of {n}" for n in (64, 256, 2048)]
@@ -164,11 +168,17 @@ def engines(
         "lora": engine(
             {"few": {"prompts": few, "lora": adapter}}, **lora, **mixquant(min_prefill_tokens=0)
         ),
-        "fp8 cache": engine(
-            {"few": {"prompts": few}},
-            enforce_eager=True,
-            kv_cache_dtype="fp8" if torch.cuda.is_available() else "fp8_e5m2",
-            **mixquant(min_prefill_tokens=0),
+        **(
+            {
+                "fp8 cache": engine(
+                    {"few": {"prompts": few}},
+                    enforce_eager=True,
+                    kv_cache_dtype="fp8" if ON_GPU else "fp8_e5m2",
+                    **mixquant(min_prefill_tokens=0),
+                )
+            }
+            if this_machine.HAS_FP8_CACHE
+            else {}
         ),
         "nvfp4": engine(
             {"few": {"prompts": few}},
@@ -252,7 +262,7 @@ def test_exact_is_vllm_without_the_plugin(engines: dict[str, Any]) -> None:
         ("long head and tail", 0, 70, 100),
         ("defaults", 128, 0, 1),
         ("lora", 0, 0, 1),
-        ("fp8 cache", 0, 0, 1),
+        pytest.param("fp8 cache", 0, 0, 1, marks=needs_fp8_cache),
         ("nvfp4", 0, 4, 1),
         ("speculative", 0, 0, 1),
     ],
@@ -290,7 +300,9 @@ def test_a_request_answers_the_same_in_any_company(engines: dict[str, Any], run:
 
 
 @pytest.mark.parametrize(
-    "engine", ["always", "everywhere", "defaults", "long head and tail", "lora", "fp8 cache"]
+    "engine",
+    ["always", "everywhere", "defaults", "long head and tail", "lora"]
+    + [pytest.param("fp8 cache", marks=needs_fp8_cache)],
 )
 def test_every_layer_multiplied_what_was_planned(
     engines: dict[str, Any], engine: str, smollm2_path: str
@@ -400,6 +412,7 @@ def test_adapters(engines: dict[str, Any]) -> None:
     assert all(divergence(plain, request, ours, request) < 0.25 for request in range(3))
 
 
+@needs_fp8_cache
 def test_an_fp8_cache(engines: dict[str, Any]) -> None:
     always, ours = engines["always"]["crowd"], engines["fp8 cache"]["few"]
     assert all(divergence(always, request, ours, request) < 0.5 for request in range(3))

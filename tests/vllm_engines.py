@@ -32,11 +32,12 @@ class Results(dict[str, Any]):
 def results_of(engines: dict[str, Any], folder: Path, seconds: int = 3600) -> Results:
     """Runs the engines (see `vllm_runs`) and returns their results; a crash fails with the log's end.
 
-    They run in a few processes, side by side.
+    A few processes, side by side, take one after the other as they get to it.
     Left out are those that MIXQUANT_TEST_WITHOUT names, for versions of vLLM that cannot run them.
     """
     without = os.environ.get("MIXQUANT_TEST_WITHOUT", "").split(",")
-    named = [(name, engine) for name, engine in engines.items() if name not in without]
+    spec = folder / "spec.json"
+    spec.write_text(json.dumps({name: engines[name] for name in engines if name not in without}))
     # Starting an engine keeps one core busy, and where it compiles the model, several.
     count = max(1, min(6, (os.cpu_count() or 1) // 2)) if ON_GPU else 2
     threads = max(1, (os.cpu_count() or 1) // count)
@@ -46,8 +47,7 @@ def results_of(engines: dict[str, Any], folder: Path, seconds: int = 3600) -> Re
         for number in range(count):
             part = folder / str(number)
             part.mkdir()
-            (part / "spec.json").write_text(json.dumps(dict(named[number::count])))
-            command = [HERE / "vllm_runs.py", part / "spec.json", part / "out.json"]
+            command = [HERE / "vllm_runs.py", spec, part / "out.json"]
             with (part / "log.txt").open("w") as log:
                 process = subprocess.Popen(
                     [sys.executable, *map(str, command)],

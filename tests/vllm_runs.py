@@ -3,7 +3,8 @@
     python vllm_runs.py SPEC.json OUT.json
 
 SPEC maps names to engines, the arguments of `_engine`, whose runs are named, too; a run has those of
-`run`. OUT maps the names to the runs' results; an engine that does not start gives its error instead.
+`run`. Several processes may share it: each engine is run by the one that gets to it first. OUT maps
+the names to the runs' results; an engine that does not start gives its error instead.
 The engine's scheduler runs in this process, so that a test can set the size of chunks and preempt
 requests while they run.
 """
@@ -20,6 +21,8 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from this_machine import multiply_bf16_in_fp64
 
 TRACE = "MIXQUANT_TRACE"
 
@@ -90,20 +93,25 @@ def watch_loading() -> None:
 
 def main(spec_file: str, out_file: str) -> None:
     os.environ[TRACE] = f"{out_file}.trace"
+    multiply_bf16_in_fp64()
     count_products()
     watch_loading()
     results: dict[str, Any] = {}
     engines = json.loads(Path(spec_file).read_text())
     sets = any("prefill" in engine for engine in engines.values())
     process = _process_for_prefill() if sets else None
-    for name, engine in engines.items():
+    for number, (name, engine) in enumerate(engines.items()):
+        try:
+            Path(f"{spec_file}.{number}").touch(exist_ok=False)
+        except FileExistsError:  # another process has taken it
+            continue
         print(f"== {name}", flush=True)
         try:
             results[name] = _engine(**engine, process=process)
         except Exception as error:
             traceback.print_exc()
             results[name] = {"error": f"{type(error).__name__}: {error}"}
-        Path(out_file).write_text(json.dumps(results))
+    Path(out_file).write_text(json.dumps(results))
 
 
 def _engine(
