@@ -48,7 +48,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "FP8 attention alone": mixquant(preset="exact", prefill_attention="fp8"),
     "FP8 everywhere and FP8 attention": mixquant(everywhere=True),
 }
-PROFILED = ("bf16", "fp8", "mixquant")
+PROFILED = {"bf16": 200_000, "fp8": 100_000, "mixquant": 200_000}  # prompts of up to so many tokens
 KV_CACHE_BYTES = 20 * 10**9  # 135,000 tokens of Qwen3-8B
 NEW_TOKENS = 128
 FILLED = Path(tempfile.gettempdir(), f"vllm-speed-{os.getpid()}-filled")
@@ -165,7 +165,7 @@ def measure(arm: str, options: argparse.Namespace) -> dict[str, list[dict[str, A
         print(json.dumps(row), file=sys.stderr, flush=True)
 
     for tokens in options.lengths:
-        repeats = 1 if tokens > 100_000 else max(2, min(7, 60_000 // tokens))
+        repeats = 1 if tokens > 100_000 else max(2, min(11, 90_000 // tokens))
         if tokens < 30_000:  # longer ones do what shorter ones did before, chunk by chunk
             seconds(1, tokens, 1)
         values = [1e3 * seconds(1, tokens, 1) for _ in range(repeats)]
@@ -183,7 +183,9 @@ def measure(arm: str, options: argparse.Namespace) -> dict[str, list[dict[str, A
         values = [1e3 * mean_ttft(concurrency, CROWD_TOKENS) for _ in range(2)]
         record("ttft", CROWD_TOKENS, concurrency, values, "ms", "concurrency")
     pieces = []
-    for tokens in options.breakdown if arm in PROFILED else ():
+    for tokens in options.breakdown:
+        if tokens > PROFILED.get(arm, 0):
+            continue
         llm.start_profile()
         seconds(1, tokens, 1)
         llm.stop_profile()

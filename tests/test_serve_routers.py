@@ -73,10 +73,14 @@ class Set:
 
     def chat(self, messages: Any, **more: Any) -> list[str]:
         """The engines that one request reached, in order of their names."""
+        return self.reached("chat/completions", {"messages": messages, **more})
+
+    def reached(self, path: str, body: dict[str, Any]) -> list[str]:
         before = {name: len(engine.asked) for name, engine in self.engines.items()}
-        body = json.dumps({"model": "m", "messages": messages, **more}).encode()
         request = urllib.request.Request(
-            f"{self.url}/v1/chat/completions", body, {"Content-Type": "application/json"}
+            f"{self.url}/v1/{path}",
+            json.dumps({"model": "m", **body}).encode(),
+            {"Content-Type": "application/json"},
         )
         with urllib.request.urlopen(request, timeout=PATIENCE) as answer:
             assert answer.status == 200
@@ -201,6 +205,15 @@ def test_what_a_client_asks_for_reaches_the_engine(served: Set) -> None:
     for body in (prefill, decode):
         assert body["messages"] == messages
         assert {key: body[key] for key in asked} == asked
+
+
+def test_prompts_of_token_ids(served: Set) -> None:
+    """What load generators send."""
+    for count, role in ((2000, ["decode", "prefill"]), (100, ["decode"])):
+        prompt = list(range(1, count + 1))
+        reached = served.reached("completions", {"prompt": prompt, "max_tokens": 1})
+        assert [name.partition("-")[0] for name in reached] == role
+        assert all(served.engines[name].asked[-1]["prompt"] == prompt for name in reached)
 
 
 def test_without_one_prefill_engine_the_other_reads_all(served: Set) -> None:

@@ -21,11 +21,10 @@ from mixquant.linear import put, select
 from mixquant.phase import PhasePlan, Range
 
 MOST_ROWS = 64
-LEAST_BESIDE = 4096  # quantized rows
-_PROGRAMS = (
-    8  # of the kernel, beside the product of LEAST_BESIDE rows; half of them beside twice as many
-)
-_SPARED = 2  # multiprocessors, that the quantized product leaves free for each: they come in pairs
+
+# From so many quantized rows on: the kernel's programs beside their product, and the multiprocessors
+# that the product leaves free. Fewer rows: after it.
+BESIDE = ((6144, 4, 0), (4096, 8, 8))
 
 
 @functools.cache
@@ -43,7 +42,8 @@ class FewRows:
 
     def __init__(self, plan: PhasePlan) -> None:
         self.plan = plan
-        self.beside = plan.quantized_rows >= LEAST_BESIDE
+        rows = plan.quantized_rows
+        self.beside = next((how[1:] for how in BESIDE if rows >= how[0]), None)
         first, last = plan.quantized[0][0], plan.quantized[-1][1]
         start, stop = plan.precise[0]
         outside = stop <= first or start >= last
@@ -68,7 +68,8 @@ class FewRows:
     ) -> Iterator[None]:
         """Multiplies them while what the block launches runs; afterwards they are in ``out``."""
         side, begun, done = _side(flat.device)
-        programs = _PROGRAMS if self.plan.quantized_rows < 2 * LEAST_BESIDE else _PROGRAMS // 2
+        assert self.beside is not None
+        programs, spared = self.beside
         main = torch.cuda.current_stream()
         begun.record(main)
         side.wait_event(begun)
@@ -76,7 +77,7 @@ class FewRows:
             rows = self.multiply(flat, layer, method, out, programs)
             done.record(side)
         # Of torch's, which hands it on to cuBLASLt; all others take no notice.
-        torch._C._set_sm_carveout_experimental(programs * _SPARED)
+        torch._C._set_sm_carveout_experimental(spared)
         try:
             yield
         finally:
@@ -110,7 +111,7 @@ def warm_up(device: torch.device) -> None:
     weight = torch.zeros(256, 256, dtype=torch.bfloat16, device=device)
     for rows in (1, 17):
         x = torch.zeros(rows, 256, dtype=torch.bfloat16, device=device)
-        for programs in (_PROGRAMS, _multiprocessors()):
+        for programs in (*(programs for _, programs, _ in BESIDE), _multiprocessors()):
             few_rows(x, weight, torch.empty_like(x), programs)
 
 
