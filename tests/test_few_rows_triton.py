@@ -16,16 +16,14 @@ CASES = [  # rows, features, depth, programs
     (1, 64, 4096, 200),
     (3, 257, 520, 8),
     (16, 200, 96, 1),
-    (17, 128, 256, 40),
-    (64, 96, 384, 4),
+    (9, 128, 256, 40),
 ]
 
 
 @needs_triton
-@pytest.mark.parametrize("rows", [1, 64])
-@pytest.mark.parametrize("programs", [8, 132])
-def test_compiles_for_hopper(rows: int, programs: int) -> None:
-    child(__file__, "compile", str(programs), str(rows))
+@pytest.mark.parametrize("programs", [4, 132])
+def test_compiles_for_hopper(programs: int) -> None:
+    child(__file__, "compile", str(programs))
 
 
 @needs_triton
@@ -57,8 +55,8 @@ def check(device: str, cases: list[tuple[int, int, int, int]]) -> None:
             out.double(), wanted, rtol=2**-8, atol=1e-5 * depth, msg=str((rows, features, depth))
         )
         assert whole[[0, -1]].isnan().all(), "wrote beyond its rows"
-    with pytest.raises(ValueError, match="65 rows"):
-        few_rows(torch.zeros(65, 8), torch.zeros(8, 8), torch.zeros(65, 8), 1)
+    with pytest.raises(ValueError, match="17 rows"):
+        few_rows(torch.zeros(17, 8), torch.zeros(8, 8), torch.zeros(17, 8), 1)
 
 
 def main() -> None:
@@ -67,11 +65,11 @@ def main() -> None:
         complete_the_interpreter()
         check("cpu", CASES)
     elif what == "gpu":
-        check("cuda", [*CASES, (1, 24576, 4096, 4), (5, 4096, 12288, 8), (33, 6144, 4096, 132)])
+        check("cuda", [*CASES, (1, 24576, 4096, 4), (5, 4096, 12288, 8), (13, 6144, 4096, 132)])
     else:
         from mixquant.kernels.few_rows_triton import compile_for
 
-        kernel = compile_for(90, *map(int, arguments))
+        kernel = compile_for(90, int(arguments[0]))
         assert kernel.metadata.shared <= 227 * 1024
         ptx = kernel.asm["ptx"]
         assert re.search(r"mma\S*\.f32\.bf16\.bf16", ptx)

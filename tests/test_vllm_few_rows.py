@@ -40,7 +40,7 @@ def a_hopper() -> Any:
 
         patch.setattr(kernels, "few_rows", multiply)
         patch.setattr(few_rows, "why_not", lambda: None)
-        patch.setattr(few_rows, "BESIDE", ((80, 4, 8), (40, 8, 16)))
+        patch.setattr(few_rows, "LEAST_BESIDE", 40)
         patch.setattr(few_rows, "_side", lambda device: (Stream(), Stream(), Stream()))
         patch.setattr(few_rows, "_multiprocessors", lambda: 132)
         patch.setattr(torch.cuda, "current_stream", Stream)
@@ -73,7 +73,8 @@ def test_precise_rows_are_precise_and_the_others_are_not(plan: PhasePlan) -> Non
         return
     assert few is not None
     assert few_rows.few_rows_of(plan, torch.float16) is None
-    assert (few.beside is not None) == (plan.quantized_rows >= 40)
+    padded = plan.quantized_rows + plan.precise_rows < plan.rows
+    assert few.beside == (plan.quantized_rows >= 40 and few.place is not None and not padded)
     torch.manual_seed(0)
     flat = torch.randn(plan.rows, K).bfloat16()
     layer = SimpleNamespace(weight=torch.randn(N, K).bfloat16())
@@ -82,17 +83,15 @@ def test_precise_rows_are_precise_and_the_others_are_not(plan: PhasePlan) -> Non
 
     def quantized() -> None:
         """Writes what the layer's quantized product would, into other rows as well."""
+        if padded:
+            out.zero_()
         together = linear.computed_together(plan)
         for start, stop in [together] if together else plan.quantized:
             out[start:stop] = 7
 
     if few.beside:
         with few.beside_quantized(flat, layer, method, out):
-            assert torch._C._get_sm_carveout_experimental() == (
-                8 if plan.quantized_rows >= 80 else 16
-            )
             quantized()
-        assert torch._C._get_sm_carveout_experimental() is None
     else:
         quantized()
         few.after_quantized(flat, layer, method, out)
@@ -109,23 +108,9 @@ def test_written_meanwhile_only_where_the_quantized_product_does_not() -> None:
     with_decode_row = plan_pass(Thresholds(), [99, 0], [1, 60], [99, 60])
     for plan, place in ((alone, (59, 60)), (with_decode_row, None)):
         few = few_rows.few_rows_of(plan, torch.bfloat16)
-        assert few is not None and few.beside and few.place == place
+        assert few is not None and few.place == place and few.beside == bool(place)
     assert linear.computed_together(alone) == (0, 59)
-
-
-def test_the_carveout_ends_with_an_error() -> None:
-    plan = plan_pass(Thresholds(), [0], [60], [60])
-    few = few_rows.few_rows_of(plan, torch.bfloat16)
-    assert few is not None
-    layer = SimpleNamespace(weight=torch.zeros(N, K).bfloat16())
-    method = SimpleNamespace(input_of=lambda x: x)
-    rows, out = torch.zeros(60, K).bfloat16(), torch.zeros(60, N).bfloat16()
-    with (
-        pytest.raises(RuntimeError, match="out of memory"),
-        few.beside_quantized(rows, layer, method, out),
-    ):
-        raise RuntimeError("out of memory")
-    assert torch._C._get_sm_carveout_experimental() is None
+    assert linear.computed_together(with_decode_row) == (0, 61)
 
 
 def test_elsewhere_precise_rows_are_vllms(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,7 @@ import triton  # type: ignore[import-not-found, import-untyped]
 import triton.language as tl  # type: ignore[import-not-found, import-untyped]
 from torch import Tensor
 
-MOST_ROWS = 64
+MOST_ROWS = 16
 
 # Features and depth of a tile of the weight, warps, tiles in flight. With the first, a multiprocessor
 # draws more; with the second, a small weight makes more programs (docs/performance.md).
@@ -81,18 +81,17 @@ def few_rows(x: Tensor, weight: Tensor, out: Tensor, programs: int) -> None:
     if rows > MOST_ROWS:
         raise ValueError(f"{rows} rows; this kernel takes up to {MOST_ROWS}")
     features = len(weight)
-    tile = _tile(rows)
     kind = _ON_FEW if programs <= _FEW else _ON_ALL
     grid = (min(programs, triton.cdiv(features, kind[0])), 1, 1)
     arguments = (x, weight, out, rows, features, depth, x.stride(0), out.stride(0))
     key = None
     if not any(tensor.data_ptr() % 16 for tensor in (x, weight, out)):
-        key = (x.device, tile, kind, *arguments[4:])
+        key = (x.device, kind, *arguments[4:])
     if (found := _compiled.get(key)) is not None:
-        found[grid](*arguments, tile, kind[0], kind[1])
+        found[grid](*arguments, MOST_ROWS, kind[0], kind[1])
         return
     found = few_rows_kernel[grid](
-        *arguments, tile, kind[0], kind[1], **_options(kind[2], kind[3], tile)
+        *arguments, MOST_ROWS, kind[0], kind[1], num_warps=kind[2], num_stages=kind[3]
     )
     if key is not None and found is not None:  # None in Triton's interpreter
         _compiled[key] = found
@@ -102,21 +101,12 @@ def few_rows(x: Tensor, weight: Tensor, out: Tensor, programs: int) -> None:
 _compiled: dict[Any, Any] = {}
 
 
-def _tile(rows: int) -> int:
-    return 16 if rows <= 16 else MOST_ROWS
-
-
-def _options(warps: int, stages: int, tile: int) -> dict[str, Any]:
-    # Wider rows leave room for fewer tiles of the weight.
-    return {"num_warps": warps, "num_stages": stages if tile == 16 else stages - 2}
-
-
-def compile_for(capability: int, programs: int, rows: int = 1) -> Any:
+def compile_for(capability: int, programs: int) -> Any:
     """Compiles the kernel for a GPU that need not be there.
 
     Args:
         capability: compute capability times ten: 90.
-        programs, rows: as `few_rows` would be given; they choose among kernels.
+        programs: as `few_rows` would be given; it chooses among kernels.
 
     Returns:
         Triton's compiled kernel, with ``asm["ptx"]``.
@@ -125,7 +115,7 @@ def compile_for(capability: int, programs: int, rows: int = 1) -> Any:
     from triton.compiler import ASTSource  # type: ignore[import-not-found, import-untyped]
 
     features, depth, warps, stages = _ON_FEW if programs <= _FEW else _ON_ALL
-    constants = {"ROWS": _tile(rows), "FEATURES": features, "DEPTH": depth}
+    constants = {"ROWS": MOST_ROWS, "FEATURES": features, "DEPTH": depth}
     types = {"x": "*bf16", "weight": "*bf16", "out": "*bf16"}
     names = few_rows_kernel.arg_names
     signature = {
@@ -141,5 +131,5 @@ def compile_for(capability: int, programs: int, rows: int = 1) -> Any:
     return triton.compile(
         source,
         target=GPUTarget("cuda", capability, 32),
-        options=_options(warps, stages, constants["ROWS"]),
+        options={"num_warps": warps, "num_stages": stages},
     )

@@ -1,9 +1,10 @@
 """The few precise rows of a pass whose other rows are quantized: last tokens of prompts, decode rows.
 
-Their product reads the whole BF16 weight for a handful of rows, so it waits for memory while the
-quantized product computes. On Hopper a kernel of ours (`mixquant.kernels.few_rows_triton`) takes them:
-beside the quantized product, on a stream of its own and on a few multiprocessors, where that is
-long enough to hide it; else after it, on all of them (docs/performance.md has what was measured).
+Their product reads the whole BF16 weight for a handful of rows, so it waits for memory. On Hopper a
+kernel of ours (`mixquant.kernels.few_rows_triton`) takes them: after the quantized product, on all
+multiprocessors, or beside it, on a stream of its own and on four of them, where that product is long
+enough to hide it and the rows are a lone prompt's last. docs/performance.md has what was measured, in
+mixed passes too, where it did not pay.
 """
 
 from __future__ import annotations
@@ -20,11 +21,9 @@ from torch import Tensor
 from mixquant.linear import put, select
 from mixquant.phase import PhasePlan, Range
 
-MOST_ROWS = 64
-
-# From so many quantized rows on: the kernel's programs beside their product, and the multiprocessors
-# that the product leaves free. Fewer rows: after it.
-BESIDE = ((6144, 4, 0), (4096, 8, 8))
+MOST_ROWS = 16
+LEAST_BESIDE = 6144  # quantized rows
+PROGRAMS = 4  # of the kernel, beside their product
 
 
 @functools.cache
@@ -42,13 +41,15 @@ class FewRows:
 
     def __init__(self, plan: PhasePlan) -> None:
         self.plan = plan
-        rows = plan.quantized_rows
-        self.beside = next((how[1:] for how in BESIDE if rows >= how[0]), None)
         first, last = plan.quantized[0][0], plan.quantized[-1][1]
         start, stop = plan.precise[0]
         outside = stop <= first or start >= last
         # Where they can be written while the quantized product writes the rest.
         self.place: Range | None = (start, stop) if outside and len(plan.precise) == 1 else None
+        padded = (
+            plan.quantized_rows + plan.precise_rows < plan.rows
+        )  # then all of it is zeroed first
+        self.beside = self.place is not None and not padded and plan.quantized_rows >= LEAST_BESIDE
 
     def multiply(self, flat: Tensor, layer: Any, method: Any, out: Tensor, programs: int) -> Tensor:
         """Products ``[precise rows, N]``, in their place if they have one of their own."""
@@ -68,23 +69,16 @@ class FewRows:
     ) -> Iterator[None]:
         """Multiplies them while what the block launches runs; afterwards they are in ``out``."""
         side, begun, done = _side(flat.device)
-        assert self.beside is not None
-        programs, spared = self.beside
         main = torch.cuda.current_stream()
         begun.record(main)
         side.wait_event(begun)
         with torch.cuda.stream(side):
-            rows = self.multiply(flat, layer, method, out, programs)
+            self.multiply(flat, layer, method, out, PROGRAMS)
             done.record(side)
-        # Of torch's, which hands it on to cuBLASLt; all others take no notice.
-        torch._C._set_sm_carveout_experimental(spared)
         try:
             yield
         finally:
-            torch._C._set_sm_carveout_experimental(None)
-        main.wait_event(done)
-        if self.place is None:
-            put(rows, out, self.plan, "precise")
+            main.wait_event(done)
 
     def after_quantized(self, flat: Tensor, layer: Any, method: Any, out: Tensor) -> None:
         """Multiplies them now, and writes them into ``out``."""
@@ -109,10 +103,9 @@ def warm_up(device: torch.device) -> None:
     from mixquant.kernels.few_rows_triton import few_rows
 
     weight = torch.zeros(256, 256, dtype=torch.bfloat16, device=device)
-    for rows in (1, 17):
-        x = torch.zeros(rows, 256, dtype=torch.bfloat16, device=device)
-        for programs in (*(programs for _, programs, _ in BESIDE), _multiprocessors()):
-            few_rows(x, weight, torch.empty_like(x), programs)
+    x = torch.zeros(1, 256, dtype=torch.bfloat16, device=device)
+    for programs in (PROGRAMS, _multiprocessors()):
+        few_rows(x, weight, torch.empty_like(x), programs)
 
 
 @functools.cache

@@ -258,6 +258,9 @@ def _phase_linear(x: Tensor, bias: Tensor | None, number: Tensor, features: int)
     _quantized(flat, bias, layer, method, plan, out)
     if few is not None:
         few.after_quantized(flat, layer, method, out)
+    elif ours and len(plan.precise) == 1:
+        start, stop = plan.precise[0]
+        torch.mm(method.input_of(flat[start:stop]), weight.t(), out=out[start:stop])  # no copy
     elif plan.precise:
         put(method.precise(layer, select(flat, plan, "precise"), bias), out, plan, "precise")
     return out if x.ndim == 2 else out.view(*x.shape[:-1], features)
