@@ -110,6 +110,7 @@ def serve(
     host: Annotated[
         str | None,
         typer.Option(
+            "--host",  # left to itself, typer 0.27 calls it as its metavar, --HOST
             metavar="HOST",
             help="To listen on.",
             rich_help_panel=_ADDRESS,
@@ -118,7 +119,13 @@ def serve(
     ] = None,
     port: Annotated[
         int | None,
-        typer.Option(metavar="PORT", help="Of it.", rich_help_panel=_ADDRESS, show_default="8000"),
+        typer.Option(
+            "--port",
+            metavar="PORT",
+            help="Of it.",
+            rich_help_panel=_ADDRESS,
+            show_default="8000",
+        ),
     ] = None,
     api_key_variable: Annotated[
         str | None,
