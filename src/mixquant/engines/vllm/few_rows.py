@@ -46,9 +46,8 @@ class FewRows:
         outside = stop <= first or start >= last
         # Where they can be written while the quantized product writes the rest.
         self.place: Range | None = (start, stop) if outside and len(plan.precise) == 1 else None
-        padded = (
-            plan.quantized_rows + plan.precise_rows < plan.rows
-        )  # then all of it is zeroed first
+        # Of a padded pass everything is zeroed first.
+        padded = plan.quantized_rows + plan.precise_rows < plan.rows
         self.beside = self.place is not None and not padded and plan.quantized_rows >= LEAST_BESIDE
 
     def multiply(self, flat: Tensor, layer: Any, method: Any, out: Tensor, programs: int) -> Tensor:
