@@ -249,7 +249,8 @@ def fake_vllm(
     script = tmp_path / "with_fake_vllm.py"
     script.write_text(
         "import sys\nfrom mixquant import cli\nfrom mixquant.engines.vllm import server\n"
-        f"server.COMMAND = {server.COMMAND!r}\nsys.exit(cli.main())\n"
+        # Guarded: the scorers' processes import it, too.
+        f"server.COMMAND = {server.COMMAND!r}\nif __name__ == '__main__':\n    sys.exit(cli.main())\n"
     )
     yield [sys.executable, str(script), "evaluate", smollm2_path], started
 
