@@ -24,7 +24,10 @@ from mixquant.bench.trace import Request
 
 require_vllm()
 psutil = pytest.importorskip("psutil")
-pytestmark = pytest.mark.skipif(ON_GPU, reason="expects what a CPU serves with the default recipe")
+pytestmark = [
+    pytest.mark.skipif(ON_GPU, reason="expects what a CPU serves with the default recipe"),
+    this_machine.needs_patience,
+]
 
 COMMAND = [sys.executable, "-m", "mixquant.cli", "bench"]
 PATIENCE = 900  # s: only a hang is a fault

@@ -417,6 +417,7 @@ def test_what_a_worker_takes_down_with_the_v2_runner(tmp_path: Path) -> None:
     assert torch.equal(runner.model.compute_logits(logits[2]), logits[2])
 
 
+@this_machine.needs_patience
 class TestOnVLLM:
     def test_agrees_with_transformers(
         self,
