@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import this_machine
 import tiny_models
 import torch
 import transformers
@@ -24,6 +25,7 @@ from vllm_engines import (
 )
 
 require_vllm()
+pytestmark = this_machine.needs_patience
 
 # What vLLM's attention kernels on the CPU and CUTLASS's products ask for.
 SIZES: dict[str, Any] = {

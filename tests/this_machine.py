@@ -37,7 +37,7 @@ KV_CACHE_GIB = 1 if MULTIPLIES_BF16 else 2  # for as many tokens
 
 HAS_FP8_CACHE = ON_GPU or torch.cpu._is_avx512_supported()
 
-# So that the suite ends within what CI allows it: quarter of an hour more on two cores of a Zen 3.
+# So that the suite ends within what CI allows it: half an hour more on two cores of a Zen 3.
 needs_patience = pytest.mark.skipif(
     not MULTIPLIES_BF16 and not os.environ.get("MIXQUANT_TEST_SLOW"),
     reason="slow where the processor has no BF16: MIXQUANT_TEST_SLOW=1 runs it",
