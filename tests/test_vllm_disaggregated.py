@@ -13,6 +13,7 @@ from pydoc_data.topics import topics
 from typing import Any
 
 import pytest
+import this_machine
 from transformers import AutoTokenizer
 from vllm_engines import (
     ON_GPU,
@@ -27,9 +28,10 @@ from vllm_engines import (
 from mixquant.quantize import quantize
 
 require_vllm()
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("nixl") is None, reason="NIXL is not installed"
-)
+pytestmark = [
+    pytest.mark.skipif(importlib.util.find_spec("nixl") is None, reason="NIXL is not installed"),
+    this_machine.needs_patience,
+]
 
 # Some end within a block of the KV cache, some with one; the shortest is less than a block.
 LENGTHS = (300, 37, 128, 256)
