@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import this_machine
 import torch
 from tiny_models import ARCHITECTURES, MIXTURES_OF_EXPERTS, build, distance, tokens
 from torch import Tensor, nn
@@ -205,7 +206,7 @@ def test_smollm2_keeps_its_answer(smollm2_path: Path) -> None:
         log_target=True,
         reduction="none",
     ).sum(-1)
-    assert 1e-5 < divergence.mean() < 0.15
+    assert 1e-5 < divergence.mean() < (0.1 if this_machine.MULTIPLIES_BF16 else 0.15)
     assert torch.equal(model(ids).logits, reference)
 
 

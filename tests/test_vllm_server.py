@@ -555,6 +555,8 @@ def test_a_crowd_of_which_some_leave(server: Server, text: list[int]) -> None:
     # It was a crowd: prompts together, and beside answers; some of them cached, some quantized.
     # On a slow machine passes are fewer, and larger.
     sizes = [len(one["requests"]) for one in passes]
+    if this_machine.MULTIPLIES_BF16:
+        assert sum(size > 2 for size in sizes) > 20
     assert sum(size for size in sizes if size > 2) > 60
     quantized = [one for one in passes if one["quantized"]]
     assert any(len(one["quantized"]) > 1 for one in quantized)
