@@ -10,6 +10,7 @@ import sys
 import pytest
 import torch
 from test_nvfp4_triton import child, complete_the_interpreter, needs_gpu, needs_triton
+from torch import Tensor
 
 CASES = [  # rows, features, depth, programs
     (1, 130, 512, 3),
@@ -55,8 +56,29 @@ def check(device: str, cases: list[tuple[int, int, int, int]]) -> None:
             out.double(), wanted, rtol=2**-8, atol=1e-5 * depth, msg=str((rows, features, depth))
         )
         assert whole[[0, -1]].isnan().all(), "wrote beyond its rows"
+        check_some_rows(x, weight, programs)
     with pytest.raises(ValueError, match="17 rows"):
         few_rows(torch.zeros(17, 8), torch.zeros(8, 8), torch.zeros(17, 8), 1)
+
+
+def check_some_rows(x: Tensor, weight: Tensor, programs: int) -> None:
+    """Rows of a larger matrix, to rows of another, in any order."""
+    from mixquant.kernels.few_rows_triton import few_rows
+
+    rows = len(x)
+    large = torch.full((3 * rows, x.shape[1]), torch.nan, device=x.device).bfloat16()
+    of_x, of_out = (torch.randperm(3 * rows)[:rows].to(x.device) for _ in range(2))
+    large[of_x] = x
+    wanted = x.double() @ weight.double().T
+    for source, its_rows in ((large, of_x), (x, None)):
+        for its_targets in (of_out, None):
+            out = torch.full((3 * rows, len(weight)), torch.nan, device=x.device).bfloat16()
+            few_rows(source, weight, out, programs, its_rows, its_targets)
+            to = torch.arange(rows, device=x.device) if its_targets is None else its_targets
+            torch.testing.assert_close(out[to].double(), wanted, rtol=2**-8, atol=1e-5 * x.shape[1])
+            others = torch.ones(3 * rows, dtype=torch.bool, device=x.device)
+            others[to] = False
+            assert out[others].isnan().all(), "wrote to other rows"
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""SiLU-and-multiply that quantizes what it produces, against PyTorch and the formats.
+"""RMSNorm and SiLU-and-multiply that quantize what they produce, against PyTorch and the formats.
 
 Compiled for GPUs that need not be there, and run in Triton's interpreter; with a GPU, on it. Triton is
 imported in child processes, as in test_nvfp4_triton.py.
@@ -26,8 +26,9 @@ from mixquant.formats.nvfp4 import NVFP4, NVFP4Rows
 @needs_triton
 @pytest.mark.parametrize("capability", [90, 100, 120])
 @pytest.mark.parametrize("fmt", ["fp8", "nvfp4"])
-def test_compiles_for_each_gpu(fmt: str, capability: int) -> None:
-    child(__file__, "compile", str(capability), fmt)
+@pytest.mark.parametrize("kernel", ["silu_and_mul", "rms_norm"])
+def test_compiles_for_each_gpu(kernel: str, fmt: str, capability: int) -> None:
+    child(__file__, "compile", str(capability), kernel, fmt)
 
 
 @needs_triton
@@ -113,6 +114,53 @@ def check_silu_and_mul(fmt: str, device: str, rows: int, width: int) -> None:
     check_codes(fmt, to_cpu(got), values, most_different=0.001)
 
 
+def normalized(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> Tensor:
+    """In FP64."""
+    total = x.double() + (0 if residual is None else residual.double())
+    return total / (total.square().mean(1, keepdim=True) + eps).sqrt() * weight.double()
+
+
+def strided(rows: int, width: int, device: str) -> Tensor:
+    wide = torch.full((rows, width + 16), torch.nan, dtype=torch.bfloat16, device=device)
+    wide[:, :width] = torch.randn(rows, width, device=device) * 3
+    return wide[:, :width]
+
+
+def check_rms_norm(fmt: str, device: str, rows: int, width: int, with_residual: bool) -> None:
+    from mixquant.kernels.fused_triton import rms_norm
+
+    x = strided(rows, width, device)
+    residual = torch.randn(rows, width, device=device).bfloat16() if with_residual else None
+    weight = (torch.randn(width, device=device) + 1).bfloat16()
+    total = torch.full((rows, width), torch.nan, dtype=torch.bfloat16, device=device)
+    got = poisoned(fmt, rows, width, device)
+    rms_norm(x, residual, weight, 1e-5, got, total if with_residual else None)
+    exact = normalized(x, residual, weight, 1e-5).cpu()
+    found = dequantized(fmt, to_cpu(got)).double()
+    assert (found - exact).norm() < ERROR[fmt] * exact.norm()
+    check_codes(fmt, to_cpu(got), exact.float(), most_different=0.001)
+    if residual is not None:
+        assert torch.equal(total, x + residual)  # of BF16: added in FP32, rounded once
+
+
+def check_precise_norm(device: str) -> None:
+    from mixquant.kernels.fused_triton import precise_rms_norm
+
+    for rows, width in ((0, 64), (1, 4096), (3, 100), (17, 1024)):
+        x, residual = strided(rows, width, device), torch.randn(rows, width).bfloat16().to(device)
+        weight = (torch.randn(width) + 1).bfloat16().to(device)
+        for added in (residual, None):
+            total = torch.full_like(residual, torch.nan) if added is not None else None
+            got = precise_rms_norm(x, added, weight, 1e-5, total)
+            wanted = normalized(x, added, weight, 1e-5)
+            torch.testing.assert_close(got.double(), wanted, rtol=2**-8, atol=1e-6)
+            if total is not None:
+                assert torch.equal(total, x + residual)
+            some = torch.arange(rows - 1, -1, -2, device=device)
+            got = precise_rms_norm(x, added, weight, 1e-5, None, some)
+            torch.testing.assert_close(got.double(), wanted[some], rtol=2**-8, atol=1e-6)
+
+
 def check(device: str) -> None:
     torch.manual_seed(0)
     cases = [(1, 64), (3, 576), (13, 96), (2, 1536)]
@@ -120,8 +168,11 @@ def check(device: str) -> None:
     for fmt in ("fp8", "nvfp4"):
         for rows, width in cases:
             check_silu_and_mul(fmt, device, rows, width)
+            for with_residual in (True, False):
+                check_rms_norm(fmt, device, rows, width, with_residual)
     check_extremes(device)
     check_precise(device)
+    check_precise_norm(device)
 
 
 def check_precise(device: str) -> None:
@@ -134,11 +185,14 @@ def check_precise(device: str) -> None:
         wanted = torch.nn.functional.silu(gate) * up
         assert got.dtype == torch.bfloat16 and got.shape == wanted.shape
         torch.testing.assert_close(got.float(), wanted, rtol=2**-8, atol=1e-6)
+        some = torch.arange(rows - 1, -1, -2)
+        got = precise_silu_and_mul(x.to(device), some.to(device)).cpu()
+        torch.testing.assert_close(got.float(), wanted[some], rtol=2**-8, atol=1e-6)
 
 
 def check_extremes(device: str) -> None:
     """Zeros, infinity, NaN, subnormals: as the formats have them, and only in their own rows."""
-    from mixquant.kernels.fused_triton import silu_and_mul
+    from mixquant.kernels.fused_triton import rms_norm, silu_and_mul
 
     up = rows_of_every_kind(33, 64)
     gate = torch.full_like(up, 100.0)  # silu(100) is 100
@@ -146,6 +200,20 @@ def check_extremes(device: str) -> None:
         got = poisoned(fmt, 33, 64, device)
         silu_and_mul(torch.cat([gate, up], 1).to(device), got)
         check_codes(fmt, to_cpu(got), up.float() * 100)
+    # A root mean square of 1 leaves what it divides.
+    signs = torch.where(torch.randn(33, 64) < 0, -1.0, 1.0).bfloat16()
+    zeros, ones = torch.zeros_like(signs), torch.ones(64).bfloat16()
+    for bad in (torch.inf, torch.nan):
+        signs[7, 3] = bad
+        for fmt in ("fp8", "nvfp4"):
+            got = poisoned(fmt, 33, 64, device)
+            total = torch.empty_like(signs, device=device)
+            rms_norm(signs.to(device), zeros.to(device), ones.to(device), 0.0, got, total)
+            found = dequantized(fmt, to_cpu(got)).float()
+            fine = torch.arange(33) != 7
+            rtol = {"fp8": 1e-6, "nvfp4": 0.04}[fmt]
+            torch.testing.assert_close(found[fine], signs[fine].float(), rtol=rtol, atol=0)
+            assert not found[7].isfinite().all()
 
 
 def main() -> None:
@@ -157,8 +225,7 @@ def main() -> None:
     else:
         from mixquant.kernels.fused_triton import compile_for
 
-        capability, fmt = int(sys.argv[2]), sys.argv[3]
-        kernel = compile_for(capability, fmt)
+        kernel = compile_for(int(sys.argv[2]), *sys.argv[3:])
         assert kernel.asm["cubin"][:4] == b"\x7fELF"
         # The hardware's own conversion.
         assert re.search(r"cvt\.rn\.satfinite\.e4m3x2\.f32", kernel.asm["ptx"])

@@ -139,7 +139,7 @@ def select(flat: Tensor, plan: PhasePlan, group: str) -> Tensor:
     ranges: tuple[Range, ...] = getattr(plan, group)
     if len(ranges) == 1:
         return flat[ranges[0][0] : ranges[0][1]]
-    return flat.index_select(0, _index(plan, group, flat.device))
+    return flat.index_select(0, index_of(plan, group, flat.device))
 
 
 def put(rows: Tensor, out: Tensor, plan: PhasePlan, group: str) -> None:
@@ -148,10 +148,11 @@ def put(rows: Tensor, out: Tensor, plan: PhasePlan, group: str) -> None:
     if len(ranges) == 1:
         out[ranges[0][0] : ranges[0][1]] = rows
     else:
-        out.index_copy_(0, _index(plan, group, out.device), rows)
+        out.index_copy_(0, index_of(plan, group, out.device), rows)
 
 
-def _index(plan: PhasePlan, group: str, device: torch.device) -> Tensor:
+def index_of(plan: PhasePlan, group: str, device: torch.device) -> Tensor:
+    """The numbers of the rows of a group, int64."""
     key = ("index", group, device)
     if key not in plan.memo:
         ranges: tuple[Range, ...] = getattr(plan, group)

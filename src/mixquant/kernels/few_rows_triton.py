@@ -12,9 +12,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import triton  # type: ignore[import-not-found, import-untyped]
 import triton.language as tl  # type: ignore[import-not-found, import-untyped]
 from torch import Tensor
+
+from mixquant.kernels.launching import launch
 
 MOST_ROWS = 16
 
@@ -31,6 +34,8 @@ def few_rows_kernel(
     x,
     weight,
     out,
+    rows_of_x,
+    rows_of_out,
     rows,
     N,
     K,
@@ -44,6 +49,11 @@ def few_rows_kernel(
     row = tl.arange(0, ROWS)
     depth = tl.arange(0, DEPTH)
     there = row < rows
+    of_x, of_out = row.to(tl.int64), row.to(tl.int64)
+    if rows_of_x is not None:
+        of_x = tl.load(rows_of_x + row, there, 0)
+    if rows_of_out is not None:
+        of_out = tl.load(rows_of_out + row, there, 0)
     for tile in range(tl.program_id(0), tl.cdiv(N, FEATURES), tl.num_programs(0)):
         feature = tile * FEATURES + tl.arange(0, FEATURES)
         inside = feature < N
@@ -56,16 +66,24 @@ def few_rows_kernel(
                 0.0,
             )
             values = tl.load(
-                x + row[None, :].to(tl.int64) * stride_x + column[:, None],
+                x + of_x[None, :] * stride_x + column[:, None],
                 there[None, :] & (column < K)[:, None],
                 0.0,
             )
             sums = tl.dot(weights, values, sums)
-        to = out + row[None, :].to(tl.int64) * stride_out + feature[:, None]
+        to = out + of_out[None, :] * stride_out + feature[:, None]
         tl.store(to, sums.to(tl.bfloat16), there[None, :] & inside[:, None])
 
 
-def few_rows(x: Tensor, weight: Tensor, out: Tensor, programs: int) -> None:
+def few_rows(
+    x: Tensor,
+    weight: Tensor,
+    out: Tensor,
+    programs: int,
+    rows_of_x: Tensor | None = None,
+    rows_of_out: Tensor | None = None,
+    stream: torch.cuda.Stream | None = None,
+) -> None:
     """Writes ``x @ weight.T`` into ``out``: FP32 sums, rounded once.
 
     Args:
@@ -73,32 +91,38 @@ def few_rows(x: Tensor, weight: Tensor, out: Tensor, programs: int) -> None:
         weight: BF16 ``[N, K]``, contiguous.
         out: BF16 ``[M, N]``, each row contiguous.
         programs: how many multiprocessors it takes at the most, one each.
+        rows_of_x: int64 ``[M]``, if the M rows are these of a larger ``x``.
+        rows_of_out: int64 ``[M]``, if they go to these of a larger ``out``.
+        stream: where it is launched, if not on the current one.
 
     Raises:
         ValueError: too many rows.
     """
-    rows, depth = x.shape
+    which = rows_of_x if rows_of_x is not None else x if rows_of_out is None else rows_of_out
+    rows = which.shape[0]
     if rows > MOST_ROWS:
         raise ValueError(f"{rows} rows; this kernel takes up to {MOST_ROWS}")
-    features = len(weight)
-    kind = _ON_FEW if programs <= _FEW else _ON_ALL
-    grid = (min(programs, triton.cdiv(features, kind[0])), 1, 1)
-    arguments = (x, weight, out, rows, features, depth, x.stride(0), out.stride(0))
-    key = None
-    if not any(tensor.data_ptr() % 16 for tensor in (x, weight, out)):
-        key = (x.device, kind, *arguments[4:])
-    if (found := _compiled.get(key)) is not None:
-        found[grid](*arguments, MOST_ROWS, kind[0], kind[1])
-        return
-    found = few_rows_kernel[grid](
-        *arguments, MOST_ROWS, kind[0], kind[1], num_warps=kind[2], num_stages=kind[3]
+    features, depth = weight.shape
+    tile = _ON_FEW if programs <= _FEW else _ON_ALL
+    tiles = -(-features // tile[0])
+    launch(
+        few_rows_kernel,
+        (min(programs, tiles), 1, 1),
+        (x, weight, out, rows_of_x, rows_of_out, rows, features, depth, x.stride(0), out.stride(0)),
+        {"ROWS": MOST_ROWS, "FEATURES": tile[0], "DEPTH": tile[1]},
+        (
+            x.device,
+            rows_of_x is None,
+            rows_of_out is None,
+            features,
+            depth,
+            x.stride(0),
+            out.stride(0),
+        ),
+        stream,
+        num_warps=tile[2],
+        num_stages=tile[3],
     )
-    if key is not None and found is not None:  # None in Triton's interpreter
-        _compiled[key] = found
-
-
-# As in fused_triton.py: finding the compiled kernel takes Triton as long as launching it.
-_compiled: dict[Any, Any] = {}
 
 
 def compile_for(capability: int, programs: int) -> Any:
@@ -116,7 +140,8 @@ def compile_for(capability: int, programs: int) -> Any:
 
     features, depth, warps, stages = _ON_FEW if programs <= _FEW else _ON_ALL
     constants = {"ROWS": MOST_ROWS, "FEATURES": features, "DEPTH": depth}
-    types = {"x": "*bf16", "weight": "*bf16", "out": "*bf16"}
+    types = {"x": "*bf16", "weight": "*bf16", "out": "*bf16", "rows_of_x": "*i64"}
+    types["rows_of_out"] = "*i64"
     names = few_rows_kernel.arg_names
     signature = {
         name: "constexpr" if name in constants else types.get(name, "i32") for name in names

@@ -1,9 +1,9 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs
-"""SiLU-and-multiply, fused with what quantizes it, in Triton; and by itself, for precise rows.
+"""RMSNorm, and SiLU-and-multiply, fused with what quantizes them, in Triton; and for precise rows, without.
 
-A quantizer by itself reads the activation from memory once more. This kernel writes the codes of a row
-while it holds it: FP8 (a scale per row) as `mixquant.formats.fp8`, NVFP4 (a power of two per row,
-an E4M3 scale per 16) as `mixquant.kernels.nvfp4_triton`.
+A quantizer by itself reads the activation from memory once more. These kernels write the codes of a row
+while they hold it: FP8 (a scale per row) as `mixquant.formats.fp8`, NVFP4 (a power of two per row,
+an E4M3 scale per 16) as `mixquant.kernels.nvfp4_triton`. What they quantize is not rounded to BF16 before.
 
 Importing this module imports Triton.
 """
@@ -18,6 +18,7 @@ import triton  # type: ignore[import-not-found, import-untyped]
 import triton.language as tl  # type: ignore[import-not-found, import-untyped]
 from torch import Tensor
 
+from mixquant.kernels.launching import launch
 from mixquant.kernels.nvfp4_triton import quantize, row_scale
 
 LONGEST_ROW = 32768  # elements; a program holds one row
@@ -52,14 +53,33 @@ def _write_nvfp4(values, codes, block_scales, scale, row, K, TILE: tl.constexpr)
 
 
 @triton.jit
+def _silu_and_mul(x, row, columns, K, stride_x):
+    """FP32 values of one row, zero beyond K."""
+    there = columns < K
+    gate = tl.load(x + row * stride_x + columns, there, 0.0).to(tl.float32)
+    up = tl.load(x + row * stride_x + K + columns, there, 0.0).to(tl.float32)
+    return gate / (1.0 + tl.exp(-gate)) * up
+
+
+@triton.jit
+def _rms_norm(x, residual, weight, total, eps, row, columns, K, stride_x):
+    """The same of RMSNorm; writes the sum that is normalized, where there is a place for it."""
+    there = columns < K
+    values = tl.load(x + row * stride_x + columns, there, 0.0).to(tl.float32)
+    if residual is not None:
+        values += tl.load(residual + row * K + columns, there, 0.0).to(tl.float32)
+        if total is not None:
+            tl.store(total + row * K + columns, values.to(tl.bfloat16), there)
+    mean = tl.sum(values * values, 0) / K
+    return values * tl.rsqrt(mean + eps) * tl.load(weight + columns, there, 0.0).to(tl.float32)
+
+
+@triton.jit
 def silu_and_mul_kernel(x, codes, block_scales, scale, K, stride_x, TILE: tl.constexpr):
     """One program per row; `silu_and_mul` says what the tensors are."""
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, TILE)
-    there = columns < K
-    gate = tl.load(x + row * stride_x + columns, there, 0.0).to(tl.float32)
-    up = tl.load(x + row * stride_x + K + columns, there, 0.0).to(tl.float32)
-    values = gate / (1.0 + tl.exp(-gate)) * up
+    values = _silu_and_mul(x, row, columns, K, stride_x)
     if block_scales is None:
         _write_fp8(values, codes, scale, row, columns, K)
     else:
@@ -67,15 +87,39 @@ def silu_and_mul_kernel(x, codes, block_scales, scale, K, stride_x, TILE: tl.con
 
 
 @triton.jit
-def precise_kernel(x, out, K, stride_x, TILE: tl.constexpr):
-    """Some columns of one row; see `precise_silu_and_mul`."""
+def rms_norm_kernel(
+    x, residual, weight, total, codes, block_scales, scale, eps, K, stride_x, TILE: tl.constexpr
+):
+    """One program per row; see `rms_norm`."""
     row = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, TILE)
+    values = _rms_norm(x, residual, weight, total, eps, row, columns, K, stride_x)
+    if block_scales is None:
+        _write_fp8(values, codes, scale, row, columns, K)
+    else:
+        _write_nvfp4(values, codes, block_scales, scale, row, K, TILE)
+
+
+@triton.jit
+def precise_silu_kernel(x, out, rows, K, stride_x, TILE: tl.constexpr):
+    """Some columns of one row; see `precise_silu_and_mul`."""
+    to = tl.program_id(0).to(tl.int64)
+    row = to if rows is None else tl.load(rows + to)
     columns = tl.program_id(1) * TILE + tl.arange(0, TILE)
-    there = columns < K
-    gate = tl.load(x + row * stride_x + columns, there, 0.0).to(tl.float32)
-    up = tl.load(x + row * stride_x + K + columns, there, 0.0).to(tl.float32)
-    values = gate / (1.0 + tl.exp(-gate)) * up
-    tl.store(out + row * K + columns, values.to(tl.bfloat16), there)
+    values = _silu_and_mul(x, row, columns, K, stride_x)
+    tl.store(out + to * K + columns, values.to(tl.bfloat16), columns < K)
+
+
+@triton.jit
+def precise_norm_kernel(
+    x, residual, weight, total, out, rows, eps, K, stride_x, TILE: tl.constexpr
+):
+    """One program per row; see `precise_rms_norm`."""
+    to = tl.program_id(0).to(tl.int64)
+    row = to if rows is None else tl.load(rows + to)
+    columns = tl.arange(0, TILE)
+    values = _rms_norm(x, residual, weight, total, eps, row, columns, K, stride_x)
+    tl.store(out + to * K + columns, values.to(tl.bfloat16), columns < K)
 
 
 @dataclass(frozen=True)
@@ -111,71 +155,152 @@ def why_not(fmt: str, width: int) -> str | None:
 
 
 def silu_and_mul(x: Tensor, into: Codes) -> None:
-    """Quantizes ``silu(gate) * up``, which is not rounded before.
+    """Quantizes ``silu(gate) * up``.
 
     Args:
         x: BF16 ``[M, 2 K]``, the gates and then the ups, each row contiguous.
         into: of ``[M, K]``, contiguous.
     """
-    rows, width = len(x), x.shape[1] // 2
+    rows, width = x.shape[0], x.shape[1] // 2
     if rows == 0:
         return
-    arguments = (x, into.codes, into.block_scales, into.scale, width, x.stride(0))
-    key = None
-    if not any(tensor.data_ptr() % 16 for tensor in (x, into.codes, into.scale)):
-        key = (x.device, into.codes.dtype, width, x.stride(0))
-    if (found := _compiled.get(key)) is not None:
-        found[rows, 1, 1](*arguments, triton.next_power_of_2(width))
+    launch(
+        silu_and_mul_kernel,
+        (rows, 1, 1),
+        (x, into.codes, into.block_scales, into.scale, width, x.stride(0)),
+        key=(x.device, into.codes.dtype, width, x.stride(0)),
+        **_options(width),
+    )
+
+
+def rms_norm(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    eps: float,
+    into: Codes,
+    total: Tensor | None,
+) -> None:
+    """Quantizes ``x + residual``, divided by its root mean square and multiplied with ``weight``.
+
+    Args:
+        x: BF16 ``[M, K]``, each row contiguous.
+        residual: BF16 ``[M, K]``, contiguous, or None: zeros.
+        weight: BF16 ``[K]``.
+        eps: added to the mean square.
+        into: of ``[M, K]``, contiguous.
+        total: BF16 ``[M, K]``, contiguous, where ``x + residual`` is written; None if that is None.
+    """
+    rows, width = x.shape
+    if rows == 0:
         return
-    found = silu_and_mul_kernel[(rows,)](*arguments, **_options(triton.next_power_of_2(width)))
-    if key is not None and found is not None:  # None in Triton's interpreter
-        _compiled[key] = found
+    launch(
+        rms_norm_kernel,
+        (rows, 1, 1),
+        (
+            x,
+            residual,
+            weight,
+            total,
+            into.codes,
+            into.block_scales,
+            into.scale,
+            eps,
+            width,
+            x.stride(0),
+        ),
+        key=(x.device, residual is None, into.codes.dtype, width, x.stride(0)),
+        **_options(width),
+    )
 
 
-def precise_silu_and_mul(x: Tensor) -> Tensor:
+def precise_silu_and_mul(
+    x: Tensor, rows: Tensor | None = None, stream: torch.cuda.Stream | None = None
+) -> Tensor:
     """``silu(gate) * up``, rounded once, as torch.compile has it.
 
     vLLM's kernel takes one multiprocessor for each row, which in decode shows.
 
     Args:
         x: BF16 ``[M, 2 K]``, the gates and then the ups, each row contiguous.
+        rows: int64 ``[m]``, if it is only of these.
+        stream: where it is launched, if not on the current one.
 
     Returns:
-        BF16 ``[M, K]``.
+        BF16 ``[M, K]`` or ``[m, K]``, allocated on the current stream.
     """
-    rows, width = len(x), x.shape[1] // 2
-    out = x.new_empty(rows, width)
-    if rows:
-        grid = (rows, triton.cdiv(width, _COLUMNS))
-        precise_kernel[grid](x, out, width, x.stride(0), _COLUMNS, num_warps=4)
+    count, width = (x if rows is None else rows).shape[0], x.shape[1] // 2
+    out = x.new_empty(count, width)
+    if count:
+        launch(
+            precise_silu_kernel,
+            (count, -(-width // _COLUMNS), 1),
+            (x, out, rows, width, x.stride(0)),
+            {"TILE": _COLUMNS},
+            (x.device, rows is None, width, x.stride(0)),
+            stream,
+            num_warps=4,
+        )
     return out
 
 
 _COLUMNS = 1024  # of a program
 
 
-# Finding the compiled kernel takes Triton as long as launching it, which shows where a pass is so short
-# that the GPU waits for the CPU: so it is kept, by all that Triton would compile anew for.
-_compiled: dict[Any, Any] = {}
+def precise_rms_norm(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    eps: float,
+    total: Tensor | None,
+    rows: Tensor | None = None,
+    stream: torch.cuda.Stream | None = None,
+) -> Tensor:
+    """What `rms_norm` quantizes, rounded once, as torch.compile has it.
+
+    Args:
+        x, residual, weight, eps, total: as of `rms_norm`.
+        rows: int64 ``[m]``, if it is only of these; ``total`` is None then.
+        stream: where it is launched, if not on the current one.
+
+    Returns:
+        BF16 ``[M, K]`` or ``[m, K]``, allocated on the current stream.
+    """
+    count, width = (x if rows is None else rows).shape[0], x.shape[1]
+    out = x.new_empty(count, width)
+    if count:
+        options = _options(width)
+        launch(
+            precise_norm_kernel,
+            (count, 1, 1),
+            (x, residual, weight, total, out, rows, eps, width, x.stride(0)),
+            key=(x.device, residual is None, total is None, rows is None, width, x.stride(0)),
+            stream=stream,
+            **options,
+        )
+    return out
 
 
-def _options(tile: int) -> dict[str, Any]:
+def _options(width: int) -> dict[str, Any]:
+    tile = triton.next_power_of_2(width)
     # 16 elements a thread; quantize() relies on products being rounded before they are added to.
     warps = max(1, min(32, tile // (32 * 16)))
-    return {"TILE": tile, "num_warps": warps, "enable_fp_fusion": False}
+    return {"constants": {"TILE": tile}, "num_warps": warps, "enable_fp_fusion": False}
 
 
 _TYPES = {
     "fp8": {"codes": "*fp8e4nv"},
     "nvfp4": {"codes": "*u8", "block_scales": "*fp8e4nv"},
 }
+KERNELS = {"silu_and_mul": silu_and_mul_kernel, "rms_norm": rms_norm_kernel}
 
 
-def compile_for(capability: int, fmt: str, width: int = 4096) -> Any:
-    """Compiles the kernel for a GPU that need not be there.
+def compile_for(capability: int, kernel: str, fmt: str, width: int = 4096) -> Any:
+    """Compiles a kernel for a GPU that need not be there.
 
     Args:
         capability: compute capability times ten: 90, 100, 120.
+        kernel: of `KERNELS`.
         fmt: "fp8" or "nvfp4".
         width: of the quantized rows.
 
@@ -185,12 +310,14 @@ def compile_for(capability: int, fmt: str, width: int = 4096) -> Any:
     from triton.backends.compiler import GPUTarget  # type: ignore[import-not-found, import-untyped]
     from triton.compiler import ASTSource  # type: ignore[import-not-found, import-untyped]
 
-    types = {"x": "*bf16", "scale": "*fp32", **_TYPES[fmt]}
-    options = _options(triton.next_power_of_2(width))
-    constants = {"TILE": options.pop("TILE")} | ({"block_scales": None} if fmt == "fp8" else {})
+    types = dict.fromkeys(("x", "residual", "weight", "total"), "*bf16")
+    types |= {"scale": "*fp32", "eps": "fp32", **_TYPES[fmt]}
+    options = _options(width)
+    constants = options.pop("constants") | ({"block_scales": None} if fmt == "fp8" else {})
+    function = KERNELS[kernel]
     signature = {
         name: "constexpr" if name in constants else types.get(name, "i32")
-        for name in silu_and_mul_kernel.arg_names
+        for name in function.arg_names
     }
-    source = ASTSource(silu_and_mul_kernel, signature, constants)
+    source = ASTSource(function, signature, constants)
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)

@@ -1,15 +1,16 @@
-"""SiLU-and-multiply, computed as it is quantized, where a model's code is known to allow it.
+"""RMSNorm and SiLU-and-multiply, computed as they are quantized, where a model's code is known to allow it.
 
 In front of a ``down_proj`` whose weight is FP8 as a whole stands a SiLU-and-multiply, in models whose
 MLP is written as Llama's or Qwen's. There the activation is left to ``down_proj``: for quantized rows
 one kernel computes and quantizes it, which saves writing and reading it in BF16; for precise rows it is
-vLLM's own. Passes without quantized rows, those that CUDA graphs are captured from among them, launch
-as many kernels as before.
+a kernel that computes it alone. In front of ``qkv_proj`` and ``gate_up_proj`` stands an RMSNorm; on
+Hopper the norm computes the layer's product, too, and the layer returns what it is given. Passes
+without quantized rows, those that CUDA graphs are captured from among them, launch as many kernels as
+before.
 
-That down_proj is given what the activation returned, and nobody else is, shows in the source of the
-model's class alone; where it is written otherwise, nothing is fused. RMSNorm is not fused: as an
-operator of its own it costs the CPU more per pass than it saves the GPU where passes are short, and in
-a compiled graph it would have to quantize in decode, too (docs/performance.md).
+That a layer is given what the norm or the activation returned, and nobody else is, shows in the source of
+the model's classes alone; where they are written otherwise, nothing is fused. Nor are norms with tensor
+parallelism, where vLLM may fuse them with the all-reduce in front of them.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import ast
 import functools
 import importlib.util
 import inspect
+import os
 import textwrap
 from collections.abc import Callable
 from types import MethodType
@@ -42,6 +44,18 @@ _MLPS = [
 ]
 
 
+_DECODER_LAYER = [
+    "if residual is None:\n    residual = hidden_states\n"
+    "    hidden_states = self.input_layernorm(hidden_states)\n"
+    "else:\n    hidden_states, residual = self.input_layernorm(hidden_states, residual)",
+    "hidden_states = self.self_attn(positions=positions, hidden_states=hidden_states)",
+    "hidden_states, residual = self.post_attention_layernorm(hidden_states, residual)",
+    "hidden_states = self.mlp(hidden_states)",
+    "return (hidden_states, residual)",
+]
+_ATTENTION_BEGINS = "qkv, _ = self.qkv_proj(hidden_states)"
+
+
 def follow_activations(model: torch.nn.Module, with_lora: bool) -> int:
     """Leaves the activations of a loaded model to the layers that read them; returns how many.
 
@@ -55,6 +69,29 @@ def follow_activations(model: torch.nn.Module, with_lora: bool) -> int:
         for module in model.modules()
         if _body(type(module)) in _MLPS
     )
+
+
+def follow_norms(model: torch.nn.Module, with_lora: bool, ranks: int) -> int:
+    """Leaves the norms of a loaded model to the layers that read them; returns how many.
+
+    Args:
+        with_lora: as of `follow_activations`.
+        ranks: of tensor parallelism.
+    """
+    if with_lora or ranks > 1 or os.environ.get("VLLM_BATCH_INVARIANT", "0") != "0":
+        return 0
+    found = 0
+    for module in model.modules():
+        if _body(type(module)) != _DECODER_LAYER:
+            continue
+        attention: Any = module.self_attn
+        body = _body(type(attention))
+        if body[:1] == [_ATTENTION_BEGINS] and "hidden_states" not in " ".join(body[1:]):
+            found += _join_norm(module.input_layernorm, getattr(attention, "qkv_proj", None))
+        if _body(type(module.mlp)) in _MLPS:
+            mlp: Any = module.mlp
+            found += _join_norm(module.post_attention_layernorm, mlp.gate_up_proj)
+    return found
 
 
 def _read(kind: Any) -> list[str]:
@@ -76,7 +113,33 @@ def _join(activation: Any, layer: Any) -> bool:
     if type(activation).__name__ != "SiluAndMul" or own is None or not _fusable(layer):
         return False
     layer.quant_method.activated = True
+    if layer.quant_method.fp8 is not None:
+        layer.quant_method.fp8.activated = True
     activation._forward_method = MethodType(_unapplied, activation)
+    return True
+
+
+def _join_norm(norm: Any, layer: Any) -> bool:
+    from mixquant.kernels.fused_triton import why_not
+
+    method = getattr(layer, "quant_method", None)
+    if (
+        type(norm).__name__ != "RMSNorm"
+        or getattr(norm, "_forward_method", None) is None  # of vLLM's versions that are known
+        or not getattr(norm, "has_weight", False)
+        or norm.variance_size_override is not None
+        or norm.weight.dtype != torch.bfloat16
+        or not isinstance(method, PhaseLinearMethod)
+        or method.fp8 is None
+        or method.in_norm
+        or why_not("fp8", method.shape[1]) is not None
+    ):
+        return False
+    method.fp8.norm = norm
+    method.in_norm = True
+    norm.mixquant_number = layer.mixquant_number
+    norm.mixquant_features = method.shape[0]
+    norm._forward_method = MethodType(_with_product, norm)
     return True
 
 
@@ -100,3 +163,11 @@ def _fusable(layer: Any) -> bool:
 
 def _unapplied(self: Any, x: Tensor) -> Tensor:
     return x
+
+
+def _with_product(self: Any, x: Tensor, residual: Tensor | None = None) -> Any:
+    """The product of the layer behind a norm; with a residual, and what is the residual then."""
+    number, features = self.mixquant_number, self.mixquant_features
+    if residual is None:
+        return torch.ops.mixquant.phase_linear(x, None, number, features)
+    return torch.ops.mixquant.phase_add_norm_linear(x, residual, number, features)

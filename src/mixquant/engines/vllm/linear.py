@@ -13,13 +13,15 @@ import torch.nn.functional as F
 from torch import Tensor
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 
-from mixquant.engines.vllm.few_rows import few_rows_of
+from mixquant.engines.vllm.fp8_layer import Fp8Layer
+from mixquant.engines.vllm.fp8_layer import why_not as why_no_fp8_layer
 from mixquant.engines.vllm.layout import Part, beside, lay_out
 from mixquant.engines.vllm.loading import begins, load_in_turn
 from mixquant.engines.vllm.memory import Ledger
 from mixquant.engines.vllm.products import (
     PreciseProduct,
     Product,
+    ScaledProduct,
     nbytes_of,
     product_of,
     product_of_tensors,
@@ -70,6 +72,10 @@ class PhaseLinearMethod(UnquantizedLinearMethod):  # type: ignore[misc]
         self.products: tuple[tuple[Range, Product | None], ...] = ()
         self.only_quantized = False  # nothing is left of the BF16 weight
         self.activated = False  # the input is SiluAndMul's, which is computed here: see fusion.py
+        self.fp8: Fp8Layer | None = None  # what multiplies the layer, where it can
+        self.in_norm = (
+            False  # the layer is multiplied where the norm in front of it is: see fusion.py
+        )
 
     def create_weights(
         self,
@@ -135,6 +141,7 @@ class PhaseLinearMethod(UnquantizedLinearMethod):  # type: ignore[misc]
             self._make_products(layer)
             super().process_weights_after_loading(layer)
         if any(product is not None for _, product in self.products):
+            self._hold_fp8(layer)
             layer.mixquant_method = self
             if not hasattr(layer, "mixquant_number"):  # loaded for the first time
                 number = next(_numbers)
@@ -144,20 +151,35 @@ class PhaseLinearMethod(UnquantizedLinearMethod):  # type: ignore[misc]
     def apply(self, layer: torch.nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
         if not self.products or not hasattr(layer, "mixquant_number"):
             return super().apply(layer, x, bias)
+        if self.in_norm:
+            return x
         return torch.ops.mixquant.phase_linear(x, bias, layer.mixquant_number, self.shape[0])
 
-    def precise(self, layer: torch.nn.Module, x: Tensor, bias: Tensor | None) -> Tensor:
-        """vLLM's own product with the BF16 weight."""
-        return super().apply(layer, self.input_of(x), bias)
+    def precise(
+        self,
+        layer: torch.nn.Module,
+        x: Tensor,
+        bias: Tensor | None,
+        residual: Tensor | None = None,
+        total: Tensor | None = None,
+    ) -> Tensor:
+        """vLLM's own product with the BF16 weight; ``residual`` and ``total`` as of `Fp8Layer`."""
+        if self.activated or self.in_norm:
+            flat = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
+            x = self.input_of(flat, residual, total).view(*x.shape[:-1], self.shape[1])
+        return super().apply(layer, x, bias)
 
-    def input_of(self, x: Tensor) -> Tensor:
-        """What the weight is multiplied with."""
+    def input_of(
+        self, flat: Tensor, residual: Tensor | None = None, total: Tensor | None = None
+    ) -> Tensor:
+        """What the weight is multiplied with, of rows that are precise."""
+        if self.fp8 is not None:
+            return self.fp8.precise_input(flat, residual, total)
         if not self.activated:
-            return x
+            return flat
         from mixquant.kernels.fused_triton import precise_silu_and_mul
 
-        flat = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
-        return precise_silu_and_mul(flat).view(*x.shape[:-1], x.shape[-1] // 2)
+        return precise_silu_and_mul(flat)
 
     def encoded(self, rows: Tensor, product: Product) -> Any:
         """The quantized rows of the layer's input, as ``product`` takes them."""
@@ -196,6 +218,20 @@ class PhaseLinearMethod(UnquantizedLinearMethod):  # type: ignore[misc]
                 (part.features, self._product(layer, part)) for part in self.parts
             )
 
+    def _hold_fp8(self, layer: Any) -> None:
+        product = self.products[0][1]
+        if (
+            why_no_fp8_layer() is None
+            and len(self.products) == 1
+            and isinstance(product, ScaledProduct)
+            and product.format == "fp8"
+            and self.dtype == torch.bfloat16
+            and getattr(layer, "bias", None) is None
+        ):
+            if self.fp8 is None:
+                self.fp8 = Fp8Layer(self.shape)
+            self.fp8.hold(layer.weight, product)
+
     def _product(self, layer: Any, part: Part) -> Product | None:
         start, stop = part.features
         if part.format == "bf16":
@@ -226,44 +262,60 @@ def computed_together(plan: PhasePlan) -> Range | None:
         first, last = plan.quantized[0][0], plan.quantized[-1][1]
         many = plan.quantized_rows / 0.9
         padded = plan.quantized_rows + plan.precise_rows < plan.rows
-        few = few_rows_of(plan, torch.bfloat16)
-        # Precise rows that are written meanwhile are left out, if they stand at an end.
-        all_of_them = many >= plan.rows and not padded and not (few and few.beside)
-        found = (0, plan.rows) if all_of_them else (first, last)
+        found = (0, plan.rows) if many >= plan.rows and not padded else (first, last)
         plan.memo["together"] = found if many >= found[1] - found[0] else None
     together: Range | None = plan.memo["together"]
     return together
+
+
+def _plan_of(method: PhaseLinearMethod, rows: int) -> PhasePlan | None:
+    """The plan in force, if a layer's rows are its rows and any of them is quantized."""
+    plan = plan_in_force()
+    if method.only_quantized and (plan is None or plan.rows != rows or plan.precise):
+        return everything_quantized(rows)
+    return plan if plan is not None and plan.rows == rows and plan.quantized else None
 
 
 def _phase_linear(x: Tensor, bias: Tensor | None, number: Tensor, features: int) -> Tensor:
     layer: Any = _layers[int(number)]
     method: PhaseLinearMethod = layer.mixquant_method
     rows = x.numel() // x.shape[-1]
-    plan = plan_in_force()
-    if method.only_quantized and (plan is None or plan.rows != rows or plan.precise):
-        plan = everything_quantized(rows)
-    if plan is None or plan.rows != rows or not plan.quantized:
+    plan = _plan_of(method, rows)
+    if plan is None:
         return method.precise(layer, x, bias)
     # Views are avoided where they change nothing: passes of few thousand rows take the GPU as long as
     # they take the CPU to launch.
     flat = x if x.ndim == 2 else x.reshape(rows, x.shape[-1])
-    out = flat.new_empty(rows, features)
-    weight: Any = layer.weight
-    ours = x.is_cuda and bias is None and weight.is_contiguous()
-    few = few_rows_of(plan, x.dtype) if ours else None
-    if few is not None and few.beside:
-        with few.beside_quantized(flat, layer, method, out):
-            _quantized(flat, bias, layer, method, plan, out)
+    if method.fp8 is not None and bias is None:
+        out = method.fp8.multiply(flat.contiguous(), None, plan, None)
         return out if x.ndim == 2 else out.view(*x.shape[:-1], features)
+    out = flat.new_empty(rows, features)
     _quantized(flat, bias, layer, method, plan, out)
-    if few is not None:
-        few.after_quantized(flat, layer, method, out)
-    elif ours and len(plan.precise) == 1:
+    if x.is_cuda and bias is None and len(plan.precise) == 1 and layer.weight.numel():
         start, stop = plan.precise[0]
-        torch.mm(method.input_of(flat[start:stop]), weight.t(), out=out[start:stop])  # no copy
+        weight = layer.weight.t()
+        torch.mm(method.input_of(flat[start:stop]), weight, out=out[start:stop])  # no copy
     elif plan.precise:
         put(method.precise(layer, select(flat, plan, "precise"), bias), out, plan, "precise")
     return out if x.ndim == 2 else out.view(*x.shape[:-1], features)
+
+
+def _phase_add_norm_linear(
+    x: Tensor, residual: Tensor, number: Tensor, features: int
+) -> tuple[Tensor, Tensor]:
+    """The same of ``x + residual``, normalized; and that sum."""
+    layer: Any = _layers[int(number)]
+    method: PhaseLinearMethod = layer.mixquant_method
+    rows, width = x.numel() // x.shape[-1], x.shape[-1]
+    plan = _plan_of(method, rows)
+    total = torch.empty_like(residual, memory_format=torch.contiguous_format)
+    flat, added, into = (one.reshape(rows, width) for one in (x, residual, total))
+    if plan is None:
+        out = method.precise(layer, flat, None, added, into)
+    else:
+        assert method.fp8 is not None
+        out = method.fp8.multiply(flat, added, plan, into)
+    return out.view(*x.shape[:-1], features), total
 
 
 def _quantized(
@@ -306,7 +358,19 @@ def _fake(x: Tensor, bias: Tensor | None, number: Tensor, features: int) -> Tens
     return x.new_empty(*x.shape[:-1], features)
 
 
+def _fake_add_norm(
+    x: Tensor, residual: Tensor, number: Tensor, features: int
+) -> tuple[Tensor, Tensor]:
+    return x.new_empty(*x.shape[:-1], features), torch.empty_like(residual)
+
+
 _library = torch.library.Library("mixquant", "FRAGMENT")
 _library.define("phase_linear(Tensor x, Tensor? bias, Tensor number, SymInt features) -> Tensor")
 _library.impl("phase_linear", _phase_linear, "CompositeExplicitAutograd")
 torch.library.register_fake("mixquant::phase_linear", _fake, lib=_library)
+_library.define(
+    "phase_add_norm_linear(Tensor x, Tensor residual, Tensor number, SymInt features)"
+    " -> (Tensor, Tensor)"
+)
+_library.impl("phase_add_norm_linear", _phase_add_norm_linear, "CompositeExplicitAutograd")
+torch.library.register_fake("mixquant::phase_add_norm_linear", _fake_add_norm, lib=_library)

@@ -19,10 +19,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from mixquant.engines.vllm import few_rows
+from mixquant.engines.vllm import fp8_layer
 from mixquant.engines.vllm.attention import PrefillAttention, follow_attention
 from mixquant.engines.vllm.counters import Counters, multiprocess
-from mixquant.engines.vllm.fusion import follow_activations
+from mixquant.engines.vllm.fusion import follow_activations, follow_norms
 from mixquant.phase import PhasePlan, Thresholds, everything_quantized, in_force, plan_pass
 
 V1 = "vllm.v1.worker.gpu_model_runner"
@@ -67,6 +67,7 @@ class Follower:
         self._room: Any = None
         self._longest = runner.vllm_config.model_config.max_model_len
         self._with_lora = runner.vllm_config.lora_config is not None
+        self._ranks = runner.vllm_config.parallel_config.tensor_parallel_size
         self._entered: in_force | None = None
         self._counters = _counters_of(runner, method)
         self._trace = os.environ.get(TRACE) if self._counters is not None else None
@@ -79,8 +80,9 @@ class Follower:
             if self._fp8_attention is not None:
                 self._fp8_attention.warm_up(torch.device("cuda"))
             if not self._precise and not self._everywhere:
-                few_rows.warm_up(torch.device("cuda"))
+                fp8_layer.warm_up(torch.device("cuda"))
             follow_activations(model, self._with_lora)
+            follow_norms(model, self._with_lora, self._ranks)
             model.register_forward_pre_hook(self._begin, with_kwargs=True)
             model.register_forward_hook(self._end, always_call=True)
 

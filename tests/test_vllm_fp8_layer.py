@@ -1,0 +1,289 @@
+"""Where the rows of a pass go in an FP8 layer on Hopper, with stand-ins for streams and kernels."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+pytest.importorskip("vllm", reason="vLLM is not installed")
+
+from mixquant.engines.vllm import fp8_layer, linear
+from mixquant.engines.vllm.fp8_layer import Fp8Layer, Route
+from mixquant.engines.vllm.products import ScaledProduct
+from mixquant.phase import PhasePlan, Thresholds, everything_quantized, in_force, plan_pass
+
+K, N = 16, 24
+EPS = 1e-5
+LEAST_BESIDE = 40
+CODED = 7.0  # what stands for a row's codes is the row, times this
+
+
+class Side:
+    """A stream, or an event, that notes what was done in which order."""
+
+    def __init__(self, name: str, log: list[str]) -> None:
+        self.name, self.log = name, log
+        self.cuda_stream = 0
+
+    def record(self, stream: Any = None) -> None:
+        self.log.append(f"record {self.name}")
+
+    def wait(self) -> None:
+        self.log.append(f"wait {self.name}")
+
+    def wait_event(self, event: Any) -> None:
+        self.log.append(f"{self.name} waits for {event.name}")
+
+
+def silu_and_mul(x: Tensor) -> Tensor:
+    gate, up = x.float().chunk(2, -1)
+    return torch.nn.functional.silu(gate) * up
+
+
+def rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> Tensor:
+    total = x.float() + (0 if residual is None else residual.float())
+    return total * (total.square().mean(-1, keepdim=True) + eps).rsqrt() * weight.float()
+
+
+class Product(ScaledProduct):
+    def __init__(self, weight: Tensor) -> None:
+        self.weight = weight
+
+    def multiply(self, encoded: tuple[Tensor, Tensor], bias: Any, out: Tensor) -> None:
+        codes, scale = encoded
+        assert len(codes) == len(scale) == len(out) and out.is_contiguous() and bias is None
+        LOG.append("quantized")
+        out.copy_(codes @ self.weight.float().T)
+
+
+LOG: list[str] = []
+
+
+@pytest.fixture(scope="module", autouse=True)
+def a_hopper() -> Any:
+    """The kernels as they compute, in the order in which they are launched."""
+    with pytest.MonkeyPatch.context() as patch:
+        few = pytest.importorskip("mixquant.kernels.few_rows_triton")
+        fused = pytest.importorskip("mixquant.kernels.fused_triton")
+
+        def few_rows(
+            x: Tensor,
+            weight: Tensor,
+            out: Tensor,
+            programs: int,
+            rows_of_x: Tensor | None = None,
+            rows_of_out: Tensor | None = None,
+            stream: Any = None,
+        ) -> None:
+            x = x if rows_of_x is None else x[rows_of_x]
+            assert 0 < len(x) <= few.MOST_ROWS == fp8_layer.MOST_ROWS and programs > 0
+            assert weight.is_contiguous()
+            LOG.append("few" if stream is None else "few on the side")
+            products = (x.double() @ weight.double().T).to(out.dtype)
+            if rows_of_out is None:
+                assert len(out) == len(x)
+                out.copy_(products)
+            else:
+                out[rows_of_out] = products
+
+        def precise_silu_and_mul(x: Tensor, rows: Any = None, stream: Any = None) -> Tensor:
+            return silu_and_mul(x if rows is None else x[rows]).bfloat16()
+
+        def precise_rms_norm(
+            x: Tensor,
+            residual: Any,
+            weight: Tensor,
+            eps: float,
+            total: Any,
+            rows: Any = None,
+            stream: Any = None,
+        ) -> Tensor:
+            assert rows is None or total is None
+            if total is not None:
+                total.copy_(x + residual)
+            normed = rms_norm(x, residual, weight, eps).bfloat16()
+            return normed if rows is None else normed[rows]
+
+        def quantize(room: Any, values: Tensor) -> None:
+            assert room.codes.shape == values.shape
+            room.codes.copy_(values.float() * CODED)
+
+        def quantize_norm(
+            x: Tensor, residual: Any, weight: Tensor, eps: float, room: Any, total: Any
+        ) -> None:
+            if total is not None:
+                total.copy_(x + residual)
+            quantize(room, rms_norm(x, residual, weight, eps))
+
+        def plain(codes: Tensor, x: Tensor, scale: Tensor, bound: Any) -> None:
+            quantize(SimpleNamespace(codes=codes), x)
+
+        def room_for(fmt: str, rows: int, width: int, device: Any) -> Any:
+            codes = torch.full((rows, width), torch.nan)
+            return SimpleNamespace(codes=codes, scale=torch.ones(rows, 1))
+
+        operators = SimpleNamespace(dynamic_per_token_scaled_fp8_quant=plain)
+        patch.setattr(torch.ops, "_C", operators, raising=False)
+        patch.setattr(few, "few_rows", few_rows)
+        patch.setattr(fused, "precise_silu_and_mul", precise_silu_and_mul)
+        patch.setattr(fused, "precise_rms_norm", precise_rms_norm)
+        patch.setattr(fused, "silu_and_mul", lambda x, room: quantize(room, silu_and_mul(x)))
+        patch.setattr(fused, "rms_norm", quantize_norm)
+        patch.setattr(fused, "room_for", room_for)
+        patch.setattr(fp8_layer, "why_not", lambda: None)
+        patch.setattr(fp8_layer, "LEAST_BESIDE", LEAST_BESIDE)
+        patch.setattr(
+            fp8_layer, "_side", lambda device: [Side(n, LOG) for n in ("side", "begun", "done")]
+        )
+        patch.setattr(fp8_layer, "_multiprocessors", lambda: 132)
+        yield
+
+
+@st.composite
+def plans(draw: st.DrawFn) -> PhasePlan:
+    sequences = draw(
+        st.lists(st.tuples(st.integers(0, 70), st.integers(1, 60)), min_size=1, max_size=6)
+    )
+    prompts = [first + count - draw(st.integers(0, 3)) for first, count in sequences]
+    padding = draw(st.sampled_from([0, 0, 5]))
+    thresholds = Thresholds(0, draw(st.integers(0, 20)), draw(st.integers(0, 2)))
+    return plan_pass(
+        thresholds,
+        np.array([*(first for first, _ in sequences), -padding]),
+        np.array([*(count for _, count in sequences), padding]),
+        np.array([*(max(0, prompt) for prompt in prompts), 0]),
+    )
+
+
+def a_layer(kind: str) -> Fp8Layer:
+    weight = torch.nn.Parameter(torch.randn(N, K).bfloat16(), requires_grad=False)
+    layer = Fp8Layer((N, K))
+    layer.hold(weight, Product(weight))
+    if kind.startswith("norm"):
+        scale = torch.nn.Parameter(torch.rand(K).bfloat16() + 0.5)
+        layer.norm = SimpleNamespace(weight=scale, variance_epsilon=EPS)
+    layer.activated = kind == "activated"
+    return layer
+
+
+KINDS = ("plain", "activated", "norm", "norm of a sum")
+
+
+@settings(deadline=None)
+@given(plans(), st.sampled_from(KINDS))
+def test_each_row_is_multiplied_in_its_precision(plan: PhasePlan, kind: str) -> None:
+    if not plan.quantized:
+        return
+    torch.manual_seed(0)
+    layer = a_layer(kind)
+    x = torch.randn(plan.rows, 2 * K if kind == "activated" else K).bfloat16()
+    residual = torch.randn(plan.rows, K).bfloat16() if kind == "norm of a sum" else None
+    total = None if residual is None else torch.full_like(residual, torch.nan)
+    LOG.clear()
+    out = layer.multiply(x, residual, plan, total)
+    if residual is not None:
+        assert total is not None and torch.equal(total, x + residual)
+    seen: Tensor = {
+        "plain": lambda: x.float(),
+        "activated": lambda: silu_and_mul(x),
+        "norm": lambda: rms_norm(x, None, layer.norm.weight, EPS),
+        "norm of a sum": lambda: rms_norm(x, residual, layer.norm.weight, EPS),
+    }[kind]()
+    precise = seen.bfloat16().double() @ layer.weight.double().T
+    quantized = CODED * seen.double() @ layer.weight.double().T
+    for start, stop in plan.precise:
+        torch.testing.assert_close(
+            out[start:stop].double(), precise[start:stop], rtol=0.02, atol=0.02
+        )
+    for start, stop in plan.quantized:
+        torch.testing.assert_close(
+            out[start:stop].double(), quantized[start:stop], rtol=0.02, atol=0.1
+        )
+    assert not out.isnan().any(), "padding must not be what lay in this memory"
+    in_order(plan)
+
+
+def in_order(plan: PhasePlan) -> None:
+    """Beside each other only where it is safe: what the side reads is there, and it is waited for."""
+    few = 0 < plan.precise_rows <= fp8_layer.MOST_ROWS
+    padded = plan.quantized_rows + plan.precise_rows < plan.rows
+    if few and plan.quantized_rows >= LEAST_BESIDE and not padded:
+        begun = ["record begun", "side waits for begun", "few on the side", "record done"]
+        assert [*begun, "quantized", "wait done"] == LOG
+    else:
+        assert (["quantized", "few"] if few else ["quantized"]) == LOG
+
+
+def test_rows_that_are_written_on_the_side_are_not_written_by_the_product() -> None:
+    """Which may write after the side did; those among its rows are put into place afterwards."""
+    for sequences, quantized, among in (
+        ([(0, 60, 60)], (0, 59), False),
+        ([*[(99, 1, 99)] * 4, (0, 60, 60)], (4, 63), False),
+        ([(99, 1, 99), (0, 60, 60)], (0, 60), True),  # scales begin where cuBLASLt can read them
+        ([(0, 30, 30), (0, 60, 60)], (0, 89), True),
+    ):
+        plan = plan_pass(Thresholds(), *zip(*sequences, strict=True))
+        route = Route(plan, torch.device("cpu"))
+        assert route.beside
+        assert (route.quantized, route.among) == (quantized, among)
+
+
+def test_layers_share_the_room_for_codes() -> None:
+    plan = everything_quantized(20)
+    layers = [a_layer("plain"), a_layer("activated"), a_layer("plain")]
+    route = fp8_layer.route_of(plan, torch.device("cpu"))
+    assert route is fp8_layer.route_of(plan, torch.device("cpu"))
+    rooms = {id(route.codes(layer.width, torch.device("cpu"))[0]) for layer in layers}
+    assert len(rooms) == 1
+
+
+@pytest.mark.parametrize("plan", ["none", "other rows", "all"])
+def test_the_operators(plan: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A layer by itself, and one that is multiplied where the norm in front of it is."""
+    monkeypatch.setattr(
+        linear.UnquantizedLinearMethod,
+        "apply",
+        lambda method, layer, x, bias: torch.nn.functional.linear(x, layer.weight, bias),
+    )
+    torch.manual_seed(0)
+    for kind in ("norm", "norm of a sum"):
+        fp8 = a_layer(kind)
+        layer, method = (
+            torch.nn.Module(),
+            linear.PhaseLinearMethod.__new__(linear.PhaseLinearMethod),
+        )
+        layer.weight = torch.nn.Parameter(fp8.weight, requires_grad=False)
+        layer.mixquant_method = method
+        method.shape, method.fp8 = (N, K), fp8
+        method.activated, method.in_norm, method.only_quantized = False, True, False
+        method.products = (((0, N), fp8.product),)
+        layer.mixquant_number = torch.tensor(10**7)
+        linear._layers[10**7] = layer
+        x, residual = torch.randn(2, 10, K).bfloat16(), torch.randn(2, 10, K).bfloat16()
+        with in_force(
+            {"none": None, "other rows": everything_quantized(19)}.get(
+                plan, everything_quantized(20)
+            )
+        ):
+            if kind == "norm":
+                out = torch.ops.mixquant.phase_linear(x, None, layer.mixquant_number, N)
+                added = None
+            else:
+                out, total = torch.ops.mixquant.phase_add_norm_linear(
+                    x, residual, layer.mixquant_number, N
+                )
+                added = residual
+                assert torch.equal(total, x + residual)
+        assert out.shape == (2, 10, N)
+        wanted = rms_norm(x, added, fp8.norm.weight, EPS) @ fp8.weight.float().T
+        wanted = wanted * (CODED if plan == "all" else 1)
+        torch.testing.assert_close(out.float(), wanted, rtol=0.02, atol=0.1)
+        # The layer behind the norm is given its own product.
+        assert method.apply(layer, out) is out
