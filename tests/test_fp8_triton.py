@@ -51,10 +51,13 @@ def check(device: str) -> None:
         pages = torch.randperm(-(-rows // page) + 3).to(torch.int32)[: -(-rows // page)]
         cache = torch.randn(len(pages) + 3, page, heads, 2 * size).bfloat16()
         tokens = cache[pages.long()].flatten(0, 1)[:rows]
-        for half in (slice(0, size), slice(size, None)):  # keys and values side by side
-            out.copy_(torch.full_like(out, torch.nan, dtype=torch.float32))
-            gather(cache.to(device)[..., half], pages.to(device), out)
-            assert same(out, saturated(tokens[..., half])), (rows, heads, size)
+        halves = slice(0, size), slice(size, None)  # keys and values side by side
+        its = [torch.full((rows, heads, size), torch.nan).to(torch.float8_e4m3fn) for _ in halves]
+        k, v = (one.to(device) for one in its)
+        keys, values = (cache.to(device)[..., half] for half in halves)
+        gather(keys, values, pages.to(device), k, v)
+        for codes, half in zip((k, v), halves, strict=True):
+            assert same(codes, saturated(tokens[..., half])), (rows, heads, size)
 
 
 def exact_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
@@ -95,6 +98,37 @@ def test_attention_of_codes(rows: int, keys: int, heads: int, kv_heads: int, siz
         until = keys - rows + row + 1
         flash_attention(q[None, row : row + 1], k[None, :until], v[None, :until], size**-0.5, alone)
         torch.testing.assert_close(alone[0, 0], out[0, row], rtol=0.05, atol=0.02)
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("size", [64, 128, 256])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(9, 3), (32, 8)])
+def test_attention_of_several_sequences(heads: int, kv_heads: int, size: int) -> None:
+    """Each is what it is alone."""
+    if importlib.util.find_spec("fa3_fwd") is None:
+        pytest.skip("needs fa3-fwd")
+    from mixquant.engines.vllm.attention import Piece, _bounds, flash_attention
+
+    torch.manual_seed(heads + size)
+    lengths = [(513, 513), (1, 700), (300, 4096), (77, 2049)]  # rows, keys
+    run, row = [], 5
+    for number, (rows, keys) in enumerate(lengths):
+        run.append(Piece(number, row, row + rows, keys))
+        row += rows
+    bounds = _bounds(tuple(run), torch.device("cuda"))
+    all_rows, all_keys = (sum(numbers) for numbers in zip(*lengths, strict=True))
+    q = saturated(torch.randn(1, all_rows, heads, size, device="cuda"))
+    k, v = (saturated(torch.randn(1, all_keys, kv_heads, size, device="cuda")) for _ in range(2))
+    out = torch.full(q.shape, torch.nan, dtype=torch.bfloat16, device="cuda")
+    flash_attention(q, k, v, size**-0.5, out, bounds)
+    row = key = 0
+    for rows, keys in lengths:
+        its = (q[0, row : row + rows], k[0, key : key + keys], v[0, key : key + keys])
+        wanted = exact_attention(*(codes.float() for codes in its), size**-0.5)
+        error = (out[0, row : row + rows].double() - wanted).norm() / wanted.norm()
+        assert error < 0.05, (rows, keys)
+        row, key = row + rows, key + keys
 
 
 def main() -> None:

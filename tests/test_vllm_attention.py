@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,7 +18,12 @@ from vllm_engines import require_vllm
 require_vllm()
 
 from mixquant.engines.vllm import attention  # noqa: E402
-from mixquant.engines.vllm.attention import PrefillAttention, follow_attention, pieces_of  # noqa: E402
+from mixquant.engines.vllm.attention import (  # noqa: E402
+    PrefillAttention,
+    follow_attention,
+    pieces_of,
+    runs_of,
+)
 from mixquant.engines.vllm.passes import Batch  # noqa: E402
 from mixquant.phase import Thresholds, in_force, plan_pass  # noqa: E402
 from mixquant.recipe import Recipe  # noqa: E402
@@ -76,6 +82,28 @@ def test_pieces_are_the_quantized_rows_of_long_prompts(
                 expected[row] = (sequence, position + 1)
             row += 1
     assert found == expected
+
+
+@given(batches(), thresholds, st.integers(0, 40), st.integers(0, 120))
+def test_runs_are_pieces_of_sequences_that_follow_each_other(
+    batch: Batch, numbers: Thresholds, least: int, most: int
+) -> None:
+    pieces = pieces_of(plan_of(batch, numbers), batch, least)
+    runs = runs_of(pieces, batch, most)
+    assert [piece.sequence for run in runs for piece in run] == [p.sequence for p in pieces]
+    ends = np.cumsum(batch.row_counts)
+    for run in runs:
+        assert len(run) == 1 or sum(piece.keys for piece in run) <= most
+        for piece, following in pairwise(run):
+            assert piece.stop == following.start == ends[piece.sequence]
+            assert following.sequence == piece.sequence + 1
+    for was, piece in zip(pieces, (piece for run in runs for piece in run), strict=True):
+        assert piece.start <= was.start and was.stop <= piece.stop
+        assert piece.keys - piece.stop == was.keys - was.stop  # positions are as they were
+    for run, following in pairwise(runs):
+        last, first = run[-1], following[0]
+        longer = [ends[last.sequence] - last.stop, *(one.keys for one in run), first.keys]
+        assert first.sequence > last.sequence + 1 or sum(longer) > most
 
 
 # --- against attention row by row ---------------------------------------------------------------------
@@ -154,18 +182,28 @@ def _on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     def encode(x: Tensor, out: Tensor) -> None:
         out.copy_(x.float().clamp(-448, 448).to(out.dtype))
 
-    def gather(cache: Tensor, pages: Tensor, out: Tensor) -> None:
-        positions = torch.arange(len(out))
-        encode(cache[pages[positions // PAGE].long(), positions % PAGE], out)
+    def gather(keys: Tensor, values: Tensor, pages: Tensor, k: Tensor, v: Tensor) -> None:
+        assert keys.stride() == values.stride() and len(k) == len(v)
+        positions = torch.arange(len(k))
+        for cache, out in ((keys, k), (values, v)):
+            encode(cache[pages[positions // PAGE].long(), positions % PAGE], out)
 
-    def flash(q: Tensor, k: Tensor, v: Tensor, softmax_scale: float, out: Tensor) -> None:
+    def flash(
+        q: Tensor, k: Tensor, v: Tensor, softmax_scale: float, out: Tensor, bounds: Any
+    ) -> None:
         assert softmax_scale == SCALE
         assert q.is_contiguous() and k.is_contiguous() and v.is_contiguous()
-        queries = q[0].float()
-        keys, values = k[0].float(), v[0].float()
-        for row in range(len(queries)):
-            end = len(keys) - (len(queries) - 1 - row)
-            out[0, row] = attend(queries[row], keys[:end], values[:end])
+        rows, keys = [0, q.shape[1]], [0, k.shape[1]]
+        if bounds is not None:
+            rows, keys = bounds.rows.tolist(), bounds.keys.tolist()
+            assert bounds.most_rows == max(b - a for a, b in pairwise(rows))
+            assert bounds.most_keys == max(b - a for a, b in pairwise(keys))
+        assert rows[-1] == q.shape[1] and keys[-1] == k.shape[1]
+        for (first, last), (begin, end) in zip(pairwise(rows), pairwise(keys), strict=True):
+            for row in range(first, last):
+                until = end - (last - 1 - row)
+                k_of, v_of = (codes[0, begin:until].float() for codes in (k, v))
+                out[0, row] = attend(q[0, row].float(), k_of, v_of)
 
     monkeypatch.setattr(fp8_triton, "encode", encode)
     monkeypatch.setattr(fp8_triton, "gather", gather)
@@ -173,6 +211,8 @@ def _on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention, "LEAST_PROMPT", 5)
     pieces = attention.pieces_of
     monkeypatch.setattr(attention, "pieces_of", lambda plan, batch: pieces(plan, batch, 5))
+    runs = attention.runs_of
+    monkeypatch.setattr(attention, "runs_of", lambda pieces, batch: runs(pieces, batch, 60))
 
 
 def pass_of(batch: Batch, layout: str, seed: int) -> tuple[Tensor, Tensor, Metadata]:

@@ -484,14 +484,17 @@ def test_the_copy_sleeps_and_wakes_with_the_weights(engines: dict[str, Any], lev
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not ON_GPU, reason="no NVIDIA GPU")
-def test_activations_are_computed_as_they_are_quantized(
+def test_norms_and_activations_are_computed_as_they_are_quantized(
     engines: dict[str, Any], smollm2_path: str
 ) -> None:
     layers = json.loads((Path(smollm2_path) / "config.json").read_text())["num_hidden_layers"]
     for run in engines["always"].values():
         planned = sum(bool(one["quantized"]) for one in run["passes"])
         assert run["products"].get("activations", 0) == planned * layers > 0
-    assert not any("activations" in run["products"] for run in engines["lora"].values())
+        if torch.cuda.get_device_capability() == (9, 0):
+            assert run["products"].get("norms", 0) == 2 * planned * layers
+    for run in engines["lora"].values():
+        assert not run["products"].get("activations") and not run["products"].get("norms")
 
 
 @pytest.mark.gpu

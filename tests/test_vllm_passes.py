@@ -77,7 +77,9 @@ class Runner:
     def __init__(self, method: Any, model: Model) -> None:
         self.vllm_config = SimpleNamespace(
             quant_config=method,
-            parallel_config=SimpleNamespace(data_parallel_rank=0, data_parallel_index=0),
+            parallel_config=SimpleNamespace(
+                data_parallel_rank=0, data_parallel_index=0, tensor_parallel_size=1
+            ),
             model_config=SimpleNamespace(max_model_len=4096),
             lora_config=None,
         )

@@ -35,9 +35,10 @@ def count_products() -> None:
 
     The trace says what was planned; this says what was done.
     """
-    from mixquant.engines.vllm import attention, experts, linear
+    from mixquant.engines.vllm import attention, experts, fp8_layer, linear
 
     of_attention, encoded = attention.PrefillAttention._attend, linear.PhaseLinearMethod.encoded
+    in_fp8 = fp8_layer.Fp8Layer.quantized
     linear_layer, experts_layer = linear._quantized, experts.PhaseExpertsMethod._experts
 
     def counted_linear(*arguments: Any) -> None:
@@ -48,9 +49,15 @@ def count_products() -> None:
         products["experts"] += 1
         return experts_layer(*arguments)
 
-    def counted_attention(*arguments: Any) -> None:
-        products["attention"] += 1
-        of_attention(*arguments)
+    def counted_fp8(layer: Any, *arguments: Any) -> Any:
+        products["linear"] += 1
+        products["activations"] += layer.activated
+        products["norms"] += layer.norm is not None
+        return in_fp8(layer, *arguments)
+
+    def counted_attention(method: Any, run: Any, *arguments: Any) -> None:
+        products["attention"] += len(run)
+        of_attention(method, run, *arguments)
 
     def counted_activations(method: Any, *arguments: Any) -> Any:
         if method.activated:
@@ -59,6 +66,7 @@ def count_products() -> None:
 
     attention.PrefillAttention._attend = counted_attention  # type: ignore[method-assign]
     linear.PhaseLinearMethod.encoded = counted_activations  # type: ignore[method-assign]
+    fp8_layer.Fp8Layer.quantized = counted_fp8  # type: ignore[method-assign]
     linear._quantized = counted_linear
     experts.PhaseExpertsMethod._experts = counted_experts  # type: ignore[method-assign]
 

@@ -14,6 +14,8 @@ import triton  # type: ignore[import-not-found, import-untyped]
 import triton.language as tl  # type: ignore[import-not-found, import-untyped]
 from torch import Tensor
 
+from mixquant.kernels.launching import launch
+
 LARGEST = tl.constexpr(448.0)
 _TOKENS = 32  # per program
 
@@ -40,9 +42,11 @@ def encode_kernel(
 
 @triton.jit(do_not_specialize=["tokens"])
 def gather_kernel(
-    cache,
+    keys,
+    values,
     pages,
-    out,
+    k,
+    v,
     tokens,
     heads,
     page_size,
@@ -55,17 +59,20 @@ def gather_kernel(
     """The same of the first tokens of a sequence in a paged cache; see `gather`."""
     token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     head = tl.program_id(1)
+    cache, out = keys, k
+    if tl.program_id(2) == 1:
+        cache, out = values, v
     there = token < tokens
     page = tl.load(pages + token // page_size, there, 0).to(tl.int64)
     column = tl.arange(0, SIZE)
     start = page * stride_p + (token % page_size) * stride_t + head * stride_h
-    values = tl.load(cache + start[:, None] + column[None, :], there[:, None], 0.0)
-    values = values.to(tl.float32)
-    values = tl.minimum(
-        tl.maximum(values, -LARGEST, tl.PropagateNan.ALL), LARGEST, tl.PropagateNan.ALL
+    found = tl.load(cache + start[:, None] + column[None, :], there[:, None], 0.0)
+    found = found.to(tl.float32)
+    found = tl.minimum(
+        tl.maximum(found, -LARGEST, tl.PropagateNan.ALL), LARGEST, tl.PropagateNan.ALL
     )
     to = out + (token.to(tl.int64)[:, None] * heads + head) * SIZE + column[None, :]
-    tl.store(to, values.to(tl.float8e4nv), there[:, None])
+    tl.store(to, found.to(tl.float8e4nv), there[:, None])
 
 
 def encode(x: Tensor, out: Tensor) -> None:
@@ -76,30 +83,30 @@ def encode(x: Tensor, out: Tensor) -> None:
         out: E4M3 of the same shape, contiguous.
     """
     tokens, heads, size = x.shape
-    grid = (triton.cdiv(tokens, _TOKENS), heads)
-    encode_kernel[grid](x, out, tokens, heads, x.stride(0), x.stride(1), SIZE=size, TOKENS=_TOKENS)
+    launch(
+        encode_kernel,
+        (-(-tokens // _TOKENS), heads, 1),
+        (x, out, tokens, heads, x.stride(0), x.stride(1)),
+        {"SIZE": size, "TOKENS": _TOKENS},
+        (x.device, x.dtype, heads, x.stride(0), x.stride(1)),
+    )
 
 
-def gather(cache: Tensor, pages: Tensor, out: Tensor) -> None:
-    """Writes the codes of a sequence's first tokens, which lie in pages of a cache, into ``out``.
+def gather(keys: Tensor, values: Tensor, pages: Tensor, k: Tensor, v: Tensor) -> None:
+    """Writes the codes of a sequence's first tokens, which lie in pages of a cache.
 
     Args:
-        cache: keys or values ``[pages, page_size, heads, size]``, the last dimension contiguous.
+        keys, values: ``[pages, page_size, heads, size]``, of the same strides, the last dimension
+            contiguous.
         pages: ``[pages of the sequence]`` int32, the row of the block table.
-        out: E4M3 ``[tokens, heads, size]``, contiguous.
+        k, v: E4M3 ``[tokens, heads, size]``, contiguous.
     """
-    tokens, heads, size = out.shape
-    grid = (triton.cdiv(tokens, _TOKENS), heads)
-    gather_kernel[grid](
-        cache,
-        pages,
-        out,
-        tokens,
-        heads,
-        cache.shape[1],
-        cache.stride(0),
-        cache.stride(1),
-        cache.stride(2),
-        SIZE=size,
-        TOKENS=_TOKENS,
+    tokens, heads, size = k.shape
+    strides = keys.stride()[:3]
+    launch(
+        gather_kernel,
+        (-(-tokens // _TOKENS), heads, 2),
+        (keys, values, pages, k, v, tokens, heads, keys.shape[1], *strides),
+        {"SIZE": size, "TOKENS": _TOKENS},
+        (keys.device, keys.dtype, heads, keys.shape[1], *strides),
     )

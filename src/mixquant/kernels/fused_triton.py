@@ -1,9 +1,9 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs
-"""RMSNorm, and SiLU-and-multiply, fused with what quantizes them, in Triton; and for precise rows, without.
+"""RMSNorm and SiLU-and-multiply, fused with what quantizes them, in Triton; and unfused.
 
 A quantizer by itself reads the activation from memory once more. These kernels write the codes of a row
-while they hold it: FP8 (a scale per row) as `mixquant.formats.fp8`, NVFP4 (a power of two per row,
-an E4M3 scale per 16) as `mixquant.kernels.nvfp4_triton`. What they quantize is not rounded to BF16 before.
+while they hold it, in FP32: FP8 (a scale per row) as `mixquant.formats.fp8`, NVFP4 (a power of two per
+row, an E4M3 scale per 16) as `mixquant.kernels.nvfp4_triton`.
 
 Importing this module imports Triton.
 """

@@ -15,10 +15,11 @@ import copy
 import importlib.util
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
-from itertools import pairwise
+from dataclasses import dataclass, replace
+from itertools import accumulate, pairwise
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -30,6 +31,9 @@ from mixquant.recipe import Recipe
 LEAST_PROMPT = 4096
 
 HEAD_SIZES = (64, 128, 256)
+
+# Of sequences that are attended to at once, at the most; a longer one stands alone.
+KEYS_TOGETHER = 32768
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,39 @@ def pieces_of(plan: PhasePlan, batch: Any, least_prompt: int = LEAST_PROMPT) -> 
                 pieces.append(Piece(sequence, low, high, first + high - row))
         row += count
     return pieces
+
+
+def runs_of(
+    pieces: list[Piece], batch: Any, most_keys: int = KEYS_TOGETHER
+) -> list[tuple[Piece, ...]]:
+    """The pieces of a pass, in order, as runs of consecutive rows, each for one launch.
+
+    Rows between two pieces (the precise tail of a sequence, the precise head of the next) count to them
+    then: they are computed with the others, and again as they should be.
+    """
+    ends = np.cumsum(batch.row_counts).tolist()
+    runs: list[list[Piece]] = []
+    for piece in pieces:
+        if runs and runs[-1][-1].sequence == piece.sequence - 1:
+            *before, last = runs[-1]
+            end = ends[last.sequence]
+            last = replace(last, stop=end, keys=last.keys + end - last.stop)
+            together = [*before, last, replace(piece, start=end)]
+            if sum(one.keys for one in together) <= most_keys:
+                runs[-1] = together
+                continue
+        runs.append([piece])
+    return [tuple(run) for run in runs]
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """Where the sequences of a run begin and end, ``[sequences + 1]`` int32 each."""
+
+    rows: Tensor
+    keys: Tensor
+    most_rows: int
+    most_keys: int
 
 
 @dataclass
@@ -107,6 +144,10 @@ class PrefillAttention:
                 layer, query, key, value, kv_cache, attn_metadata, output, *args, **kwargs
             )
         assert plan is not None
+        keys, values = keys_and_values(kv_cache, self._implementation.head_size)
+        for run, bounds in self._runs(plan, pieces, query.device):
+            self._attend(run, bounds, query, keys, values, attn_metadata.block_table, output)
+        # Afterwards, for it writes over rows that stand between pieces.
         rest = self._rest(plan, pieces, attn_metadata)
         if rest is not None and isinstance(rest.rows, Tensor):
             some = query.index_select(0, rest.rows)
@@ -116,9 +157,6 @@ class PrefillAttention:
         elif rest is not None:
             some, into = query[rest.rows], output[rest.rows]
             self._forward(layer, some, key, value, kv_cache, rest.metadata, into, *args, **kwargs)
-        keys, values = keys_and_values(kv_cache, self._implementation.head_size)
-        for piece in pieces:
-            self._attend(piece, query, keys, values, attn_metadata.block_table, output)
         return output
 
     def _pieces(self, plan: PhasePlan, metadata: Any) -> list[Piece]:
@@ -131,6 +169,15 @@ class PrefillAttention:
             plan.memo["attention"] = found
         return found
 
+    def _runs(
+        self, plan: PhasePlan, pieces: list[Piece], device: torch.device
+    ) -> list[tuple[tuple[Piece, ...], Bounds | None]]:
+        found: list[tuple[tuple[Piece, ...], Bounds | None]] | None = plan.memo.get("runs")
+        if found is None:
+            runs = runs_of(pieces, plan.memo["batch"])
+            found = plan.memo["runs"] = [(run, _bounds(run, device)) for run in runs]
+        return found
+
     def _rest(self, plan: PhasePlan, pieces: list[Piece], metadata: Any) -> _Rest | None:
         key = ("rest", id(metadata))  # of each group of layers that share a cache
         if key not in plan.memo:
@@ -139,7 +186,8 @@ class PrefillAttention:
 
     def _attend(
         self,
-        piece: Piece,
+        run: tuple[Piece, ...],
+        bounds: Bounds | None,
         query: Tensor,
         keys: Tensor,
         values: Tensor,
@@ -148,19 +196,17 @@ class PrefillAttention:
     ) -> None:
         from mixquant.kernels.fp8_triton import encode, gather
 
-        implementation = self._implementation
-        rows, heads, size = (
-            piece.stop - piece.start,
-            implementation.num_heads,
-            implementation.head_size,
-        )
-        q, k, v = self.codes(rows, piece.keys, query.device)
-        encode(query[piece.start : piece.stop].view(rows, heads, size), q)
-        pages = table[piece.sequence]
-        gather(keys, pages, k)
-        gather(values, pages, v)
-        out = output[piece.start : piece.stop].view(1, rows, heads, size)
-        flash_attention(q[None], k[None], v[None], implementation.scale, out)
+        of = self._implementation
+        start, stop = run[0].start, run[-1].stop
+        q, k, v = self.codes(stop - start, sum(piece.keys for piece in run), query.device)
+        encode(query[start:stop].view(stop - start, of.num_heads, of.head_size), q)
+        at = 0
+        for piece in run:
+            its = slice(at, at + piece.keys)
+            gather(keys, values, table[piece.sequence], k[its], v[its])
+            at += piece.keys
+        out = output[start:stop].view(1, stop - start, of.num_heads, of.head_size)
+        flash_attention(q[None], k[None], v[None], of.scale, out, bounds)
 
     def warm_up(self, device: torch.device) -> None:
         """Has the kernels compiled before the first request waits for them."""
@@ -170,8 +216,8 @@ class PrefillAttention:
         q, k, v = self.codes(1, 1, device)
         encode(torch.zeros(1, of.num_heads, of.head_size, dtype=torch.bfloat16, device=device), q)
         page = torch.zeros(1, 16, of.num_kv_heads, 2 * of.head_size, device=device).bfloat16()
-        for codes, half in ((k, page[..., : of.head_size]), (v, page[..., of.head_size :])):
-            gather(half, torch.zeros(1, dtype=torch.int32, device=device), codes)
+        keys, values = page.split(of.head_size, 3)
+        gather(keys, values, torch.zeros(1, dtype=torch.int32, device=device), k, v)
         out = torch.empty(1, 1, of.num_heads, of.head_size, dtype=torch.bfloat16, device=device)
         flash_attention(q[None], k[None], v[None], of.scale, out)
 
@@ -184,24 +230,35 @@ class PrefillAttention:
         return q, k, torch.empty_like(k)
 
 
-def flash_attention(q: Tensor, k: Tensor, v: Tensor, softmax_scale: float, out: Tensor) -> None:
-    """Causal attention of E4M3 codes, the last query at the last key's position.
+def flash_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    softmax_scale: float,
+    out: Tensor,
+    bounds: Bounds | None = None,
+) -> None:
+    """Causal attention of E4M3 codes, a sequence's last query at its last key's position.
 
     Args:
         q: ``[1, rows, heads, size]``.
         k, v: ``[1, keys, kv_heads, size]``.
         out: ``[1, rows, heads, size]`` BF16.
+        bounds: of the sequences, if there are several.
     """
     import fa3_fwd._C  # type: ignore[import-not-found]  # noqa: F401  # registers the operator
 
+    lengths: list[Any] = [None] * 7
+    if bounds is not None:
+        q, k, v, out = q[0], k[0], v[0], out[0]
+        lengths = [bounds.rows, bounds.keys, *[None] * 3, bounds.most_rows, bounds.most_keys]
     torch.ops.fa3_fwd.fwd(
         q,
         k,
         v,
         *[None] * 3,  # new keys and values, qv
         out,
-        *[None] * 5,  # lengths of sequences: there is one
-        *[None] * 2,  # the longest ones
+        *lengths,
         *[None] * 3,  # pages, batch indices, padding
         *[None] * 3,  # rotary
         *[None] * 3,  # scales
@@ -217,6 +274,23 @@ def flash_attention(q: Tensor, k: Tensor, v: Tensor, softmax_scale: float, out: 
         None,
         0,
     )
+
+
+def _bounds(run: tuple[Piece, ...], device: torch.device) -> Bounds | None:
+    """None for a single sequence."""
+    if len(run) == 1:
+        return None
+    rows = [piece.stop - piece.start for piece in run]
+    keys = [piece.keys for piece in run]
+
+    def sums(values: list[int]) -> Tensor:
+        return _integers([0, *accumulate(values)], device)
+
+    return Bounds(sums(rows), sums(keys), max(rows), max(keys))
+
+
+def _integers(values: list[int], device: torch.device) -> Tensor:
+    return torch.tensor(values, dtype=torch.int32).to(device, non_blocking=True)
 
 
 def _rest(batch: Any, pieces: list[Piece], metadata: Any) -> _Rest | None:
@@ -245,13 +319,10 @@ def _rest(batch: Any, pieces: list[Piece], metadata: Any) -> _Rest | None:
     device = metadata.block_table.device
     table = torch.tensor(sequences).to(device, non_blocking=True)
 
-    def integers(values: list[int]) -> Tensor:
-        return torch.tensor(values, dtype=torch.int32).to(device, non_blocking=True)
-
     theirs = copy.copy(metadata)
     theirs.num_actual_tokens = len(rows)
-    theirs.query_start_loc = integers(starts)
-    theirs.seq_lens = integers(lengths)
+    theirs.query_start_loc = _integers(starts, device)
+    theirs.seq_lens = _integers(lengths, device)
     theirs.max_query_len = max(b - a for a, b in pairwise(starts))
     theirs.max_seq_len = max(lengths)
     theirs.block_table = metadata.block_table.index_select(0, table)

@@ -1,13 +1,13 @@
-"""A linear layer on Hopper whose copy is FP8 as a whole, in as few launches as it takes.
+"""Linear layers on Hopper whose copies are FP8 as a whole, in as few launches as it takes.
 
-What stands in front of the layer in the model, RMSNorm or SiLU-and-multiply, may be left to it
+What stands in front of a layer in the model, RMSNorm or SiLU-and-multiply, may be left to it
 (`mixquant.engines.vllm.fusion`): quantized rows are then normalized, or activated, by the kernel that
 quantizes them.
 
 The few precise rows of a pass whose other rows are quantized (last tokens of prompts, decode rows) read
 the whole BF16 weight for a handful of rows, so their product waits for memory. A kernel of ours
-(`mixquant.kernels.few_rows_triton`) takes them: beside the quantized product, on a stream of its own and
-on a few multiprocessors, where that product is long enough to hide it; else after it, on all of them.
+(`mixquant.kernels.few_rows_triton`) takes them: after the quantized product, on all multiprocessors; or,
+through an MLP as a whole, beside it, on a stream of its own and on a few multiprocessors.
 docs/performance.md has what was measured.
 """
 
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -26,8 +27,8 @@ from mixquant.linear import index_of
 from mixquant.phase import PhasePlan
 
 MOST_ROWS = 16  # that count as few
-LEAST_BESIDE = 1024  # quantized rows
-PROGRAMS = 8  # of the kernel for few rows, beside the quantized product
+LEAST_BESIDE, MOST_BESIDE = 1024, 1 << 20  # quantized rows
+PROGRAMS = 8  # of the kernel for few rows, beside quantized products
 
 
 @functools.cache
@@ -45,11 +46,10 @@ class Route:
 
     Attributes:
         quantized: the rows that are multiplied with the copy: all that should be, and others that lie
-            among them; with ``place`` the others are multiplied again, or put into place.
+            among them or beside them, whose products are then written over.
         index: the precise rows, int64, or None if there are none.
         few: whether the kernel for few rows multiplies them.
-        beside: whether it does so while the others are multiplied.
-        among: whether any of them lies among ``quantized``.
+        beside: whether it may do so while the others are multiplied.
     """
 
     def __init__(self, plan: PhasePlan, device: torch.device) -> None:
@@ -59,14 +59,11 @@ class Route:
         padded = plan.quantized_rows + count < plan.rows
         self.index = index_of(plan, "precise", device) if count else None
         self.few = 0 < count <= MOST_ROWS
-        self.beside = self.few and not padded and plan.quantized_rows >= LEAST_BESIDE
-        # Rows at the ends are left out where that is not for nothing: a matrix that is whole needs no
-        # views. Padding is read by nobody, but must not be what lay in this memory.
-        leave_out = self.beside or last - first < 0.9 * plan.rows
+        self.beside = self.few and LEAST_BESIDE <= plan.quantized_rows <= MOST_BESIDE
+        # Padding is read by nobody, but must not be what lay in this memory.
+        some = last - first < 0.9 * plan.rows and not padded
         # cuBLASLt needs scales at multiples of 16 bytes.
-        start, stop = (first - first % 4, last) if leave_out and not padded else (0, plan.rows)
-        self.quantized = start, stop
-        self.among = any(a < stop and b > start for a, b in plan.precise)
+        self.quantized = (first - first % 4, last) if some else (0, plan.rows)
         self._codes: dict[int, tuple[Any, tuple[Tensor, Tensor]]] = {}
 
     def codes(self, width: int, device: torch.device) -> tuple[Any, tuple[Tensor, Tensor]]:
@@ -121,7 +118,13 @@ class Fp8Layer:
         rows: Tensor | None = None,
         stream: torch.cuda.Stream | None = None,
     ) -> Tensor:
-        """What the weight is multiplied with, of all rows or of some; ``total`` as of `multiply`."""
+        """What the weight is multiplied with, of all rows or of some.
+
+        Args:
+            residual, total: as of `multiply`.
+            rows: int64, if it is only of these.
+            stream: where it is computed, if not on the current one.
+        """
         from mixquant.kernels.fused_triton import precise_rms_norm, precise_silu_and_mul
 
         if (norm := self.norm) is not None:
@@ -131,86 +134,103 @@ class Fp8Layer:
             return precise_silu_and_mul(x, rows, stream)
         return x if rows is None else x.index_select(0, rows)
 
-    def quantize(self, x: Tensor, residual: Tensor | None, room: Any, total: Tensor | None) -> None:
-        """Writes the codes of all rows of the input; ``total`` as of `multiply`."""
+    def quantized(
+        self, x: Tensor, residual: Tensor | None, route: Route, total: Tensor | None
+    ) -> Tensor:
+        """The products ``[M, N]`` with the copy, of the rows of the route; others are not written."""
         from mixquant.kernels.fused_triton import rms_norm, silu_and_mul
 
+        out = x.new_empty(route.rows, self.features)
+        room, codes = route.codes(self.width, x.device)
         if (norm := self.norm) is not None:
             rms_norm(x, residual, norm.weight.data, norm.variance_epsilon, room, total)
         elif self.activated:
             silu_and_mul(x, room)
         else:  # not by vLLM's Python wrapper, which takes as long as the operator
             torch.ops._C.dynamic_per_token_scaled_fp8_quant(room.codes, x, room.scale, None)
-
-    def multiply(
-        self, x: Tensor, residual: Tensor | None, plan: PhasePlan, total: Tensor | None
-    ) -> Tensor:
-        """The layer's output ``[M, N]`` of an input ``[M, K]``, ``[M, 2 K]`` if it is activated here.
-
-        Args:
-            residual: ``[M, K]`` or None: what is added to the input before it is normalized here.
-            total: where that sum is written, if it is one.
-        """
-        route = route_of(plan, x.device)
-        out = x.new_empty(route.rows, self.features)
-        room, codes = route.codes(self.width, x.device)
-        on_the_side = self._begin(x, residual, route, out) if route.beside else None
-        self.quantize(x, residual, room, total)
         start, stop = route.quantized
         self.product.multiply(codes, None, out if stop - start == route.rows else out[start:stop])
-        if on_the_side is not None:
-            _side(x.device)[2].wait()
-            if route.among:
-                assert route.index is not None
-                out.index_copy_(0, route.index, on_the_side[1])
-        elif route.index is not None:
-            self._after(x, residual, route, out)
         return out
 
-    def _begin(
-        self, x: Tensor, residual: Tensor | None, route: Route, out: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Begins to multiply the precise rows on the side.
-
-        Returns:
-            What is read and written there, which must not be freed before it is done: rows of the
-            input, and products, in ``out`` unless others are written there meanwhile.
-        """
-        from mixquant.kernels.few_rows_triton import few_rows
-
-        side, begun, done = _side(x.device)
-        begun.record()
-        side.wait_event(begun)
-        rows, of_x = self._few(x, residual, route, side)
-        assert route.index is not None
-        if route.among:
-            products = out.new_empty(route.index.shape[0], self.features)
-            few_rows(rows, self.weight, products, PROGRAMS, of_x, None, side)
-        else:
-            products = out
-            few_rows(rows, self.weight, out, PROGRAMS, of_x, route.index, side)
-        done.record(side)
-        return rows, products
-
-    def _after(self, x: Tensor, residual: Tensor | None, route: Route, out: Tensor) -> None:
+    def precise(self, x: Tensor, residual: Tensor | None, route: Route, out: Tensor) -> None:
         """Multiplies the precise rows, and writes them over the others."""
         from mixquant.kernels.few_rows_triton import few_rows
 
         assert route.index is not None
-        if route.few:
-            rows, of_x = self._few(x, residual, route, None)
-            few_rows(rows, self.weight, out, _multiprocessors(), of_x, route.index)
-        else:
+        if not route.few:
             rows = self.precise_input(x, residual, None, route.index)
             out.index_copy_(0, route.index, F.linear(rows, self.weight))
+        elif self.norm is None and not self.activated:
+            few_rows(x, self.weight, out, _multiprocessors(), route.index, route.index)
+        else:
+            rows = self.precise_input(x, residual, None, route.index)
+            few_rows(rows, self.weight, out, _multiprocessors(), None, route.index)
 
-    def _few(
-        self, x: Tensor, residual: Tensor | None, route: Route, stream: torch.cuda.Stream | None
-    ) -> tuple[Tensor, Tensor | None]:
-        """The precise rows of the input: a matrix, and which of its rows, None if all."""
-        if self.norm is None and not self.activated:
-            return x, route.index
-        return self.precise_input(x, residual, None, route.index, stream), None
+
+def multiply(
+    layers: Sequence[Fp8Layer],
+    x: Tensor,
+    residual: Tensor | None,
+    plan: PhasePlan,
+    total: Tensor | None,
+) -> Tensor:
+    """The output ``[M, N]`` of layers that follow each other.
+
+    Args:
+        x: the first one's input ``[M, K]``, ``[M, 2 K]`` if it is activated there.
+        residual: ``[M, K]`` or None: what is added to the input before it is normalized there.
+        total: where that sum is written, if it is one.
+    """
+    route = route_of(plan, x.device)
+    if route.beside and len(layers) > 1:
+        with _Beside(layers, x, residual, route) as on_the_side:
+            for layer in layers:
+                x = layer.quantized(x, residual, route, total)
+                residual = total = None
+        assert route.index is not None
+        x.index_copy_(0, route.index, on_the_side.products)
+        return x
+    for layer in layers:
+        out = layer.quantized(x, residual, route, total)
+        if route.index is not None:
+            layer.precise(x, residual, route, out)
+        x, residual, total = out, None, None
+    return x
+
+
+class _Beside:
+    """Takes the precise rows through layers while what the block launches runs."""
+
+    def __init__(
+        self, layers: Sequence[Fp8Layer], x: Tensor, residual: Tensor | None, route: Route
+    ) -> None:
+        self.layers, self.x, self.residual, self.route = layers, x, residual, route
+        self.products = x
+
+    def __enter__(self) -> _Beside:
+        from mixquant.kernels.few_rows_triton import few_rows
+
+        side, begun, done = _side(self.x.device)
+        begun.record()
+        side.wait_event(begun)
+        rows, residual, index = self.x, self.residual, self.route.index
+        # Must not be freed before all is done: the current stream would write there.
+        self.held = []
+        for layer in self.layers:
+            if layer.norm is not None or layer.activated:
+                rows = layer.precise_input(rows, residual, None, index, side)
+                index = None
+            assert self.route.index is not None
+            products = rows.new_empty(self.route.index.shape[0], layer.features)
+            few_rows(rows, layer.weight, products, PROGRAMS, index, None, side)
+            self.held += [rows, products]
+            rows, residual, index = products, None, None
+        self.products = rows
+        done.record(side)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        _side(self.x.device)[2].wait()
 
 
 def warm_up(device: torch.device) -> None:

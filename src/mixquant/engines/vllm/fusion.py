@@ -1,16 +1,15 @@
-"""RMSNorm and SiLU-and-multiply, computed as they are quantized, where a model's code is known to allow it.
+"""RMSNorm and SiLU-and-multiply, left to the layers behind them where a model's code allows it.
 
 In front of a ``down_proj`` whose weight is FP8 as a whole stands a SiLU-and-multiply, in models whose
 MLP is written as Llama's or Qwen's. There the activation is left to ``down_proj``: for quantized rows
 one kernel computes and quantizes it, which saves writing and reading it in BF16; for precise rows it is
-a kernel that computes it alone. In front of ``qkv_proj`` and ``gate_up_proj`` stands an RMSNorm; on
-Hopper the norm computes the layer's product, too, and the layer returns what it is given. Passes
-without quantized rows, those that CUDA graphs are captured from among them, launch as many kernels as
-before.
+a kernel that computes it alone. In front of ``qkv_proj`` and of the MLP stands an RMSNorm; on Hopper it
+becomes one operator with the layers behind it, which then return what they are given. Passes without
+quantized rows, those that CUDA graphs are captured from among them, launch as many kernels as before.
 
-That a layer is given what the norm or the activation returned, and nobody else is, shows in the source of
-the model's classes alone; where they are written otherwise, nothing is fused. Nor are norms with tensor
-parallelism, where vLLM may fuse them with the all-reduce in front of them.
+That a layer is given what the norm or the activation returned, and nobody else is, shows in the source
+of the model's classes alone; where they are written otherwise, nothing is fused. Nor are norms with
+tensor parallelism, where vLLM may fuse them with the all-reduce in front of them.
 """
 
 from __future__ import annotations
@@ -74,6 +73,8 @@ def follow_activations(model: torch.nn.Module, with_lora: bool) -> int:
 def follow_norms(model: torch.nn.Module, with_lora: bool, ranks: int) -> int:
     """Leaves the norms of a loaded model to the layers that read them; returns how many.
 
+    After `follow_activations`: what it has joined is an MLP whose layers follow each other.
+
     Args:
         with_lora: as of `follow_activations`.
         ranks: of tensor parallelism.
@@ -90,7 +91,7 @@ def follow_norms(model: torch.nn.Module, with_lora: bool, ranks: int) -> int:
             found += _join_norm(module.input_layernorm, getattr(attention, "qkv_proj", None))
         if _body(type(module.mlp)) in _MLPS:
             mlp: Any = module.mlp
-            found += _join_norm(module.post_attention_layernorm, mlp.gate_up_proj)
+            found += _join_norm(module.post_attention_layernorm, mlp.gate_up_proj, mlp.down_proj)
     return found
 
 
@@ -119,7 +120,7 @@ def _join(activation: Any, layer: Any) -> bool:
     return True
 
 
-def _join_norm(norm: Any, layer: Any) -> bool:
+def _join_norm(norm: Any, layer: Any, behind: Any = None) -> bool:
     from mixquant.kernels.fused_triton import why_not
 
     method = getattr(layer, "quant_method", None)
@@ -139,6 +140,10 @@ def _join_norm(norm: Any, layer: Any) -> bool:
     method.in_norm = True
     norm.mixquant_number = layer.mixquant_number
     norm.mixquant_features = method.shape[0]
+    its = getattr(behind, "quant_method", None)
+    if isinstance(its, PhaseLinearMethod) and its.fp8 is not None and its.activated:
+        its.in_norm, method.behind = True, behind
+        norm.mixquant_features = its.shape[0]
     norm._forward_method = MethodType(_with_product, norm)
     return True
 
@@ -166,7 +171,7 @@ def _unapplied(self: Any, x: Tensor) -> Tensor:
 
 
 def _with_product(self: Any, x: Tensor, residual: Tensor | None = None) -> Any:
-    """The product of the layer behind a norm; with a residual, and what is the residual then."""
+    """The product of the layers behind a norm; with a residual, and what is the residual then."""
     number, features = self.mixquant_number, self.mixquant_features
     if residual is None:
         return torch.ops.mixquant.phase_linear(x, None, number, features)

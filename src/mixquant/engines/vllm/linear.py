@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 
-from mixquant.engines.vllm.fp8_layer import Fp8Layer
+from mixquant.engines.vllm.fp8_layer import Fp8Layer, multiply
 from mixquant.engines.vllm.fp8_layer import why_not as why_no_fp8_layer
 from mixquant.engines.vllm.layout import Part, beside, lay_out
 from mixquant.engines.vllm.loading import begins, load_in_turn
@@ -56,6 +56,14 @@ class PhaseLinearMethod(UnquantizedLinearMethod):  # type: ignore[misc]
     # The copy is made from the weight as it was loaded; a processed one may be packed.
     supports_pre_processed_weights = False
 
+    fp8: Fp8Layer | None = None  # what multiplies the layer, where it can
+
+    # See fusion.py: whether the input is SiluAndMul's, which is computed here; whether the layer is
+    # multiplied where a norm in front of it is computed; and the layer that is multiplied there, too.
+    activated = False
+    in_norm = False
+    behind: Any = None
+
     def __init__(
         self,
         recipe: Recipe,
@@ -71,11 +79,6 @@ class PhaseLinearMethod(UnquantizedLinearMethod):  # type: ignore[misc]
         self.parts: tuple[Part, ...] = ()
         self.products: tuple[tuple[Range, Product | None], ...] = ()
         self.only_quantized = False  # nothing is left of the BF16 weight
-        self.activated = False  # the input is SiluAndMul's, which is computed here: see fusion.py
-        self.fp8: Fp8Layer | None = None  # what multiplies the layer, where it can
-        self.in_norm = (
-            False  # the layer is multiplied where the norm in front of it is: see fusion.py
-        )
 
     def create_weights(
         self,
@@ -287,7 +290,7 @@ def _phase_linear(x: Tensor, bias: Tensor | None, number: Tensor, features: int)
     # they take the CPU to launch.
     flat = x if x.ndim == 2 else x.reshape(rows, x.shape[-1])
     if method.fp8 is not None and bias is None:
-        out = method.fp8.multiply(flat.contiguous(), None, plan, None)
+        out = multiply([method.fp8], flat.contiguous(), None, plan, None)
         return out if x.ndim == 2 else out.view(*x.shape[:-1], features)
     out = flat.new_empty(rows, features)
     _quantized(flat, bias, layer, method, plan, out)
@@ -303,18 +306,26 @@ def _phase_linear(x: Tensor, bias: Tensor | None, number: Tensor, features: int)
 def _phase_add_norm_linear(
     x: Tensor, residual: Tensor, number: Tensor, features: int
 ) -> tuple[Tensor, Tensor]:
-    """The same of ``x + residual``, normalized; and that sum."""
+    """The same of ``x + residual``, normalized, through the layer behind it as well; and that sum."""
     layer: Any = _layers[int(number)]
     method: PhaseLinearMethod = layer.mixquant_method
     rows, width = x.numel() // x.shape[-1], x.shape[-1]
     plan = _plan_of(method, rows)
     total = torch.empty_like(residual, memory_format=torch.contiguous_format)
-    flat, added, into = (one.reshape(rows, width) for one in (x, residual, total))
-    if plan is None:
-        out = method.precise(layer, flat, None, added, into)
+    flat = x.reshape(rows, width)
+    added: Tensor | None = residual.reshape(rows, width)
+    into: Tensor | None = total.view(rows, width)
+    methods = [(layer, method)]
+    if method.behind is not None:
+        methods.append((method.behind, method.behind.mixquant_method))
+    if plan is not None:
+        layers = [its.fp8 for _, its in methods if its.fp8 is not None]
+        out = multiply(layers, flat, added, plan, into)
     else:
-        assert method.fp8 is not None
-        out = method.fp8.multiply(flat, added, plan, into)
+        out = flat
+        for its_layer, its in methods:
+            out = its.precise(its_layer, out, None, added, into)
+            added = into = None
     return out.view(*x.shape[:-1], features), total
 
 
