@@ -21,7 +21,7 @@ from mixquant.phase import PhasePlan, Thresholds, everything_quantized, in_force
 
 K, N = 16, 24
 EPS = 1e-5
-LEAST_BESIDE = 40
+LEAST_BESIDE, MOST_BESIDE = 40, 150
 CODED = 7.0  # what stands for a row's codes is the row, times this
 
 
@@ -139,6 +139,7 @@ def a_hopper() -> Any:
         patch.setattr(fused, "room_for", room_for)
         patch.setattr(fp8_layer, "why_not", lambda: None)
         patch.setattr(fp8_layer, "LEAST_BESIDE", LEAST_BESIDE)
+        patch.setattr(fp8_layer, "MOST_BESIDE", MOST_BESIDE)
         patch.setattr(
             fp8_layer, "_side", lambda device: [Side(n, LOG) for n in ("side", "begun", "done")]
         )
@@ -167,8 +168,7 @@ def a_layer(kind: str, features: int = N, width: int = K) -> Fp8Layer:
     layer = Fp8Layer((features, width))
     layer.hold(weight, Product(weight))
     if kind.startswith("norm"):
-        scale = torch.nn.Parameter(torch.rand(width).bfloat16() + 0.5)
-        layer.norm = SimpleNamespace(weight=scale, variance_epsilon=EPS)
+        layer.norm = torch.rand(width).bfloat16() + 0.5, EPS
     layer.activated = kind == "activated"
     return layer
 
@@ -187,7 +187,7 @@ def reference(layers: list[Fp8Layer], x: Tensor, residual: Tensor | None, code: 
     for layer in layers:
         seen = x.float()
         if layer.norm is not None:
-            seen = rms_norm(x, residual, layer.norm.weight, EPS)
+            seen = rms_norm(x, residual, *layer.norm)
         elif layer.activated:
             seen = silu_and_mul(x)
         rows = seen.double() * code if code != 1 else seen.bfloat16().double()
@@ -226,7 +226,7 @@ def test_each_row_is_multiplied_in_its_precision(plan: PhasePlan, kind: str) -> 
 def in_order(plan: PhasePlan, layers: int) -> None:
     """Beside each other only where it is safe: what the side reads is there, and it is waited for."""
     few = 0 < plan.precise_rows <= fp8_layer.MOST_ROWS
-    if few and plan.quantized_rows >= LEAST_BESIDE and layers > 1:
+    if few and LEAST_BESIDE <= plan.quantized_rows <= MOST_BESIDE and layers > 1:
         begun = ["record begun", "side waits for begun", *["few on the side"] * layers]
         assert [*begun, "record done", *["quantized"] * layers, "wait done"] == LOG
     else:

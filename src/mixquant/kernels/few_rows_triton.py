@@ -105,19 +105,22 @@ def few_rows(
     features, depth = weight.shape
     tile = _ON_FEW if programs <= _FEW else _ON_ALL
     tiles = -(-features // tile[0])
+    strides = x.stride(0), out.stride(0)
     launch(
         few_rows_kernel,
         (min(programs, tiles), 1, 1),
-        (x, weight, out, rows_of_x, rows_of_out, rows, features, depth, x.stride(0), out.stride(0)),
+        (x, weight, out, rows_of_x, rows_of_out),
+        (rows, features, depth, *strides),
         {"ROWS": MOST_ROWS, "FEATURES": tile[0], "DEPTH": tile[1]},
         (
+            "few rows",
             x.device,
+            tile,
             rows_of_x is None,
             rows_of_out is None,
             features,
             depth,
-            x.stride(0),
-            out.stride(0),
+            strides,
         ),
         stream,
         num_warps=tile[2],

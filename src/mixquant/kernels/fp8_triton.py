@@ -86,9 +86,10 @@ def encode(x: Tensor, out: Tensor) -> None:
     launch(
         encode_kernel,
         (-(-tokens // _TOKENS), heads, 1),
-        (x, out, tokens, heads, x.stride(0), x.stride(1)),
+        (x, out),
+        (tokens, heads, x.stride(0), x.stride(1)),
         {"SIZE": size, "TOKENS": _TOKENS},
-        (x.device, x.dtype, heads, x.stride(0), x.stride(1)),
+        ("encode", x.device, x.dtype, heads, size, x.stride(0), x.stride(1)),
     )
 
 
@@ -106,7 +107,8 @@ def gather(keys: Tensor, values: Tensor, pages: Tensor, k: Tensor, v: Tensor) ->
     launch(
         gather_kernel,
         (-(-tokens // _TOKENS), heads, 2),
-        (keys, values, pages, k, v, tokens, heads, keys.shape[1], *strides),
+        (keys, values, pages, k, v),
+        (tokens, heads, keys.shape[1], *strides),
         {"SIZE": size, "TOKENS": _TOKENS},
-        (keys.device, keys.dtype, heads, keys.shape[1], *strides),
+        ("gather", keys.device, keys.dtype, heads, size, keys.shape[1], *strides),
     )

@@ -10,6 +10,7 @@ Importing this module imports Triton.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -167,8 +168,9 @@ def silu_and_mul(x: Tensor, into: Codes) -> None:
     launch(
         silu_and_mul_kernel,
         (rows, 1, 1),
-        (x, into.codes, into.block_scales, into.scale, width, x.stride(0)),
-        key=(x.device, into.codes.dtype, width, x.stride(0)),
+        (x, into.codes, into.block_scales, into.scale),
+        (width, x.stride(0)),
+        key=("silu", x.device, into.codes.dtype, width, x.stride(0)),
         **_options(width),
     )
 
@@ -197,19 +199,9 @@ def rms_norm(
     launch(
         rms_norm_kernel,
         (rows, 1, 1),
-        (
-            x,
-            residual,
-            weight,
-            total,
-            into.codes,
-            into.block_scales,
-            into.scale,
-            eps,
-            width,
-            x.stride(0),
-        ),
-        key=(x.device, residual is None, into.codes.dtype, width, x.stride(0)),
+        (x, residual, weight, total, into.codes, into.block_scales, into.scale),
+        (eps, width, x.stride(0)),
+        key=("norm", x.device, residual is None, into.codes.dtype, width, x.stride(0)),
         **_options(width),
     )
 
@@ -235,9 +227,10 @@ def precise_silu_and_mul(
         launch(
             precise_silu_kernel,
             (count, -(-width // _COLUMNS), 1),
-            (x, out, rows, width, x.stride(0)),
+            (x, out, rows),
+            (width, x.stride(0)),
             {"TILE": _COLUMNS},
-            (x.device, rows is None, width, x.stride(0)),
+            ("precise silu", x.device, rows is None, width, x.stride(0)),
             stream,
             num_warps=4,
         )
@@ -269,18 +262,20 @@ def precise_rms_norm(
     count, width = (x if rows is None else rows).shape[0], x.shape[1]
     out = x.new_empty(count, width)
     if count:
-        options = _options(width)
+        absent = residual is None, total is None, rows is None
         launch(
             precise_norm_kernel,
             (count, 1, 1),
-            (x, residual, weight, total, out, rows, eps, width, x.stride(0)),
-            key=(x.device, residual is None, total is None, rows is None, width, x.stride(0)),
+            (x, residual, weight, total, out, rows),
+            (eps, width, x.stride(0)),
+            key=("precise norm", x.device, absent, width, x.stride(0)),
             stream=stream,
-            **options,
+            **_options(width),
         )
     return out
 
 
+@functools.cache
 def _options(width: int) -> dict[str, Any]:
     tile = triton.next_power_of_2(width)
     # 16 elements a thread; quantize() relies on products being rounded before they are added to.
@@ -312,7 +307,7 @@ def compile_for(capability: int, kernel: str, fmt: str, width: int = 4096) -> An
 
     types = dict.fromkeys(("x", "residual", "weight", "total"), "*bf16")
     types |= {"scale": "*fp32", "eps": "fp32", **_TYPES[fmt]}
-    options = _options(width)
+    options = dict(_options(width))
     constants = options.pop("constants") | ({"block_scales": None} if fmt == "fp8" else {})
     function = KERNELS[kernel]
     signature = {

@@ -1,8 +1,8 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs
-"""Launching Triton kernels without having Triton find the compiled one each time.
+"""Launching Triton kernels without having Triton look at their arguments each time.
 
-To find it takes Triton as long as to launch it, which shows where passes are so short that the GPU
-waits for the CPU.
+To find the compiled kernel, and to ask the driver about every pointer, takes Triton longer than to
+launch it, which shows where passes are so short that the GPU waits for the CPU.
 
 Importing this module imports Triton.
 """
@@ -14,6 +14,7 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
+from torch import Tensor
 
 _compiled: dict[Hashable, Any] = {}
 
@@ -21,27 +22,44 @@ _compiled: dict[Hashable, Any] = {}
 def launch(
     kernel: Any,
     grid: tuple[int, int, int],
-    arguments: Sequence[Any],
+    tensors: Sequence[Tensor | None],
+    numbers: Sequence[Any],
     constants: dict[str, Any],
     key: Hashable,
     stream: torch.cuda.Stream | None = None,
     **options: Any,
 ) -> None:
-    """Launches ``kernel``, on ``stream`` or the current one.
+    """Launches ``kernel``, on ``stream`` or the current one of the device of the first tensor.
 
     Args:
-        arguments: all but the constants, which are the kernel's last parameters.
-        key: all that Triton would compile the kernel anew for (types, devices, the divisibility of
-            numbers that are not exempt from it), but for ``constants`` and the alignment of pointers.
-        options: of the compilation, the same for equal keys and constants.
+        tensors, numbers: the kernel's arguments but for the constants, in order, tensors first.
+        key: of the kernel and all that Triton would compile it anew for: the device, types, which
+            tensors are None, the constants, and numbers that are not exempt from it. Not the alignment
+            of tensors.
+        options: of the compilation.
     """
-    aligned = not any(isinstance(one, torch.Tensor) and one.data_ptr() % 16 for one in arguments)
-    whole = (kernel, key, *constants.values()) if aligned else None
-    if (found := _compiled.get(whole)) is not None:
-        on = None if stream is None else stream.cuda_stream
-        found[grid](*arguments, *constants.values(), stream=on)
+    pointers: list[int | None] = []
+    bits = 0
+    for tensor in tensors:
+        if tensor is None:
+            pointers.append(None)
+        else:
+            pointers.append(at := tensor.data_ptr())
+            bits |= at
+    found = _compiled.get(key) if bits % 16 == 0 else None
+    if found is not None:
+        first: Any = tensors[0]
+        handle = (
+            torch._C._cuda_getCurrentRawStream(first.device.index)
+            if stream is None
+            else stream.cuda_stream
+        )
+        run, function, metadata, values = found
+        # As Triton's CompiledKernel does, without hooks for profilers of its own.
+        run(*grid, handle, function, metadata, None, None, None, *pointers, *numbers, *values)
         return
     with nullcontext() if stream is None else torch.cuda.stream(stream):
-        found = kernel[grid](*arguments, **constants, **options)
-    if whole is not None and found is not None:  # None in Triton's interpreter
-        _compiled[whole] = found
+        made = kernel[grid](*tensors, *numbers, **constants, **options)
+    if bits % 16 == 0 and made is not None:  # None in Triton's interpreter
+        values = tuple(constants.values())
+        _compiled[key] = made.run, made.function, made.packed_metadata, values

@@ -27,7 +27,7 @@ from mixquant.linear import index_of
 from mixquant.phase import PhasePlan
 
 MOST_ROWS = 16  # that count as few
-LEAST_BESIDE, MOST_BESIDE = 1024, 1 << 20  # quantized rows
+LEAST_BESIDE, MOST_BESIDE = 2000, 8000  # quantized rows
 PROGRAMS = 8  # of the kernel for few rows, beside quantized products
 
 
@@ -93,7 +93,7 @@ class Fp8Layer:
     """The BF16 weight ``[N, K]`` of a layer, and its copy.
 
     Attributes:
-        norm: vLLM's RMSNorm that is left to the layer, or None.
+        norm: weight ``[K]`` and epsilon of an RMSNorm that is left to the layer, or None.
         activated: whether a SiLU-and-multiply is.
     """
 
@@ -102,7 +102,7 @@ class Fp8Layer:
 
     def __init__(self, shape: tuple[int, int]) -> None:
         self.features, self.width = shape
-        self.norm: Any = None
+        self.norm: tuple[Tensor, float] | None = None
         self.activated = False
 
     def hold(self, weight: Tensor, product: ScaledProduct) -> None:
@@ -127,9 +127,8 @@ class Fp8Layer:
         """
         from mixquant.kernels.fused_triton import precise_rms_norm, precise_silu_and_mul
 
-        if (norm := self.norm) is not None:
-            weight, eps = norm.weight.data, norm.variance_epsilon
-            return precise_rms_norm(x, residual, weight, eps, total, rows, stream)
+        if self.norm is not None:
+            return precise_rms_norm(x, residual, *self.norm, total, rows, stream)
         if self.activated:
             return precise_silu_and_mul(x, rows, stream)
         return x if rows is None else x.index_select(0, rows)
@@ -142,8 +141,8 @@ class Fp8Layer:
 
         out = x.new_empty(route.rows, self.features)
         room, codes = route.codes(self.width, x.device)
-        if (norm := self.norm) is not None:
-            rms_norm(x, residual, norm.weight.data, norm.variance_epsilon, room, total)
+        if self.norm is not None:
+            rms_norm(x, residual, *self.norm, room, total)
         elif self.activated:
             silu_and_mul(x, room)
         else:  # not by vLLM's Python wrapper, which takes as long as the operator

@@ -136,7 +136,7 @@ def _join_norm(norm: Any, layer: Any, behind: Any = None) -> bool:
         or why_not("fp8", method.shape[1]) is not None
     ):
         return False
-    method.fp8.norm = norm
+    method.fp8.norm = norm.weight.data, norm.variance_epsilon
     method.in_norm = True
     norm.mixquant_number = layer.mixquant_number
     norm.mixquant_features = method.shape[0]

@@ -309,24 +309,24 @@ def _phase_add_norm_linear(
     """The same of ``x + residual``, normalized, through the layer behind it as well; and that sum."""
     layer: Any = _layers[int(number)]
     method: PhaseLinearMethod = layer.mixquant_method
-    rows, width = x.numel() // x.shape[-1], x.shape[-1]
+    width = x.shape[-1]
+    rows = x.numel() // width
     plan = _plan_of(method, rows)
     total = torch.empty_like(residual, memory_format=torch.contiguous_format)
-    flat = x.reshape(rows, width)
-    added: Tensor | None = residual.reshape(rows, width)
-    into: Tensor | None = total.view(rows, width)
+    flat, added, into = x, residual, total
+    if x.ndim != 2:
+        flat, added, into = (one.reshape(rows, width) for one in (x, residual, total))
     methods = [(layer, method)]
     if method.behind is not None:
         methods.append((method.behind, method.behind.mixquant_method))
     if plan is not None:
         layers = [its.fp8 for _, its in methods if its.fp8 is not None]
-        out = multiply(layers, flat, added, plan, into)
+        out = multiply(layers, flat.contiguous(), added.contiguous(), plan, into)
     else:
-        out = flat
-        for its_layer, its in methods:
-            out = its.precise(its_layer, out, None, added, into)
-            added = into = None
-    return out.view(*x.shape[:-1], features), total
+        out = method.precise(layer, flat.contiguous(), None, added.contiguous(), into)
+        for its_layer, its in methods[1:]:
+            out = its.precise(its_layer, out, None)
+    return (out if x.ndim == 2 else out.view(*x.shape[:-1], features)), total
 
 
 def _quantized(

@@ -19,7 +19,7 @@ from mixquant.recipe import Recipe
 
 CUTLASS = Kernel("vLLM CUTLASS", native=True)
 CUBLAS = Kernel("cuBLASLt, CUTLASS", native=True)  # by the number of rows and the output's type
-MANY_ROWS = 4096  # from which on cuBLASLt is called
+MANY_ROWS = 1024  # from which on cuBLASLt is called
 ONEDNN = Kernel("vLLM oneDNN", native=True)
 
 
