@@ -1,4 +1,4 @@
-"""Where the rows of a pass go in an FP8 layer on Hopper, with stand-ins for streams and kernels."""
+"""Where the rows of a pass go in an FP8 layer on Hopper, with stand-ins for the kernels."""
 
 from __future__ import annotations
 
@@ -21,25 +21,7 @@ from mixquant.phase import PhasePlan, Thresholds, everything_quantized, in_force
 
 K, N = 16, 24
 EPS = 1e-5
-LEAST_BESIDE, MOST_BESIDE = 40, 150
 CODED = 7.0  # what stands for a row's codes is the row, times this
-
-
-class Side:
-    """A stream, or an event, that notes what was done in which order."""
-
-    def __init__(self, name: str, log: list[str]) -> None:
-        self.name, self.log = name, log
-        self.cuda_stream = 0
-
-    def record(self, stream: Any = None) -> None:
-        self.log.append(f"record {self.name}")
-
-    def wait(self) -> None:
-        self.log.append(f"wait {self.name}")
-
-    def wait_event(self, event: Any) -> None:
-        self.log.append(f"{self.name} waits for {event.name}")
 
 
 def silu_and_mul(x: Tensor) -> Tensor:
@@ -77,15 +59,13 @@ def a_hopper() -> Any:
             x: Tensor,
             weight: Tensor,
             out: Tensor,
-            programs: int,
             rows_of_x: Tensor | None = None,
             rows_of_out: Tensor | None = None,
-            stream: Any = None,
         ) -> None:
             x = x if rows_of_x is None else x[rows_of_x]
-            assert 0 < len(x) <= few.MOST_ROWS == fp8_layer.MOST_ROWS and programs > 0
+            assert 0 < len(x) <= few.MOST_ROWS == fp8_layer.MOST_ROWS
             assert weight.is_contiguous()
-            LOG.append("few" if stream is None else "few on the side")
+            LOG.append("few")
             products = (x.double() @ weight.double().T).to(out.dtype)
             if rows_of_out is None:
                 assert len(out) == len(x)
@@ -93,7 +73,7 @@ def a_hopper() -> Any:
             else:
                 out[rows_of_out] = products
 
-        def precise_silu_and_mul(x: Tensor, rows: Any = None, stream: Any = None) -> Tensor:
+        def precise_silu_and_mul(x: Tensor, rows: Any = None) -> Tensor:
             return silu_and_mul(x if rows is None else x[rows]).bfloat16()
 
         def precise_rms_norm(
@@ -103,7 +83,6 @@ def a_hopper() -> Any:
             eps: float,
             total: Any,
             rows: Any = None,
-            stream: Any = None,
         ) -> Tensor:
             assert rows is None or total is None
             if total is not None:
@@ -138,12 +117,6 @@ def a_hopper() -> Any:
         patch.setattr(fused, "rms_norm", quantize_norm)
         patch.setattr(fused, "room_for", room_for)
         patch.setattr(fp8_layer, "why_not", lambda: None)
-        patch.setattr(fp8_layer, "LEAST_BESIDE", LEAST_BESIDE)
-        patch.setattr(fp8_layer, "MOST_BESIDE", MOST_BESIDE)
-        patch.setattr(
-            fp8_layer, "_side", lambda device: [Side(n, LOG) for n in ("side", "begun", "done")]
-        )
-        patch.setattr(fp8_layer, "_multiprocessors", lambda: 132)
         yield
 
 
@@ -220,17 +193,8 @@ def test_each_row_is_multiplied_in_its_precision(plan: PhasePlan, kind: str) -> 
                 out[start:stop].double(), wanted[start:stop], rtol=0.02, atol=0.01 * size
             )
     assert not out.isnan().any(), "padding must not be what lay in this memory"
-    in_order(plan, len(layers))
-
-
-def in_order(plan: PhasePlan, layers: int) -> None:
-    """Beside each other only where it is safe: what the side reads is there, and it is waited for."""
     few = 0 < plan.precise_rows <= fp8_layer.MOST_ROWS
-    if few and LEAST_BESIDE <= plan.quantized_rows <= MOST_BESIDE and layers > 1:
-        begun = ["record begun", "side waits for begun", *["few on the side"] * layers]
-        assert [*begun, "record done", *["quantized"] * layers, "wait done"] == LOG
-    else:
-        assert (["quantized", "few"] if few else ["quantized"]) * layers == LOG
+    assert (["quantized", "few"] if few else ["quantized"]) * len(layers) == LOG
 
 
 def test_what_the_product_leaves_out() -> None:

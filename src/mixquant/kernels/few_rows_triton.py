@@ -1,15 +1,14 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs
-"""The product of a few rows with a BF16 weight, on as many multiprocessors as one likes, in Triton.
+"""The product of a few rows, out of a larger matrix and into another, with a BF16 weight, in Triton.
 
-A library's kernel for few rows takes all multiprocessors, which then wait for memory together. A few of
-them draw much more than their share. So beside a product that computes, on a stream of its own, a kernel
-on a few multiprocessors costs what these would have computed, which is less than the time that it takes.
+It waits for memory, so it keeps as many tiles of the weight in flight as fit.
 
 Importing this module imports Triton.
 """
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -21,11 +20,9 @@ from mixquant.kernels.launching import launch
 
 MOST_ROWS = 16
 
-# Features and depth of a tile of the weight, warps, tiles in flight. With the first, a multiprocessor
-# draws more; with the second, a small weight makes more programs (docs/performance.md).
-_ON_FEW = (128, 128, 8, 6)
-_ON_ALL = (64, 256, 4, 5)
-_FEW = 32  # multiprocessors
+# Features and depth of a tile of the weight, warps, tiles in flight. With more features, a small weight
+# would make too few programs.
+_FEATURES, _DEPTH, _WARPS, _STAGES = 64, 256, 4, 5
 
 
 # Not compiled anew for a number of rows that happens to be 1 or a multiple of 16.
@@ -79,10 +76,8 @@ def few_rows(
     x: Tensor,
     weight: Tensor,
     out: Tensor,
-    programs: int,
     rows_of_x: Tensor | None = None,
     rows_of_out: Tensor | None = None,
-    stream: torch.cuda.Stream | None = None,
 ) -> None:
     """Writes ``x @ weight.T`` into ``out``: FP32 sums, rounded once.
 
@@ -90,10 +85,8 @@ def few_rows(
         x: BF16 ``[M, K]``, up to `MOST_ROWS` rows, each contiguous.
         weight: BF16 ``[N, K]``, contiguous.
         out: BF16 ``[M, N]``, each row contiguous.
-        programs: how many multiprocessors it takes at the most, one each.
         rows_of_x: int64 ``[M]``, if the M rows are these of a larger ``x``.
         rows_of_out: int64 ``[M]``, if they go to these of a larger ``out``.
-        stream: where it is launched, if not on the current one.
 
     Raises:
         ValueError: too many rows.
@@ -103,37 +96,39 @@ def few_rows(
     if rows > MOST_ROWS:
         raise ValueError(f"{rows} rows; this kernel takes up to {MOST_ROWS}")
     features, depth = weight.shape
-    tile = _ON_FEW if programs <= _FEW else _ON_ALL
-    tiles = -(-features // tile[0])
     strides = x.stride(0), out.stride(0)
     launch(
         few_rows_kernel,
-        (min(programs, tiles), 1, 1),
+        (min(_multiprocessors(x.device), -(-features // _FEATURES)), 1, 1),
         (x, weight, out, rows_of_x, rows_of_out),
         (rows, features, depth, *strides),
-        {"ROWS": MOST_ROWS, "FEATURES": tile[0], "DEPTH": tile[1]},
+        {"ROWS": MOST_ROWS, "FEATURES": _FEATURES, "DEPTH": _DEPTH},
         (
             "few rows",
             x.device,
-            tile,
             rows_of_x is None,
             rows_of_out is None,
             features,
             depth,
             strides,
         ),
-        stream,
-        num_warps=tile[2],
-        num_stages=tile[3],
+        num_warps=_WARPS,
+        num_stages=_STAGES,
     )
 
 
-def compile_for(capability: int, programs: int) -> Any:
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    if device.type != "cuda":  # in Triton's interpreter
+        return 3
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def compile_for(capability: int) -> Any:
     """Compiles the kernel for a GPU that need not be there.
 
     Args:
         capability: compute capability times ten: 90.
-        programs: as `few_rows` would be given; it chooses among kernels.
 
     Returns:
         Triton's compiled kernel, with ``asm["ptx"]``.
@@ -141,8 +136,7 @@ def compile_for(capability: int, programs: int) -> Any:
     from triton.backends.compiler import GPUTarget  # type: ignore[import-not-found, import-untyped]
     from triton.compiler import ASTSource  # type: ignore[import-not-found, import-untyped]
 
-    features, depth, warps, stages = _ON_FEW if programs <= _FEW else _ON_ALL
-    constants = {"ROWS": MOST_ROWS, "FEATURES": features, "DEPTH": depth}
+    constants = {"ROWS": MOST_ROWS, "FEATURES": _FEATURES, "DEPTH": _DEPTH}
     types = {"x": "*bf16", "weight": "*bf16", "out": "*bf16", "rows_of_x": "*i64"}
     types["rows_of_out"] = "*i64"
     names = few_rows_kernel.arg_names
@@ -159,5 +153,5 @@ def compile_for(capability: int, programs: int) -> Any:
     return triton.compile(
         source,
         target=GPUTarget("cuda", capability, 32),
-        options={"num_warps": warps, "num_stages": stages},
+        options={"num_warps": _WARPS, "num_stages": _STAGES},
     )

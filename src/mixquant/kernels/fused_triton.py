@@ -206,9 +206,7 @@ def rms_norm(
     )
 
 
-def precise_silu_and_mul(
-    x: Tensor, rows: Tensor | None = None, stream: torch.cuda.Stream | None = None
-) -> Tensor:
+def precise_silu_and_mul(x: Tensor, rows: Tensor | None = None) -> Tensor:
     """``silu(gate) * up``, rounded once, as torch.compile has it.
 
     vLLM's kernel takes one multiprocessor for each row, which in decode shows.
@@ -216,10 +214,9 @@ def precise_silu_and_mul(
     Args:
         x: BF16 ``[M, 2 K]``, the gates and then the ups, each row contiguous.
         rows: int64 ``[m]``, if it is only of these.
-        stream: where it is launched, if not on the current one.
 
     Returns:
-        BF16 ``[M, K]`` or ``[m, K]``, allocated on the current stream.
+        BF16 ``[M, K]`` or ``[m, K]``.
     """
     count, width = (x if rows is None else rows).shape[0], x.shape[1] // 2
     out = x.new_empty(count, width)
@@ -231,7 +228,6 @@ def precise_silu_and_mul(
             (width, x.stride(0)),
             {"TILE": _COLUMNS},
             ("precise silu", x.device, rows is None, width, x.stride(0)),
-            stream,
             num_warps=4,
         )
     return out
@@ -247,17 +243,15 @@ def precise_rms_norm(
     eps: float,
     total: Tensor | None,
     rows: Tensor | None = None,
-    stream: torch.cuda.Stream | None = None,
 ) -> Tensor:
     """What `rms_norm` quantizes, rounded once, as torch.compile has it.
 
     Args:
         x, residual, weight, eps, total: as of `rms_norm`.
         rows: int64 ``[m]``, if it is only of these; ``total`` is None then.
-        stream: where it is launched, if not on the current one.
 
     Returns:
-        BF16 ``[M, K]`` or ``[m, K]``, allocated on the current stream.
+        BF16 ``[M, K]`` or ``[m, K]``.
     """
     count, width = (x if rows is None else rows).shape[0], x.shape[1]
     out = x.new_empty(count, width)
@@ -269,7 +263,6 @@ def precise_rms_norm(
             (x, residual, weight, total, out, rows),
             (eps, width, x.stride(0)),
             key=("precise norm", x.device, absent, width, x.stride(0)),
-            stream=stream,
             **_options(width),
         )
     return out

@@ -10,7 +10,6 @@ Importing this module imports Triton.
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -26,10 +25,9 @@ def launch(
     numbers: Sequence[Any],
     constants: dict[str, Any],
     key: Hashable,
-    stream: torch.cuda.Stream | None = None,
     **options: Any,
 ) -> None:
-    """Launches ``kernel``, on ``stream`` or the current one of the device of the first tensor.
+    """Launches ``kernel`` on the current stream of the device of the first tensor.
 
     Args:
         tensors, numbers: the kernel's arguments but for the constants, in order, tensors first.
@@ -49,17 +47,12 @@ def launch(
     found = _compiled.get(key) if bits % 16 == 0 else None
     if found is not None:
         first: Any = tensors[0]
-        handle = (
-            torch._C._cuda_getCurrentRawStream(first.device.index)
-            if stream is None
-            else stream.cuda_stream
-        )
+        stream = torch._C._cuda_getCurrentRawStream(first.device.index)
         run, function, metadata, values = found
         # As Triton's CompiledKernel does, without hooks for profilers of its own.
-        run(*grid, handle, function, metadata, None, None, None, *pointers, *numbers, *values)
+        run(*grid, stream, function, metadata, None, None, None, *pointers, *numbers, *values)
         return
-    with nullcontext() if stream is None else torch.cuda.stream(stream):
-        made = kernel[grid](*tensors, *numbers, **constants, **options)
+    made = kernel[grid](*tensors, *numbers, **constants, **options)
     if bits % 16 == 0 and made is not None:  # None in Triton's interpreter
         values = tuple(constants.values())
         _compiled[key] = made.run, made.function, made.packed_metadata, values

@@ -5,10 +5,9 @@ What stands in front of a layer in the model, RMSNorm or SiLU-and-multiply, may 
 quantizes them.
 
 The few precise rows of a pass whose other rows are quantized (last tokens of prompts, decode rows) read
-the whole BF16 weight for a handful of rows, so their product waits for memory. A kernel of ours
-(`mixquant.kernels.few_rows_triton`) takes them: after the quantized product, on all multiprocessors; or,
-through an MLP as a whole, beside it, on a stream of its own and on a few multiprocessors.
-docs/performance.md has what was measured.
+the whole BF16 weight for a handful of rows: a kernel of ours (`mixquant.kernels.few_rows_triton`) takes
+them out of the input and writes them over the quantized products. To have it run beside those, on a
+stream of its own and a few multiprocessors, gained nothing that could be measured: docs/performance.md.
 """
 
 from __future__ import annotations
@@ -27,8 +26,6 @@ from mixquant.linear import index_of
 from mixquant.phase import PhasePlan
 
 MOST_ROWS = 16  # that count as few
-LEAST_BESIDE, MOST_BESIDE = 2000, 8000  # quantized rows
-PROGRAMS = 8  # of the kernel for few rows, beside quantized products
 
 
 @functools.cache
@@ -49,7 +46,6 @@ class Route:
             among them or beside them, whose products are then written over.
         index: the precise rows, int64, or None if there are none.
         few: whether the kernel for few rows multiplies them.
-        beside: whether it may do so while the others are multiplied.
     """
 
     def __init__(self, plan: PhasePlan, device: torch.device) -> None:
@@ -59,7 +55,6 @@ class Route:
         padded = plan.quantized_rows + count < plan.rows
         self.index = index_of(plan, "precise", device) if count else None
         self.few = 0 < count <= MOST_ROWS
-        self.beside = self.few and LEAST_BESIDE <= plan.quantized_rows <= MOST_BESIDE
         # Padding is read by nobody, but must not be what lay in this memory.
         some = last - first < 0.9 * plan.rows and not padded
         # cuBLASLt needs scales at multiples of 16 bytes.
@@ -116,21 +111,19 @@ class Fp8Layer:
         residual: Tensor | None,
         total: Tensor | None,
         rows: Tensor | None = None,
-        stream: torch.cuda.Stream | None = None,
     ) -> Tensor:
         """What the weight is multiplied with, of all rows or of some.
 
         Args:
             residual, total: as of `multiply`.
             rows: int64, if it is only of these.
-            stream: where it is computed, if not on the current one.
         """
         from mixquant.kernels.fused_triton import precise_rms_norm, precise_silu_and_mul
 
         if self.norm is not None:
-            return precise_rms_norm(x, residual, *self.norm, total, rows, stream)
+            return precise_rms_norm(x, residual, *self.norm, total, rows)
         if self.activated:
-            return precise_silu_and_mul(x, rows, stream)
+            return precise_silu_and_mul(x, rows)
         return x if rows is None else x.index_select(0, rows)
 
     def quantized(
@@ -160,10 +153,10 @@ class Fp8Layer:
             rows = self.precise_input(x, residual, None, route.index)
             out.index_copy_(0, route.index, F.linear(rows, self.weight))
         elif self.norm is None and not self.activated:
-            few_rows(x, self.weight, out, _multiprocessors(), route.index, route.index)
+            few_rows(x, self.weight, out, route.index, route.index)
         else:
             rows = self.precise_input(x, residual, None, route.index)
-            few_rows(rows, self.weight, out, _multiprocessors(), None, route.index)
+            few_rows(rows, self.weight, out, None, route.index)
 
 
 def multiply(
@@ -181,14 +174,6 @@ def multiply(
         total: where that sum is written, if it is one.
     """
     route = route_of(plan, x.device)
-    if route.beside and len(layers) > 1:
-        with _Beside(layers, x, residual, route) as on_the_side:
-            for layer in layers:
-                x = layer.quantized(x, residual, route, total)
-                residual = total = None
-        assert route.index is not None
-        x.index_copy_(0, route.index, on_the_side.products)
-        return x
     for layer in layers:
         out = layer.quantized(x, residual, route, total)
         if route.index is not None:
@@ -197,59 +182,12 @@ def multiply(
     return x
 
 
-class _Beside:
-    """Takes the precise rows through layers while what the block launches runs."""
-
-    def __init__(
-        self, layers: Sequence[Fp8Layer], x: Tensor, residual: Tensor | None, route: Route
-    ) -> None:
-        self.layers, self.x, self.residual, self.route = layers, x, residual, route
-        self.products = x
-
-    def __enter__(self) -> _Beside:
-        from mixquant.kernels.few_rows_triton import few_rows
-
-        side, begun, done = _side(self.x.device)
-        begun.record()
-        side.wait_event(begun)
-        rows, residual, index = self.x, self.residual, self.route.index
-        # Must not be freed before all is done: the current stream would write there.
-        self.held = []
-        for layer in self.layers:
-            if layer.norm is not None or layer.activated:
-                rows = layer.precise_input(rows, residual, None, index, side)
-                index = None
-            assert self.route.index is not None
-            products = rows.new_empty(self.route.index.shape[0], layer.features)
-            few_rows(rows, layer.weight, products, PROGRAMS, index, None, side)
-            self.held += [rows, products]
-            rows, residual, index = products, None, None
-        self.products = rows
-        done.record(side)
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        _side(self.x.device)[2].wait()
-
-
 def warm_up(device: torch.device) -> None:
-    """Has the kernels for few rows compiled before the first request waits for them."""
+    """Has the kernel for few rows compiled before the first request waits for it."""
     if why_not() is not None:
         return
     from mixquant.kernels.few_rows_triton import few_rows
 
     weight = torch.zeros(256, 256, dtype=torch.bfloat16, device=device)
     x = torch.zeros(1, 256, dtype=torch.bfloat16, device=device)
-    for programs in (PROGRAMS, _multiprocessors()):
-        few_rows(x, weight, torch.empty_like(x), programs)
-
-
-@functools.cache
-def _multiprocessors() -> int:
-    return torch.cuda.get_device_properties().multi_processor_count
-
-
-@functools.cache
-def _side(device: torch.device) -> tuple[torch.cuda.Stream, torch.cuda.Event, torch.cuda.Event]:
-    """A stream of its own, and two events that are recorded anew in each layer."""
-    return torch.cuda.Stream(device), torch.cuda.Event(), torch.cuda.Event()
+    few_rows(x, weight, torch.empty_like(x))
