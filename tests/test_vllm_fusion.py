@@ -1,4 +1,4 @@
-"""Which activations are left to the layer that reads them, and that the layer then computes them."""
+"""Which norms and activations are left to the layers that read them, which then compute them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from vllm_engines import require_vllm
 require_vllm()
 
 from mixquant.engines.vllm import fusion, linear  # noqa: E402
-from mixquant.engines.vllm.fusion import follow_activations  # noqa: E402
+from mixquant.engines.vllm.fp8_layer import Fp8Layer  # noqa: E402
+from mixquant.engines.vllm.fusion import follow_activations, follow_norms  # noqa: E402
 from mixquant.engines.vllm.products import ScaledProduct  # noqa: E402
 from mixquant.phase import everything_quantized, in_force  # noqa: E402
 
@@ -99,6 +100,13 @@ def test_the_known_models_of_the_installed_vllm() -> None:
     for known in (LlamaMLP, Qwen2MLP):
         assert fusion._body(known) in fusion._MLPS
 
+    from vllm.model_executor.models import llama, qwen2, qwen3
+
+    for layer in (llama.LlamaDecoderLayer, qwen2.Qwen2DecoderLayer, qwen3.Qwen3DecoderLayer):
+        assert fusion._body(layer) == fusion._DECODER_LAYER
+    for attention in (llama.LlamaAttention, qwen2.Qwen2Attention, qwen3.Qwen3Attention):
+        assert fusion._body(attention)[0] == fusion._ATTENTION_BEGINS
+
 
 @pytest.mark.parametrize(
     ("model", "with_lora", "expected"),
@@ -152,3 +160,176 @@ def test_the_layer_computes_it(quantized: bool, monkeypatch: pytest.MonkeyPatch)
         got = mlp(x).float()
     assert seen == ([300] if quantized else [])
     assert (got - wanted).norm() / wanted.norm() < (0.06 if quantized else 0.01)
+
+
+# --- norms --------------------------------------------------------------------------------------------
+
+
+class RMSNorm(torch.nn.Module):
+    """As vLLM's: what it computes is an attribute."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(8, dtype=torch.bfloat16), requires_grad=False)
+        self.has_weight, self.variance_epsilon, self.variance_size_override = True, 1e-6, None
+        self._forward_method: Callable[..., Any] = lambda x, residual=None: x
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Any:
+        return self._forward_method(x, residual)
+
+
+class Gemma(RMSNorm):
+    pass
+
+
+class Linear(Down):
+    """An FP8 layer on Hopper."""
+
+    def __init__(self, fp8: bool = True) -> None:
+        super().__init__("fp8", torch.bfloat16)
+        self.quant_method.shape = (24, 8)
+        if fp8:
+            self.quant_method.fp8 = Fp8Layer((24, 8))
+
+
+class Attention(torch.nn.Module):
+    def __init__(self, fp8: bool = True) -> None:
+        super().__init__()
+        self.qkv_proj = Linear(fp8)
+
+    def forward(self, positions: Tensor, hidden_states: Tensor) -> Tensor:
+        qkv, _ = self.qkv_proj(hidden_states)
+        return qkv
+
+
+class Gated(Attention):
+    """Something else reads its input."""
+
+    def forward(self, positions: Tensor, hidden_states: Tensor) -> Tensor:
+        qkv, _ = self.qkv_proj(hidden_states)
+        return qkv * hidden_states
+
+
+class FusedMLP(torch.nn.Module):
+    def __init__(self, activation: type[SiluAndMul] = SiluAndMul) -> None:
+        super().__init__()
+        self.gate_up_proj, self.act_fn, self.down_proj = Linear(), activation(), Linear()
+        self.down_proj.quant_method.shape = (8, 12)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate_up, _ = self.gate_up_proj(x)
+        x = self.act_fn(gate_up)
+        x, _ = self.down_proj(x)
+        return x
+
+
+class Layer(torch.nn.Module):
+    def __init__(
+        self,
+        norm: type[RMSNorm] = RMSNorm,
+        attention: type[Attention] = Attention,
+        mlp: Callable[[], torch.nn.Module] = FusedMLP,
+        fp8: bool = True,
+    ) -> None:
+        super().__init__()
+        self.input_layernorm, self.post_attention_layernorm = norm(), norm()
+        self.self_attn, self.mlp = attention(fp8), mlp()
+
+    def forward(
+        self, positions: Tensor, hidden_states: Tensor, residual: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        if residual is None:
+            residual = hidden_states
+            hidden_states = self.input_layernorm(hidden_states)
+        else:
+            hidden_states, residual = self.input_layernorm(hidden_states, residual)
+        hidden_states = self.self_attn(positions=positions, hidden_states=hidden_states)
+        hidden_states, residual = self.post_attention_layernorm(hidden_states, residual)
+        hidden_states = self.mlp(hidden_states)
+        return hidden_states, residual
+
+
+class Other(Layer):
+    def forward(
+        self, positions: Tensor, hidden_states: Tensor, residual: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        hidden_states, residual = self.input_layernorm(hidden_states, residual)
+        return self.mlp(hidden_states), residual
+
+
+def wide() -> Layer:
+    layer = Layer()
+    for norm in (layer.input_layernorm, layer.post_attention_layernorm):
+        norm.variance_size_override = 4
+    return layer
+
+
+@pytest.mark.parametrize(
+    ("layer", "options", "expected"),
+    [
+        (Layer, {}, (True, True, True)),
+        (Layer, {"with_lora": True}, (False, False, False)),
+        (Layer, {"ranks": 2}, (False, False, False)),
+        (Other, {}, (False, False, False)),
+        (lambda: Layer(norm=Gemma), {}, (False, False, False)),
+        (wide, {}, (False, False, False)),
+        (lambda: Layer(fp8=False), {}, (False, True, True)),
+        (lambda: Layer(attention=Gated), {}, (False, True, True)),
+        # What the activation returns is not down_proj's alone to compute.
+        (lambda: Layer(mlp=lambda: FusedMLP(GeluAndMul)), {}, (True, True, False)),
+        (lambda: Layer(mlp=lambda: Scaled()), {}, (True, False, False)),
+    ],
+)
+def test_which_norms_are_joined(
+    layer: Any, options: dict[str, Any], expected: tuple[bool, bool, bool]
+) -> None:
+    """With qkv_proj; with gate_up_proj; and with down_proj behind it."""
+    pytest.importorskip("triton")
+    model = layer()
+    arguments = {"with_lora": False, "ranks": 1, **options}
+    follow_activations(model, arguments["with_lora"])
+    assert follow_norms(model, **arguments) == sum(expected[:2])
+    assert follow_norms(model, **arguments) == 0  # a model that is loaded anew
+    qkv, mlp = model.self_attn.qkv_proj.quant_method, model.mlp
+    gate_up = getattr(getattr(mlp, "gate_up_proj", None), "quant_method", None)
+    down = mlp.down_proj.quant_method
+    found = qkv.in_norm, getattr(gate_up, "in_norm", False), down.in_norm
+    assert found == expected
+    norm = model.post_attention_layernorm
+    if expected[1]:
+        behind = mlp.down_proj if expected[2] else None
+        assert gate_up is not None and gate_up.behind is behind
+        assert norm.mixquant_features == (8 if expected[2] else 24)
+        weight, epsilon = gate_up.fp8.norm
+        assert torch.equal(weight, norm.weight) and epsilon == norm.variance_epsilon
+
+
+def test_batch_invariant_vllm_keeps_its_norms(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
+    assert follow_norms(Layer(), with_lora=False, ranks=1) == 0
+
+
+def test_a_joined_norm_calls_the_operator(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    layer = Layer()
+    follow_activations(layer, False)
+    follow_norms(layer, with_lora=False, ranks=1)
+    seen = []
+
+    def alone(x: Tensor, bias: Any, number: Tensor, features: int) -> Tensor:
+        seen.append(("alone", int(number), features))
+        return x
+
+    def with_sum(x: Tensor, residual: Tensor, number: Tensor, features: int) -> Any:
+        seen.append(("with a sum", int(number), features))
+        return x + 1, residual + x
+
+    operators = SimpleNamespace(phase_linear=alone, phase_add_norm_linear=with_sum)
+    monkeypatch.setattr(torch.ops, "mixquant", operators)
+    x = torch.zeros(3, 8)
+    hidden, residual = layer(x, x, None)
+    assert seen == [("alone", 10**6, 24), ("with a sum", 10**6, 8)]
+    assert torch.equal(hidden, x + 1) and torch.equal(residual, x)
+    layer(x, x, x)
+    assert seen[2] == ("with a sum", 10**6, 24)
