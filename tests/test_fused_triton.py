@@ -6,6 +6,7 @@ imported in child processes, as in test_nvfp4_triton.py.
 
 import re
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -95,16 +96,31 @@ def to_cpu(got):
 ERROR = {"fp8": 0.04, "nvfp4": 0.12}
 
 
+def with_precise(room, device: str):
+    """Room for every second row in BF16 as well, the last first; and which rows these are."""
+    rows, width = (
+        room.scale.shape[0],
+        room.codes.shape[1] * (2 if room.block_scales is not None else 1),
+    )
+    some = torch.arange(rows - 1, -1, -2)
+    places = torch.full((rows,), -1, dtype=torch.int32)
+    places[some] = torch.arange(len(some), dtype=torch.int32)
+    precise = torch.full((len(some) + 1, width), torch.nan, device=device).bfloat16()
+    return replace(room, precise=precise[:-1], places=places.to(device)), some, precise[-1]
+
+
 def check_silu_and_mul(fmt: str, device: str, rows: int, width: int) -> None:
     from mixquant.kernels.fused_triton import silu_and_mul
 
     wide = torch.full((rows, 2 * width + 16), torch.nan, dtype=torch.bfloat16, device=device)
     wide[:, : 2 * width] = torch.randn(rows, 2 * width, device=device) * 3
     x = wide[:, : 2 * width]
-    got = poisoned(fmt, rows, width, device)
+    got, some, beyond = with_precise(poisoned(fmt, rows, width, device), device)
     silu_and_mul(x, got)
     gate, up = x.cpu().double().chunk(2, 1)
     exact = torch.nn.functional.silu(gate) * up
+    torch.testing.assert_close(got.precise.cpu().double(), exact[some], rtol=2**-8, atol=1e-6)
+    assert beyond.isnan().all(), "wrote beyond its rows"
     found = dequantized(fmt, to_cpu(got)).double()
     assert (found - exact).norm() < ERROR[fmt] * exact.norm()
     # The codes of the same values, but for where exp, which is not the same everywhere, moves one.
@@ -133,9 +149,11 @@ def check_rms_norm(fmt: str, device: str, rows: int, width: int, with_residual: 
     residual = torch.randn(rows, width, device=device).bfloat16() if with_residual else None
     weight = (torch.randn(width, device=device) + 1).bfloat16()
     total = torch.full((rows, width), torch.nan, dtype=torch.bfloat16, device=device)
-    got = poisoned(fmt, rows, width, device)
+    got, some, beyond = with_precise(poisoned(fmt, rows, width, device), device)
     rms_norm(x, residual, weight, 1e-5, got, total if with_residual else None)
     exact = normalized(x, residual, weight, 1e-5).cpu()
+    torch.testing.assert_close(got.precise.cpu().double(), exact[some], rtol=2**-8, atol=1e-6)
+    assert beyond.isnan().all(), "wrote beyond its rows"
     found = dequantized(fmt, to_cpu(got)).double()
     assert (found - exact).norm() < ERROR[fmt] * exact.norm()
     check_codes(fmt, to_cpu(got), exact.float(), most_different=0.001)
@@ -156,9 +174,6 @@ def check_precise_norm(device: str) -> None:
             torch.testing.assert_close(got.double(), wanted, rtol=2**-8, atol=1e-6)
             if total is not None:
                 assert torch.equal(total, x + residual)
-            some = torch.arange(rows - 1, -1, -2, device=device)
-            got = precise_rms_norm(x, added, weight, 1e-5, None, some)
-            torch.testing.assert_close(got.double(), wanted[some], rtol=2**-8, atol=1e-6)
 
 
 def check(device: str) -> None:
@@ -185,9 +200,6 @@ def check_precise(device: str) -> None:
         wanted = torch.nn.functional.silu(gate) * up
         assert got.dtype == torch.bfloat16 and got.shape == wanted.shape
         torch.testing.assert_close(got.float(), wanted, rtol=2**-8, atol=1e-6)
-        some = torch.arange(rows - 1, -1, -2)
-        got = precise_silu_and_mul(x.to(device), some.to(device)).cpu()
-        torch.testing.assert_close(got.float(), wanted[some], rtol=2**-8, atol=1e-6)
 
 
 def check_extremes(device: str) -> None:

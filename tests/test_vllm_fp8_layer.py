@@ -73,26 +73,22 @@ def a_hopper() -> Any:
             else:
                 out[rows_of_out] = products
 
-        def precise_silu_and_mul(x: Tensor, rows: Any = None) -> Tensor:
-            return silu_and_mul(x if rows is None else x[rows]).bfloat16()
+        def precise_silu_and_mul(x: Tensor) -> Tensor:
+            return silu_and_mul(x).bfloat16()
 
         def precise_rms_norm(
-            x: Tensor,
-            residual: Any,
-            weight: Tensor,
-            eps: float,
-            total: Any,
-            rows: Any = None,
+            x: Tensor, residual: Any, weight: Tensor, eps: float, total: Any
         ) -> Tensor:
-            assert rows is None or total is None
             if total is not None:
                 total.copy_(x + residual)
-            normed = rms_norm(x, residual, weight, eps).bfloat16()
-            return normed if rows is None else normed[rows]
+            return rms_norm(x, residual, weight, eps).bfloat16()
 
         def quantize(room: Any, values: Tensor) -> None:
             assert room.codes.shape == values.shape
             room.codes.copy_(values.float() * CODED)
+            if room.precise is not None:
+                there = room.places >= 0
+                room.precise[room.places[there].long()] = values[there].bfloat16()
 
         def quantize_norm(
             x: Tensor, residual: Any, weight: Tensor, eps: float, room: Any, total: Any
@@ -102,11 +98,10 @@ def a_hopper() -> Any:
             quantize(room, rms_norm(x, residual, weight, eps))
 
         def plain(codes: Tensor, x: Tensor, scale: Tensor, bound: Any) -> None:
-            quantize(SimpleNamespace(codes=codes), x)
+            quantize(fused.Codes(codes, scale), x)
 
         def room_for(fmt: str, rows: int, width: int, device: Any) -> Any:
-            codes = torch.full((rows, width), torch.nan)
-            return SimpleNamespace(codes=codes, scale=torch.ones(rows, 1))
+            return fused.Codes(torch.full((rows, width), torch.nan), torch.ones(rows, 1))
 
         operators = SimpleNamespace(dynamic_per_token_scaled_fp8_quant=plain)
         patch.setattr(torch.ops, "_C", operators, raising=False)
@@ -210,11 +205,10 @@ def test_what_the_product_leaves_out() -> None:
 
 def test_layers_share_the_room_for_codes() -> None:
     plan = everything_quantized(20)
-    layers = [a_layer("plain"), a_layer("activated"), a_layer("plain")]
     route = fp8_layer.route_of(plan, torch.device("cpu"))
     assert route is fp8_layer.route_of(plan, torch.device("cpu"))
-    rooms = {id(route.codes(layer.width, torch.device("cpu"))[0]) for layer in layers}
-    assert len(rooms) == 1
+    rooms = {id(route.room(K, apart, torch.device("cpu"))[0]) for apart in (True, False, True)}
+    assert len(rooms) == 2
 
 
 @pytest.mark.parametrize("plan", ["none", "other rows", "all"])

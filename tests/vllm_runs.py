@@ -38,7 +38,7 @@ def count_products() -> None:
     from mixquant.engines.vllm import attention, experts, fp8_layer, linear
 
     of_attention, encoded = attention.PrefillAttention._attend, linear.PhaseLinearMethod.encoded
-    in_fp8 = fp8_layer.Fp8Layer.quantized
+    in_fp8 = fp8_layer.Fp8Layer.multiplied
     linear_layer, experts_layer = linear._quantized, experts.PhaseExpertsMethod._experts
 
     def counted_linear(*arguments: Any) -> None:
@@ -66,7 +66,7 @@ def count_products() -> None:
 
     attention.PrefillAttention._attend = counted_attention  # type: ignore[method-assign]
     linear.PhaseLinearMethod.encoded = counted_activations  # type: ignore[method-assign]
-    fp8_layer.Fp8Layer.quantized = counted_fp8  # type: ignore[method-assign]
+    fp8_layer.Fp8Layer.multiplied = counted_fp8  # type: ignore[method-assign]
     linear._quantized = counted_linear
     experts.PhaseExpertsMethod._experts = counted_experts  # type: ignore[method-assign]
 

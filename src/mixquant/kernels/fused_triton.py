@@ -76,11 +76,23 @@ def _rms_norm(x, residual, weight, total, eps, row, columns, K, stride_x):
 
 
 @triton.jit
-def silu_and_mul_kernel(x, codes, block_scales, scale, K, stride_x, TILE: tl.constexpr):
+def _write_precise(values, precise, places, row, columns, K):
+    """A row of FP32 values, rounded once, if it has a place among the precise ones."""
+    place = tl.load(places + row).to(tl.int64)
+    if place >= 0:
+        tl.store(precise + place * K + columns, values.to(tl.bfloat16), columns < K)
+
+
+@triton.jit
+def silu_and_mul_kernel(
+    x, codes, block_scales, scale, precise, places, K, stride_x, TILE: tl.constexpr
+):
     """One program per row; `silu_and_mul` says what the tensors are."""
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, TILE)
     values = _silu_and_mul(x, row, columns, K, stride_x)
+    if precise is not None:
+        _write_precise(values, precise, places, row, columns, K)
     if block_scales is None:
         _write_fp8(values, codes, scale, row, columns, K)
     else:
@@ -89,12 +101,26 @@ def silu_and_mul_kernel(x, codes, block_scales, scale, K, stride_x, TILE: tl.con
 
 @triton.jit
 def rms_norm_kernel(
-    x, residual, weight, total, codes, block_scales, scale, eps, K, stride_x, TILE: tl.constexpr
+    x,
+    residual,
+    weight,
+    total,
+    codes,
+    block_scales,
+    scale,
+    precise,
+    places,
+    eps,
+    K,
+    stride_x,
+    TILE: tl.constexpr,
 ):
     """One program per row; see `rms_norm`."""
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, TILE)
     values = _rms_norm(x, residual, weight, total, eps, row, columns, K, stride_x)
+    if precise is not None:
+        _write_precise(values, precise, places, row, columns, K)
     if block_scales is None:
         _write_fp8(values, codes, scale, row, columns, K)
     else:
@@ -102,25 +128,21 @@ def rms_norm_kernel(
 
 
 @triton.jit
-def precise_silu_kernel(x, out, rows, K, stride_x, TILE: tl.constexpr):
+def precise_silu_kernel(x, out, K, stride_x, TILE: tl.constexpr):
     """Some columns of one row; see `precise_silu_and_mul`."""
-    to = tl.program_id(0).to(tl.int64)
-    row = to if rows is None else tl.load(rows + to)
+    row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * TILE + tl.arange(0, TILE)
     values = _silu_and_mul(x, row, columns, K, stride_x)
-    tl.store(out + to * K + columns, values.to(tl.bfloat16), columns < K)
+    tl.store(out + row * K + columns, values.to(tl.bfloat16), columns < K)
 
 
 @triton.jit
-def precise_norm_kernel(
-    x, residual, weight, total, out, rows, eps, K, stride_x, TILE: tl.constexpr
-):
+def precise_norm_kernel(x, residual, weight, total, out, eps, K, stride_x, TILE: tl.constexpr):
     """One program per row; see `precise_rms_norm`."""
-    to = tl.program_id(0).to(tl.int64)
-    row = to if rows is None else tl.load(rows + to)
+    row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, TILE)
     values = _rms_norm(x, residual, weight, total, eps, row, columns, K, stride_x)
-    tl.store(out + to * K + columns, values.to(tl.bfloat16), columns < K)
+    tl.store(out + row * K + columns, values.to(tl.bfloat16), columns < K)
 
 
 @dataclass(frozen=True)
@@ -129,11 +151,16 @@ class Codes:
 
     FP8: E4M3 codes ``[M, K]``, FP32 scale ``[M, 1]``. NVFP4: packed codes ``[M, K/2]`` uint8, E4M3
     block scales ``[M, K/16]``, linear, and the FP32 power of two of each row, ``[M, 1]``.
+
+    With ``precise``, BF16 ``[m, K]``, and ``places``, int32 ``[M]``, rows whose place is not negative
+    are written there as well, rounded once.
     """
 
     codes: Tensor
     scale: Tensor
     block_scales: Tensor | None = None
+    precise: Tensor | None = None
+    places: Tensor | None = None
 
 
 def room_for(fmt: str, rows: int, width: int, device: torch.device) -> Codes:
@@ -168,9 +195,9 @@ def silu_and_mul(x: Tensor, into: Codes) -> None:
     launch(
         silu_and_mul_kernel,
         (rows, 1, 1),
-        (x, into.codes, into.block_scales, into.scale),
+        (x, into.codes, into.block_scales, into.scale, into.precise, into.places),
         (width, x.stride(0)),
-        key=("silu", x.device, into.codes.dtype, width, x.stride(0)),
+        key=("silu", x.device, into.codes.dtype, into.precise is None, width, x.stride(0)),
         **_options(width),
     )
 
@@ -196,38 +223,48 @@ def rms_norm(
     rows, width = x.shape
     if rows == 0:
         return
+    absent = residual is None, into.precise is None
     launch(
         rms_norm_kernel,
         (rows, 1, 1),
-        (x, residual, weight, total, into.codes, into.block_scales, into.scale),
+        (
+            x,
+            residual,
+            weight,
+            total,
+            into.codes,
+            into.block_scales,
+            into.scale,
+            into.precise,
+            into.places,
+        ),
         (eps, width, x.stride(0)),
-        key=("norm", x.device, residual is None, into.codes.dtype, width, x.stride(0)),
+        key=("norm", x.device, absent, into.codes.dtype, width, x.stride(0)),
         **_options(width),
     )
 
 
-def precise_silu_and_mul(x: Tensor, rows: Tensor | None = None) -> Tensor:
+def precise_silu_and_mul(x: Tensor) -> Tensor:
     """``silu(gate) * up``, rounded once, as torch.compile has it.
 
     vLLM's kernel takes one multiprocessor for each row, which in decode shows.
 
     Args:
         x: BF16 ``[M, 2 K]``, the gates and then the ups, each row contiguous.
-        rows: int64 ``[m]``, if it is only of these.
 
     Returns:
-        BF16 ``[M, K]`` or ``[m, K]``.
+        BF16 ``[M, K]``.
     """
-    count, width = (x if rows is None else rows).shape[0], x.shape[1] // 2
-    out = x.new_empty(count, width)
-    if count:
+    rows, width = x.shape[0], x.shape[1] // 2
+    out = x.new_empty(rows, width)
+    if rows:
         launch(
             precise_silu_kernel,
-            (count, -(-width // _COLUMNS), 1),
-            (x, out, rows),
+            (rows, -(-width // _COLUMNS), 1),
+            (x, out),
             (width, x.stride(0)),
             {"TILE": _COLUMNS},
-            ("precise silu", x.device, rows is None, width, x.stride(0)),
+            ("precise silu", x.device, width, x.stride(0)),
             num_warps=4,
         )
     return out
@@ -237,32 +274,25 @@ _COLUMNS = 1024  # of a program
 
 
 def precise_rms_norm(
-    x: Tensor,
-    residual: Tensor | None,
-    weight: Tensor,
-    eps: float,
-    total: Tensor | None,
-    rows: Tensor | None = None,
+    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, total: Tensor | None
 ) -> Tensor:
     """What `rms_norm` quantizes, rounded once, as torch.compile has it.
 
     Args:
         x, residual, weight, eps, total: as of `rms_norm`.
-        rows: int64 ``[m]``, if it is only of these; ``total`` is None then.
 
     Returns:
-        BF16 ``[M, K]`` or ``[m, K]``.
+        BF16 ``[M, K]``.
     """
-    count, width = (x if rows is None else rows).shape[0], x.shape[1]
-    out = x.new_empty(count, width)
-    if count:
-        absent = residual is None, total is None, rows is None
+    rows, width = x.shape
+    out = x.new_empty(rows, width)
+    if rows:
         launch(
             precise_norm_kernel,
-            (count, 1, 1),
-            (x, residual, weight, total, out, rows),
+            (rows, 1, 1),
+            (x, residual, weight, total, out),
             (eps, width, x.stride(0)),
-            key=("precise norm", x.device, absent, width, x.stride(0)),
+            key=("precise norm", x.device, residual is None, width, x.stride(0)),
             **_options(width),
         )
     return out
@@ -298,8 +328,8 @@ def compile_for(capability: int, kernel: str, fmt: str, width: int = 4096) -> An
     from triton.backends.compiler import GPUTarget  # type: ignore[import-not-found, import-untyped]
     from triton.compiler import ASTSource  # type: ignore[import-not-found, import-untyped]
 
-    types = dict.fromkeys(("x", "residual", "weight", "total"), "*bf16")
-    types |= {"scale": "*fp32", "eps": "fp32", **_TYPES[fmt]}
+    types = dict.fromkeys(("x", "residual", "weight", "total", "precise"), "*bf16")
+    types |= {"places": "*i32", "scale": "*fp32", "eps": "fp32", **_TYPES[fmt]}
     options = dict(_options(width))
     constants = options.pop("constants") | ({"block_scales": None} if fmt == "fp8" else {})
     function = KERNELS[kernel]

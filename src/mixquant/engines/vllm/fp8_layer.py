@@ -6,7 +6,8 @@ quantizes them.
 
 The few precise rows of a pass whose other rows are quantized (last tokens of prompts, decode rows) read
 the whole BF16 weight for a handful of rows: a kernel of ours (`mixquant.kernels.few_rows_triton`) takes
-them out of the input and writes them over the quantized products. To have it run beside those, on a
+them out of the input, or from where the quantizing kernel has put them, and writes their products over
+the quantized ones. To have it run beside those, on a
 stream of its own and a few multiprocessors, gained nothing that could be measured: docs/performance.md.
 """
 
@@ -15,6 +16,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -59,22 +61,41 @@ class Route:
         some = last - first < 0.9 * plan.rows and not padded
         # cuBLASLt needs scales at multiples of 16 bytes.
         self.quantized = (first - first % 4, last) if some else (0, plan.rows)
-        self._codes: dict[int, tuple[Any, tuple[Tensor, Tensor]]] = {}
+        self._places: Tensor | None = None
+        self._rooms: dict[tuple[int, bool], tuple[Any, tuple[Tensor, Tensor]]] = {}
 
-    def codes(self, width: int, device: torch.device) -> tuple[Any, tuple[Tensor, Tensor]]:
+    def room(
+        self, width: int, with_precise: bool, device: torch.device
+    ) -> tuple[Any, tuple[Tensor, Tensor]]:
         """Room for the codes of all rows, and what of it is multiplied: one for all layers.
 
         Layers follow each other on one stream, so the next one's codes may take the place of the last
         one's.
+
+        Args:
+            with_precise: whether the precise rows are put apart as they are quantized.
         """
-        found = self._codes.get(width)
+        found = self._rooms.get((width, with_precise))
         if found is None:
             from mixquant.kernels.fused_triton import room_for
 
             room = room_for("fp8", self.rows, width, device)
+            if with_precise and self.index is not None:
+                precise = torch.empty(len(self.index), width, dtype=torch.bfloat16, device=device)
+                room = replace(room, precise=precise, places=self._places_on(device))
             rows = slice(*self.quantized)
-            found = self._codes[width] = room, (room.codes[rows], room.scale[rows])
+            found = room, (room.codes[rows], room.scale[rows])
+            self._rooms[width, with_precise] = found
         return found
+
+    def _places_on(self, device: torch.device) -> Tensor:
+        """Which of the precise rows each row is, int32, or -1."""
+        if self._places is None:
+            assert self.index is not None
+            places = torch.full((self.rows,), -1, dtype=torch.int32, device=device)
+            numbers = torch.arange(len(self.index), dtype=torch.int32, device=device)
+            self._places = places.index_copy_(0, self.index, numbers)
+        return self._places
 
 
 def route_of(plan: PhasePlan, device: torch.device) -> Route:
@@ -105,35 +126,23 @@ class Fp8Layer:
         self.weight = weight.data.as_subclass(Tensor)  # vLLM's parameters are slow to look at
         self.product = product
 
-    def precise_input(
-        self,
-        x: Tensor,
-        residual: Tensor | None,
-        total: Tensor | None,
-        rows: Tensor | None = None,
-    ) -> Tensor:
-        """What the weight is multiplied with, of all rows or of some.
-
-        Args:
-            residual, total: as of `multiply`.
-            rows: int64, if it is only of these.
-        """
+    def precise_input(self, x: Tensor, residual: Tensor | None, total: Tensor | None) -> Tensor:
+        """What the weight is multiplied with; ``residual`` and ``total`` as of `multiply`."""
         from mixquant.kernels.fused_triton import precise_rms_norm, precise_silu_and_mul
 
         if self.norm is not None:
-            return precise_rms_norm(x, residual, *self.norm, total, rows)
-        if self.activated:
-            return precise_silu_and_mul(x, rows)
-        return x if rows is None else x.index_select(0, rows)
+            return precise_rms_norm(x, residual, *self.norm, total)
+        return precise_silu_and_mul(x) if self.activated else x
 
-    def quantized(
+    def multiplied(
         self, x: Tensor, residual: Tensor | None, route: Route, total: Tensor | None
     ) -> Tensor:
-        """The products ``[M, N]`` with the copy, of the rows of the route; others are not written."""
+        """The products ``[M, N]`` of all rows."""
         from mixquant.kernels.fused_triton import rms_norm, silu_and_mul
 
         out = x.new_empty(route.rows, self.features)
-        room, codes = route.codes(self.width, x.device)
+        plain = self.norm is None and not self.activated
+        room, codes = route.room(self.width, not plain, x.device)
         if self.norm is not None:
             rms_norm(x, residual, *self.norm, room, total)
         elif self.activated:
@@ -142,21 +151,20 @@ class Fp8Layer:
             torch.ops._C.dynamic_per_token_scaled_fp8_quant(room.codes, x, room.scale, None)
         start, stop = route.quantized
         self.product.multiply(codes, None, out if stop - start == route.rows else out[start:stop])
+        if route.index is not None:
+            self._precise(x if plain else room.precise, route.index if plain else None, route, out)
         return out
 
-    def precise(self, x: Tensor, residual: Tensor | None, route: Route, out: Tensor) -> None:
-        """Multiplies the precise rows, and writes them over the others."""
+    def _precise(self, x: Tensor, rows: Tensor | None, route: Route, out: Tensor) -> None:
+        """Multiplies the precise rows, these of ``x`` or all of it, and writes them over the others."""
         from mixquant.kernels.few_rows_triton import few_rows
 
         assert route.index is not None
-        if not route.few:
-            rows = self.precise_input(x, residual, None, route.index)
-            out.index_copy_(0, route.index, F.linear(rows, self.weight))
-        elif self.norm is None and not self.activated:
-            few_rows(x, self.weight, out, route.index, route.index)
+        if route.few:
+            few_rows(x, self.weight, out, rows, route.index)
         else:
-            rows = self.precise_input(x, residual, None, route.index)
-            few_rows(rows, self.weight, out, None, route.index)
+            x = x if rows is None else x.index_select(0, rows)
+            out.index_copy_(0, route.index, F.linear(x, self.weight))
 
 
 def multiply(
@@ -175,10 +183,8 @@ def multiply(
     """
     route = route_of(plan, x.device)
     for layer in layers:
-        out = layer.quantized(x, residual, route, total)
-        if route.index is not None:
-            layer.precise(x, residual, route, out)
-        x, residual, total = out, None, None
+        x = layer.multiplied(x, residual, route, total)
+        residual = total = None
     return x
 
 
