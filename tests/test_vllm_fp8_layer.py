@@ -248,6 +248,64 @@ def test_the_operators(kind: str, plan: str, monkeypatch: pytest.MonkeyPatch) ->
         assert layer.mixquant_method.apply(layer, out) is out
 
 
+@pytest.mark.parametrize("role", ["all", "prefill"])
+def test_what_is_launched_later_is_launched_at_start(
+    role: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every kernel in every variant that a pass of any kind needs, once for layers alike."""
+    from mixquant.kernels import few_rows_triton, fused_triton
+
+    launched = set()
+
+    def note(module: Any, name: str, describe: Any) -> None:
+        does = getattr(module, name)
+
+        def noted(*arguments: Any) -> Any:
+            launched.add((name, *describe(*arguments)))
+            return does(*arguments)
+
+        monkeypatch.setattr(module, name, noted)
+
+    def of_room(room: Any) -> tuple[Any, ...]:
+        return room.codes.shape[1], room.precise is None
+
+    note(fused_triton, "silu_and_mul", lambda x, room: of_room(room))
+    note(fused_triton, "rms_norm", lambda x, added, w, e, room, t: (added is None, *of_room(room)))
+    note(fused_triton, "precise_silu_and_mul", lambda x: (x.shape[1],))
+    note(fused_triton, "precise_rms_norm", lambda x, added, *_: (added is None, x.shape[1]))
+    note(
+        few_rows_triton,
+        "few_rows",
+        lambda x, weight, out, of_x, of_out: (*weight.shape, of_x is None, of_out is None),
+    )
+    layers = [
+        *(a_layer(kind) for kind in ("plain", "norm", "plain")),
+        a_layer("norm", 2 * N, K),
+        a_layer("activated", K, N),
+    ]
+    if role == "prefill":
+        for layer in layers:
+            layer.weight = layer.weight[:0]
+    LOG.clear()
+    fp8_layer.warm_up(layers, torch.device("cpu"))
+    assert LOG.count("quantized") == (6 if role == "prefill" else 12)  # of four kinds, two normed
+    at_start = set(launched)
+    x, wide = torch.randn(40, K).bfloat16(), torch.randn(40, 2 * N).bfloat16()
+    plans = [everything_quantized(40)]
+    if role == "all":
+        plans.append(plan_pass(Thresholds(), [99, 0, 0], [1, 19, 20], [99, 19, 20]))
+    for plan in plans:
+        for layer in layers:
+            normed, given = layer.norm is not None, wide if layer.activated else x
+            for added in (None, x) if normed else (None,):
+                multiply(
+                    [layer], given, added, plan, None if added is None else torch.empty_like(x)
+                )
+                if role == "all":
+                    layer.precise_input(given, added, None)
+    assert launched == at_start
+
+
 def a_module(fp8: Fp8Layer, number: int) -> torch.nn.Module:
     layer, method = torch.nn.Module(), linear.PhaseLinearMethod.__new__(linear.PhaseLinearMethod)
     layer.weight = torch.nn.Parameter(fp8.weight, requires_grad=False)

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -25,7 +25,7 @@ from torch import Tensor
 
 from mixquant.engines.vllm.products import ScaledProduct
 from mixquant.linear import index_of
-from mixquant.phase import PhasePlan
+from mixquant.phase import PhasePlan, Thresholds, everything_quantized, plan_pass
 
 MOST_ROWS = 16  # that count as few
 
@@ -188,12 +188,22 @@ def multiply(
     return x
 
 
-def warm_up(device: torch.device) -> None:
-    """Has the kernel for few rows compiled before the first request waits for it."""
-    if why_not() is not None:
-        return
-    from mixquant.kernels.few_rows_triton import few_rows
-
-    weight = torch.zeros(256, 256, dtype=torch.bfloat16, device=device)
-    x = torch.zeros(1, 256, dtype=torch.bfloat16, device=device)
-    few_rows(x, weight, torch.empty_like(x))
+def warm_up(layers: Iterable[Fp8Layer], device: torch.device) -> None:
+    """Has the kernels compiled that the layers launch, before the first request waits for them."""
+    rows = 32
+    tail = plan_pass(Thresholds(precise_tail=1), [0], [rows], [rows])
+    seen = set()
+    for layer in layers:
+        kind = layer.features, layer.width, layer.norm is not None, layer.activated
+        if kind in seen:
+            continue
+        seen.add(kind)
+        wide = 2 * layer.width if layer.activated else layer.width
+        x = torch.zeros(rows, wide, dtype=torch.bfloat16, device=device)
+        # In front of a model's first layer there is no sum.
+        for residual in (None, torch.zeros_like(x)) if layer.norm is not None else (None,):
+            total = None if residual is None else torch.empty_like(residual)
+            layer.multiplied(x, residual, Route(everything_quantized(rows), device), total)
+            if layer.weight.numel():  # a prefill engine has no precise rows
+                layer.multiplied(x, residual, Route(tail, device), total)
+                layer.precise_input(x, residual, total)

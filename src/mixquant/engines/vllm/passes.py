@@ -79,10 +79,11 @@ class Follower:
             self.attention, self._fp8_attention = follow_attention(model, self.recipe)
             if self._fp8_attention is not None:
                 self._fp8_attention.warm_up(torch.device("cuda"))
-            if not self._precise and not self._everywhere:
-                fp8_layer.warm_up(torch.device("cuda"))
             follow_activations(model, self._with_lora)
             follow_norms(model, self._with_lora, self._ranks)
+            methods = [getattr(module, "mixquant_method", None) for module in model.modules()]
+            layers = [getattr(method, "fp8", None) for method in methods]
+            fp8_layer.warm_up([one for one in layers if one is not None], torch.device("cuda"))
             model.register_forward_pre_hook(self._begin, with_kwargs=True)
             model.register_forward_hook(self._end, always_call=True)
 
