@@ -186,7 +186,10 @@ def main() -> None:
                 Arm(name=name, arguments=shlex.join(["--recipe", "fast", *OPTIONS[name]]))
                 for name in (COLOCATED, SET)
             ),
-            settings=json.loads(json.dumps(vars(options), default=str)),
+            settings={
+                name: getattr(options, name)
+                for name in ("lengths", "batches", "repeats", "kv_cache_bytes")
+            },
             results=tuple(found),
         )
         options.json.write_text(to_json(bench))

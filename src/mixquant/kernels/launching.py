@@ -3,8 +3,6 @@
 
 To find the compiled kernel, and to ask the driver about every pointer, takes Triton longer than to
 launch it, which shows where passes are so short that the GPU waits for the CPU.
-
-Importing this module imports Triton.
 """
 
 from __future__ import annotations
