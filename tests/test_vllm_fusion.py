@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -302,6 +303,15 @@ def test_which_norms_are_joined(
         assert norm.mixquant_features == (8 if expected[2] else 24)
         weight, epsilon = gate_up.fp8.norm
         assert torch.equal(weight, norm.weight) and epsilon == norm.variance_epsilon
+
+
+def test_without_triton_norms_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a CPU: there are no layers that take them, and nothing may import Triton."""
+    monkeypatch.setitem(sys.modules, "mixquant.kernels.fused_triton", None)
+    layer = Layer(fp8=False, mlp=MLP)
+    assert follow_norms(layer, with_lora=False, ranks=1) == 0
+    layer.mlp.gate_up_proj = Linear(fp8=False)
+    assert follow_norms(layer, with_lora=False, ranks=1) == 0
 
 
 def test_batch_invariant_vllm_keeps_its_norms(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -121,20 +121,22 @@ def _join(activation: Any, layer: Any) -> bool:
 
 
 def _join_norm(norm: Any, layer: Any, behind: Any = None) -> bool:
-    from mixquant.kernels.fused_triton import why_not
-
     method = getattr(layer, "quant_method", None)
     if (
-        type(norm).__name__ != "RMSNorm"
+        not isinstance(method, PhaseLinearMethod)
+        or method.fp8 is None
+        or method.in_norm
+        or type(norm).__name__ != "RMSNorm"
         or getattr(norm, "_forward_method", None) is None  # of vLLM's versions that are known
         or not getattr(norm, "has_weight", False)
         or norm.variance_size_override is not None
         or norm.weight.dtype != torch.bfloat16
-        or not isinstance(method, PhaseLinearMethod)
-        or method.fp8 is None
-        or method.in_norm
-        or why_not("fp8", method.shape[1]) is not None
     ):
+        return False
+    # Not before: where there is no such layer, there may be no Triton.
+    from mixquant.kernels.fused_triton import why_not
+
+    if why_not("fp8", method.shape[1]) is not None:
         return False
     method.fp8.norm = norm.weight.data, norm.variance_epsilon
     method.in_norm = True
