@@ -76,11 +76,18 @@ def _rms_norm(x, residual, weight, total, eps, row, columns, K, stride_x):
 
 
 @triton.jit
-def _write_precise(values, precise, places, row, columns, K):
-    """A row of FP32 values, rounded once, if it has a place among the precise ones."""
-    place = tl.load(places + row).to(tl.int64)
-    if place >= 0:
-        tl.store(precise + place * K + columns, values.to(tl.bfloat16), columns < K)
+def _write(
+    values, codes, block_scales, scale, precise, places, row, columns, K, TILE: tl.constexpr
+):
+    """One row of FP32 values, zero beyond K, as `Codes` says; those with a place rounded once, too."""
+    if precise is not None:
+        place = tl.load(places + row).to(tl.int64)
+        if place >= 0:
+            tl.store(precise + place * K + columns, values.to(tl.bfloat16), columns < K)
+    if block_scales is None:
+        _write_fp8(values, codes, scale, row, columns, K)
+    else:
+        _write_nvfp4(values, codes, block_scales, scale, row, K, TILE)
 
 
 @triton.jit
@@ -91,12 +98,7 @@ def silu_and_mul_kernel(
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, TILE)
     values = _silu_and_mul(x, row, columns, K, stride_x)
-    if precise is not None:
-        _write_precise(values, precise, places, row, columns, K)
-    if block_scales is None:
-        _write_fp8(values, codes, scale, row, columns, K)
-    else:
-        _write_nvfp4(values, codes, block_scales, scale, row, K, TILE)
+    _write(values, codes, block_scales, scale, precise, places, row, columns, K, TILE)
 
 
 @triton.jit
@@ -119,12 +121,7 @@ def rms_norm_kernel(
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, TILE)
     values = _rms_norm(x, residual, weight, total, eps, row, columns, K, stride_x)
-    if precise is not None:
-        _write_precise(values, precise, places, row, columns, K)
-    if block_scales is None:
-        _write_fp8(values, codes, scale, row, columns, K)
-    else:
-        _write_nvfp4(values, codes, block_scales, scale, row, K, TILE)
+    _write(values, codes, block_scales, scale, precise, places, row, columns, K, TILE)
 
 
 @triton.jit
