@@ -1,87 +1,238 @@
-"""How far attention in FP8 is from attention in FP32, on random and on a real model's Q, K and V.
+"""How far FP8 attention is from attention in FP32, as serving calls it, on made-up and on real Q, K, V.
 
-    python benchmarks/attention_error.py --model smollm2 --tokens 4096 [--json FILE]
+    python benchmarks/attention_error.py [--keys 4096,32768,131072] [--model smollm2] [--json FILE]
+    python benchmarks/attention_error.py --show FILE
 
-Relative errors ‖out - exact‖ / ‖exact‖ of causal attention over a whole prompt, for each layer. On
-Hopper FP8 is what serving runs (fa3-fwd) and BF16 vLLM's FlashAttention; elsewhere both are emulated:
-Q, K, V and the probabilities rounded to E4M3 or BF16, sums in FP32.
+A chunk of a prompt attends to itself and to the keys before it, which lie in the pages of a cache. On
+Hopper this is what serving runs (Triton's kernels and fa3-fwd). Elsewhere it is emulated in PyTorch,
+with sums as Hopper's tensor cores make them: slow, so give `--keys 4096`. Columns: `error`, that of the
+output over the output's norm; `ideal`, the same of the same codes with FP32 sums; `of V`, the error's
+root mean square over that of V; `bf16`, `error` of vLLM's BF16 attention.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import statistics
+import shlex
+import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from pydoc_data.topics import topics
+from types import SimpleNamespace
 from typing import Any
 
+import attention_reference as reference
+import numpy as np
 import torch
 from torch import Tensor
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from mixquant import models
+from mixquant.engines.vllm import fp8_attention
+from mixquant.engines.vllm.attention_rows import Piece, runs_of
+from mixquant.engines.vllm.fp8_attention import Run, Shape, attend
 
 ON_HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-ROWS = 256  # whose scores are in memory at a time
+PAGE = 16
+SEGMENTS = 1024  # tokens of a drifting mean
 
 
-def in_e4m3(x: Tensor) -> Tensor:
-    return x.float().clamp(-448, 448).to(torch.float8_e4m3fn).float()
+@dataclass(frozen=True)
+class Inputs:
+    """One layer's attention in one pass: sequences, each with all of its keys and its last queries."""
+
+    q: list[Tensor]  # [rows, heads, size] BF16 each
+    k: list[Tensor]  # [keys, kv_heads, size] BF16
+    v: list[Tensor]
+    scale: float
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, rounded: Any = None) -> Tensor:
-    """Causal attention of ``[tokens, heads, size]`` in FP32, its operands rounded first if asked."""
-    rounded = rounded or (lambda x: x.float())
-    groups = q.shape[1] // k.shape[1]
-    q, k, v = (rounded(x).transpose(0, 1) for x in (q, k, v))
-    k, v = (x.repeat_interleave(groups, dim=0) for x in (k, v))
-    out = torch.empty_like(q)
-    for start in range(0, q.shape[1], ROWS):
-        stop = min(start + ROWS, q.shape[1])
-        scores = q[:, start:stop] @ k[:, :stop].transpose(1, 2) * scale
-        later = torch.arange(stop) > torch.arange(start, stop)[:, None]
-        scores.masked_fill_(later.to(q.device), -torch.inf)
-        weights = (scores - scores.amax(-1, keepdim=True)).exp()
-        out[:, start:stop] = rounded(weights) @ v[:, :stop] / weights.sum(-1, keepdim=True)
-    return out.transpose(0, 1)
+def no_mean(keys: int, heads: int, size: int) -> Tensor:
+    return torch.zeros(1, heads, size)
 
 
-def errors(q: Tensor, k: Tensor, v: Tensor, scale: float) -> dict[str, float]:
-    """Relative errors of BF16 and FP8 attention of BF16 ``[tokens, heads, size]``."""
-    exact = attention(q, k, v, scale)
-    if ON_HOPPER:
-        from vllm.vllm_flash_attn import flash_attn_varlen_func
-
-        from mixquant.engines.vllm.attention import flash_attention
-
-        ends = torch.tensor([0, len(q)], device=q.device, dtype=torch.int32)
-        lengths = {"max_seqlen_q": len(q), "max_seqlen_k": len(q)}
-        lengths |= {"cu_seqlens_q": ends, "cu_seqlens_k": ends}
-        options = {"softmax_scale": scale, "causal": True, "fa_version": 3}
-        bf16 = flash_attn_varlen_func(q, k, v, **lengths, **options)
-        fp8 = torch.full_like(q, torch.nan)
-        codes = [in_e4m3(x).to(torch.float8_e4m3fn)[None] for x in (q, k, v)]
-        flash_attention(*codes, scale, fp8[None])
-    else:
-        bf16 = attention(q, k, v, scale, lambda x: x.bfloat16().float())
-        fp8 = attention(q, k, v, scale, in_e4m3)
-    return {
-        name: ((out.float() - exact).norm() / exact.norm()).item()
-        for name, out in (("bf16", bf16), ("fp8", fp8))
-    }
+def constant(deviations: float) -> Any:
+    return lambda keys, heads, size: deviations * torch.randn(1, heads, size)
 
 
-def layers_of(name: str, tokens: int) -> Iterator[tuple[Tensor, Tensor, Tensor, float]]:
-    """Q, K, V ``[tokens, heads, size]`` and the scale of each layer, reading Python's documentation."""
-    found: list[tuple[Tensor, Tensor, Tensor, float]] = []
+def drifting(keys: int, heads: int, size: int) -> Tensor:
+    means = torch.randn(-(-keys // SEGMENTS), heads, size)
+    return means.repeat_interleave(SEGMENTS, 0)[:keys]
+
+
+def two_halves(keys: int, heads: int, size: int) -> Tensor:
+    return torch.where(torch.arange(keys) < 0.45 * keys, 1.0, -1.0)[:, None, None].expand(
+        keys, heads, size
+    )
+
+
+def walking(keys: int, heads: int, size: int) -> Tensor:
+    return (torch.randn(keys, heads, size) * 2 * keys**-0.5).cumsum(0)
+
+
+# The mean of V, in standard deviations, along a prompt.
+MEANS = {
+    "no mean": no_mean,
+    "mean 0.2": constant(0.2),
+    "mean 1": constant(1.0),
+    "another mean each 1,024 keys": drifting,
+    "1, then -1": two_halves,
+    "random walk": walking,
+}
+SINKS = {f"mean 1, sink {nats} nats above": nats for nats in (8, 11, 14)}
+CASES = [*MEANS, *SINKS, "mean 1, scores nearly equal", "mean 1, outliers in Q and K"]
+
+
+def made_up(
+    case: str,
+    sequences: list[tuple[int, int]],
+    heads: int,
+    kv_heads: int,
+    size: int,
+    sink: int = 0,
+) -> Inputs:
+    """Random Q, K and V.
+
+    Args:
+        case: one of `CASES`.
+        sequences: how many rows, and keys, of each.
+        sink: the key that is one, in cases that have one.
+    """
+    means = MEANS.get(case, MEANS["mean 1"])
+    inputs = Inputs([], [], [], size**-0.5)
+    for rows, keys in sequences:
+        q = torch.randn(rows, heads, size)
+        k = torch.randn(keys, kv_heads, size)
+        v = torch.randn(keys, kv_heads, size) + means(keys, kv_heads, size)
+        if case in SINKS:
+            # All queries have a part in one direction, and one key is all in that direction.
+            direction = torch.nn.functional.normalize(torch.randn(size), dim=0)
+            q += 2 * size**0.5 * direction
+            k -= (k @ direction)[..., None] * direction
+            k[sink] = SINKS[case] / 2 * direction
+            v[sink] *= 0.02  # as of real ones
+        if case.endswith("nearly equal"):
+            q *= 0.1
+        if case.endswith("outliers in Q and K"):
+            k[..., :2] *= 4
+            q[..., :2] *= 4
+        inputs.q.append(q.bfloat16().to(DEVICE))
+        inputs.k.append(k.bfloat16().to(DEVICE))
+        inputs.v.append(v.bfloat16().to(DEVICE))
+    return inputs
+
+
+def served(inputs: Inputs) -> list[Tensor]:
+    """FP8 attention of each sequence's queries, out of pages in disorder, as serving computes it."""
+    lengths = [len(k) for k in inputs.k]
+    (kv_heads, size), heads = inputs.k[0].shape[1:], inputs.q[0].shape[1]
+    width = -(-max(lengths) // PAGE)
+    table = torch.randperm(len(lengths) * width + 3)[: len(lengths) * width]
+    table = table.view(len(lengths), width).to(DEVICE, torch.int32)
+    cache = torch.full(
+        (len(lengths) * width + 3, kv_heads, PAGE, 2 * size), torch.nan, device=DEVICE
+    ).bfloat16()
+    keys, values = cache.transpose(1, 2).split(size, -1)  # as vLLM has it from 0.26 on
+    for row, k, v in zip(table, inputs.k, inputs.v, strict=True):
+        at = torch.arange(len(k), device=DEVICE)
+        keys[row[at // PAGE].long(), at % PAGE] = k
+        values[row[at // PAGE].long(), at % PAGE] = v
+
+    query = torch.cat(inputs.q)
+    counts = [len(q) for q in inputs.q]
+    ends = np.cumsum(counts)
+    pieces = [
+        Piece(number, int(end) - count, int(end), keys_)
+        for number, (end, count, keys_) in enumerate(zip(ends, counts, lengths, strict=True))
+    ]
+    output = torch.full_like(query, torch.nan)
+    shape = Shape(heads, kv_heads, size, inputs.scale)
+    for run in runs_of(pieces, SimpleNamespace(row_counts=np.array(counts))):
+        attend(shape, Run(run, query.device), query, keys, values, table, output)
+    return list(output.split(counts))
+
+
+@contextmanager
+def with_sums(flash_attention: Any) -> Iterator[None]:
+    """Codes are multiplied by this in place of FlashAttention-3."""
+    before, fp8_attention.flash_attention = fp8_attention.flash_attention, flash_attention
+    try:
+        yield
+    finally:
+        fp8_attention.flash_attention = before
+
+
+@contextmanager
+def emulated() -> Iterator[None]:
+    """The kernels are those of the reference, and sums those of Hopper."""
+    before, fp8_attention._kernels = fp8_attention._kernels, lambda: reference
+    try:
+        with with_sums(reference.summed_on_hopper):
+            yield
+    finally:
+        fp8_attention._kernels = before
+
+
+def errors(inputs: Inputs, with_bf16: bool = False) -> dict[str, float]:
+    """`error`, `ideal` and `of_v`, as the head of this file says; of all sequences together."""
+    exact = [
+        reference.exact(q, k, v, inputs.scale)
+        for q, k, v in zip(inputs.q, inputs.k, inputs.v, strict=True)
+    ]
+    wanted = torch.cat(exact)
+
+    def of(found: list[Tensor]) -> float:
+        return ((torch.cat(found).float() - wanted).norm() / wanted.norm()).item()
+
+    error = of(served(inputs))
+    with with_sums(reference.summed_exactly):
+        ideal = of(served(inputs))
+    v = torch.cat(inputs.v).float()
+    of_v = error * (wanted.pow(2).mean().sqrt() / v.pow(2).mean().sqrt()).item()
+    found = {"error": error, "ideal": ideal, "of_v": of_v}
+    if with_bf16:
+        found["bf16"] = of([bf16(*one) for one in zip(inputs.q, inputs.k, inputs.v, strict=True)])
+    return found
+
+
+def bf16(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """vLLM's own attention."""
+    from vllm.vllm_flash_attn import flash_attn_varlen_func
+
+    rows, keys = (torch.tensor([0, len(x)], device=q.device, dtype=torch.int32) for x in (q, k))
+    return flash_attn_varlen_func(  # type: ignore[no-any-return]
+        q,
+        k,
+        v,
+        max_seqlen_q=len(q),
+        max_seqlen_k=len(k),
+        cu_seqlens_q=rows,
+        cu_seqlens_k=keys,
+        softmax_scale=q.shape[-1] ** -0.5,
+        causal=True,
+        fa_version=3,
+    )
+
+
+def within_bounds(found: dict[str, float]) -> bool:
+    """Whether the kernels add no more than half of what the codes cost, or 0.002 of V."""
+    return found["error"] <= 1.5 * found["ideal"] or found["of_v"] <= 0.002
+
+
+def layers_of(name: str, tokens: int) -> Iterator[Inputs]:
+    """What each layer attends to of a model that reads Python's documentation, in one chunk."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    from mixquant import models
+
+    found: list[Inputs] = []
 
     def watched(module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, **more: Any) -> Any:
         q, k, v = (x[0].transpose(0, 1).contiguous() for x in (q, k, v))
-        found.append((q, k, v, more["scaling"]))
-        return attention(q, k, v, more["scaling"]).to(q.dtype)[None], None
+        found.append(Inputs([q], [k], [v], more["scaling"]))
+        return reference.exact(q, k, v, more["scaling"]).to(q.dtype)[None], None
 
     ALL_ATTENTION_FUNCTIONS.register("watched", watched)
     checkpoint = models.find(name, print)
@@ -93,26 +244,71 @@ def layers_of(name: str, tokens: int) -> Iterator[tuple[Tensor, Tensor, Tensor, 
     return iter(found)
 
 
+def table(rows: list[dict[str, Any]]) -> str:
+    """One line for a case and a head size, one column for a length."""
+    lengths = sorted({row["keys"] for row in rows})
+    lines = [
+        "| V | heads | " + " | ".join(f"{keys} keys" for keys in lengths) + " |",
+        "| --- " * (2 + len(lengths)) + "|",
+    ]
+    for key in dict.fromkeys((r["v"], r["heads"], r["kv_heads"], r["head_size"]) for r in rows):
+        v, heads, kv_heads, size = key
+        cells = []
+        for keys in lengths:
+            of = [
+                row
+                for row in rows
+                if (row["v"], row["heads"], row["kv_heads"], row["head_size"]) == key
+                and row["keys"] == keys
+            ]
+            cells.append(
+                f"{of[0]['error']:.4f} ({of[0]['ideal']:.4f}; {of[0]['of_v']:.4f})" if of else ""
+            )
+        lines.append(f"| {v} | {heads} over {kv_heads} of {size} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="smollm2")
-    parser.add_argument("--tokens", type=int, default=4096)
+    parser.add_argument("--keys", default="4096,32768,131072")
+    parser.add_argument("--rows", type=int, default=128, help="queries at the end of the keys")
+    parser.add_argument("--sizes", default="128", help="of a head")
+    parser.add_argument("--model", help="also a real model's, such as smollm2")
+    parser.add_argument("--tokens", default="6144", help="which the model reads")
     parser.add_argument("--json", type=Path, help="where the results go")
+    parser.add_argument("--show", type=Path, metavar="FILE", help="print a --json file's table")
     options = parser.parse_args()
+    if options.show:
+        print(table(json.loads(options.show.read_text())["rows"]))
+        return
     torch.manual_seed(0)
-    random = [torch.randn(options.tokens, n, 128, device=DEVICE).bfloat16() for n in (32, 8, 8)]
-    rows = {"random": [errors(*random, 128**-0.5)]}  # type: ignore[arg-type]
-    rows[options.model] = [errors(*layer) for layer in layers_of(options.model, options.tokens)]
-    how = "fa3-fwd and vLLM's FlashAttention" if ON_HOPPER else "emulated"
-    print(f"{options.tokens} tokens, {how}\n\n| Q, K, V | | lowest | median | highest |")
-    print("| --- | --- | --- | --- | --- |")
-    for name, layers in rows.items():
-        for fmt in ("bf16", "fp8"):
-            of = [layer[fmt] for layer in layers]
-            cells = " | ".join(f"{x:.4f}" for x in (min(of), statistics.median(of), max(of)))
-            print(f"| {name} | {fmt} | {cells} |")
+    rows: list[dict[str, Any]] = []
+
+    def record(v: str, inputs: Inputs) -> None:
+        heads, size = inputs.q[0].shape[1:]
+        kv_heads = inputs.k[0].shape[1]
+        what = {"v": v, "keys": len(inputs.k[0]), "rows": len(inputs.q[0]), "heads": heads}
+        what |= {"kv_heads": kv_heads, "head_size": size}
+        found = {name: round(x, 6) for name, x in errors(inputs, ON_HOPPER).items()}
+        rows.append({**what, **found})
+        print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
+
+    heads = (8, 2) if ON_HOPPER else (2, 1)
+    with emulated() if not ON_HOPPER else with_sums(fp8_attention.flash_attention):
+        for size in map(int, options.sizes.split(",")):
+            for keys in map(int, options.keys.split(",")):
+                for case in CASES:
+                    record(case, made_up(case, [(min(options.rows, keys), keys)], *heads, size))
+        for tokens in map(int, options.tokens.split(",")) if options.model else ():
+            for number, layer in enumerate(layers_of(options.model, tokens)):
+                record(f"{options.model}, layer {number}", layer)
+    print(table(rows))
     if options.json:
-        options.json.write_text(json.dumps({"tokens": options.tokens, "how": how, **rows}) + "\n")
+        command = shlex.join(["python", *sys.argv]).replace(str(options.json), options.json.name)
+        how = torch.cuda.get_device_name() if ON_HOPPER else "emulated"
+        options.json.write_text(
+            json.dumps({"command": command, "device": how, "rows": rows}, indent=1) + "\n"
+        )
 
 
 if __name__ == "__main__":

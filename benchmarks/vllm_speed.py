@@ -56,7 +56,7 @@ CROWD_TOKENS = 4096
 
 
 @torch.no_grad()
-def fill(tensor: torch.Tensor, *_: float) -> None:
+def fill(tensor: torch.Tensor, *_: float, **__: str) -> None:
     """Random weights that keep the size of what they multiply; norms' are 1."""
     if tensor.is_meta or not tensor.is_floating_point():
         return

@@ -18,12 +18,9 @@ from vllm_engines import require_vllm
 require_vllm()
 
 from mixquant.engines.vllm import attention  # noqa: E402
-from mixquant.engines.vllm.attention import (  # noqa: E402
-    PrefillAttention,
-    follow_attention,
-    pieces_of,
-    runs_of,
-)
+from mixquant.engines.vllm.attention import PrefillAttention, follow_attention, is_plain  # noqa: E402
+from mixquant.engines.vllm.attention_rows import pieces_of, runs_of, worth  # noqa: E402
+from mixquant.engines.vllm.fp8_attention import Run, Shape  # noqa: E402
 from mixquant.engines.vllm.passes import Batch  # noqa: E402
 from mixquant.phase import Thresholds, in_force, plan_pass  # noqa: E402
 from mixquant.recipe import Recipe  # noqa: E402
@@ -64,46 +61,78 @@ thresholds = st.builds(
 
 
 @given(batches(), thresholds, st.integers(0, 40))
-def test_pieces_are_the_quantized_rows_of_long_prompts(
+def test_pieces_are_the_quantized_rows_that_are_worth_it(
     batch: Batch, numbers: Thresholds, least: int
 ) -> None:
     plan = plan_of(batch, numbers)
+    asked = []
+
+    def worth_it(rows: int, keys: int) -> bool:
+        asked.append((rows, keys))
+        return keys >= least
+
     found = {}
-    for piece in pieces_of(plan, batch, least):
+    for piece in pieces_of(plan, batch, worth_it):
+        assert (piece.stop - piece.start, piece.keys) in asked
         for row in range(piece.start, piece.stop):
             found[row] = (piece.sequence, piece.keys - (piece.stop - row) + 1)
     expected, row = {}, 0
     for sequence, (first, count, prompt) in enumerate(
         zip(batch.first_positions, batch.row_counts, batch.prompt_lengths, strict=True)
     ):
-        for position in range(first, first + count):
-            quantized = any(start <= row < stop for start, stop in plan.quantized)
-            if quantized and prompt >= least:
-                expected[row] = (sequence, position + 1)
-            row += 1
+        its = [
+            (row + n, first + n)
+            for n in range(count)
+            if first + n < prompt and any(start <= row + n < stop for start, stop in plan.quantized)
+        ]
+        if its and its[-1][1] + 1 >= least:
+            expected |= {at: (sequence, position + 1) for at, position in its}
+        row += count
     assert found == expected
 
 
-@given(batches(), thresholds, st.integers(0, 40), st.integers(0, 120))
+@given(batches(), thresholds, st.integers(1, 8), st.integers(0, 120))
 def test_runs_are_pieces_of_sequences_that_follow_each_other(
-    batch: Batch, numbers: Thresholds, least: int, most: int
+    batch: Batch, numbers: Thresholds, most_rows: int, most: int
 ) -> None:
-    pieces = pieces_of(plan_of(batch, numbers), batch, least)
-    runs = runs_of(pieces, batch, most)
-    assert [piece.sequence for run in runs for piece in run] == [p.sequence for p in pieces]
+    pieces = pieces_of(plan_of(batch, numbers), batch, lambda rows, keys: keys > 5)
+    runs = runs_of(pieces, batch, most_rows, most)
     ends = np.cumsum(batch.row_counts)
+    of_pieces = {
+        row: (p.sequence, p.keys - p.stop) for p in pieces for row in range(p.start, p.stop)
+    }
+    rows = []
     for run in runs:
         assert len(run) == 1 or sum(piece.keys for piece in run) <= most
         for piece, following in pairwise(run):
             assert piece.stop == following.start == ends[piece.sequence]
             assert following.sequence == piece.sequence + 1
-    for was, piece in zip(pieces, (piece for run in runs for piece in run), strict=True):
-        assert piece.start <= was.start and was.stop <= piece.stop
-        assert piece.keys - piece.stop == was.keys - was.stop  # positions are as they were
-    for run, following in pairwise(runs):
-        last, first = run[-1], following[0]
-        longer = [ends[last.sequence] - last.stop, *(one.keys for one in run), first.keys]
-        assert first.sequence > last.sequence + 1 or sum(longer) > most
+        for piece in run:
+            assert len(run) > 1 or piece.stop - piece.start <= most_rows
+            for row in range(piece.start, piece.stop):
+                # Positions are as they were; others' rows stand between pieces.
+                if of_pieces.get(row, (piece.sequence,))[0] == piece.sequence:
+                    rows.append(row)
+                    assert of_pieces.get(row, (0, piece.keys - piece.stop))[1] == (
+                        piece.keys - piece.stop
+                    )
+    assert set(of_pieces) <= set(rows) and rows == sorted(set(rows))
+
+
+def test_fp8_is_worth_it_by_work() -> None:
+    """As benchmarks/attention_crossover.py measured it on an H100, of 32 heads over 8."""
+    for rows, keys, wanted in [
+        (128, 100_000, False),
+        (512, 2048, False),
+        (512, 100_000, False),
+        (2048, 2048, False),
+        (2048, 100_000, True),
+        (8192, 8192, True),
+        (8192, 131_072, True),
+    ]:
+        assert worth(rows, keys, 32, 8) is wanted, (rows, keys)
+    # The more queries share a key, the sooner.
+    assert worth(1024, 50_000, 64, 4) and not worth(1024, 50_000, 8, 8)
 
 
 # --- against attention row by row ---------------------------------------------------------------------
@@ -145,7 +174,7 @@ class Implementation:
         if metadata is None:
             return output.fill_(0)
         self.asked.append(metadata)
-        keys, values = attention.keys_and_values(kv_cache, SIZE)
+        keys, values = attention.versions.keys_and_values(kv_cache, SIZE)
         starts, lengths = metadata.query_start_loc.tolist(), metadata.seq_lens.tolist()
         assert starts[-1] == metadata.num_actual_tokens
         assert metadata.max_seq_len >= max(lengths)
@@ -174,45 +203,39 @@ def rounded(x: Tensor) -> Tensor:
     return x.float().clamp(-448, 448).to(torch.float8_e4m3fn).to(torch.bfloat16)
 
 
+LEAST_KEYS = 6
+
+
 @pytest.fixture(autouse=True)
 def _on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Stand-ins for the kernels, which take the same arguments."""
-    from mixquant.kernels import fp8_triton
+    """A stand-in for FP8 attention, which takes the same arguments; its numbers: test_fp8_attention."""
 
-    def encode(x: Tensor, out: Tensor) -> None:
-        out.copy_(x.float().clamp(-448, 448).to(out.dtype))
-
-    def gather(keys: Tensor, values: Tensor, pages: Tensor, k: Tensor, v: Tensor) -> None:
-        assert keys.stride() == values.stride() and len(k) == len(v)
-        positions = torch.arange(len(k))
-        for cache, out in ((keys, k), (values, v)):
-            encode(cache[pages[positions // PAGE].long(), positions % PAGE], out)
-
-    def flash(
-        q: Tensor, k: Tensor, v: Tensor, softmax_scale: float, out: Tensor, bounds: Any
+    def attend_in_fp8(
+        shape: Shape,
+        run: Run,
+        query: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        table: Tensor,
+        output: Tensor,
     ) -> None:
-        assert softmax_scale == SCALE
-        assert q.is_contiguous() and k.is_contiguous() and v.is_contiguous()
-        rows, keys = [0, q.shape[1]], [0, k.shape[1]]
-        if bounds is not None:
-            rows, keys = bounds.rows.tolist(), bounds.keys.tolist()
-            assert bounds.most_rows == max(b - a for a, b in pairwise(rows))
-            assert bounds.most_keys == max(b - a for a, b in pairwise(keys))
-        assert rows[-1] == q.shape[1] and keys[-1] == k.shape[1]
-        for (first, last), (begin, end) in zip(pairwise(rows), pairwise(keys), strict=True):
-            for row in range(first, last):
-                until = end - (last - 1 - row)
-                k_of, v_of = (codes[0, begin:until].float() for codes in (k, v))
-                out[0, row] = attend(q[0, row].float(), k_of, v_of)
+        assert (shape.heads, shape.kv_heads, shape.size, shape.scale) == (
+            *(HEADS, KV_HEADS, SIZE),
+            SCALE,
+        )
+        for sequence, start, count, until in run.sequences.tolist():
+            positions = torch.arange(until)
+            pages = table[sequence][positions // PAGE].long()
+            k, v = (rounded(cache[pages, positions % PAGE]) for cache in (keys, values))
+            for row in range(count):
+                end = until - count + row + 1
+                at = run.start + start + row
+                output[at] = attend(rounded(query[at]), k[:end], v[:end])
 
-    monkeypatch.setattr(fp8_triton, "encode", encode)
-    monkeypatch.setattr(fp8_triton, "gather", gather)
-    monkeypatch.setattr(attention, "flash_attention", flash)
-    monkeypatch.setattr(attention, "LEAST_PROMPT", 5)
-    pieces = attention.pieces_of
-    monkeypatch.setattr(attention, "pieces_of", lambda plan, batch: pieces(plan, batch, 5))
+    monkeypatch.setattr(attention, "attend", attend_in_fp8)
+    monkeypatch.setattr(PrefillAttention, "_worth", lambda self, rows, keys: keys >= LEAST_KEYS)
     runs = attention.runs_of
-    monkeypatch.setattr(attention, "runs_of", lambda pieces, batch: runs(pieces, batch, 60))
+    monkeypatch.setattr(attention, "runs_of", lambda pieces, batch: runs(pieces, batch, 7, 60))
 
 
 def pass_of(batch: Batch, layout: str, seed: int) -> tuple[Tensor, Tensor, Metadata]:
@@ -247,7 +270,7 @@ def test_each_row_attends_in_its_precision(
     query, cache, metadata = pass_of(batch, layout, seed)
     plan = plan_of(batch, numbers)
     implementation = Implementation()
-    ours = PrefillAttention(implementation.forward, implementation)
+    ours = PrefillAttention(implementation.forward, implementation, False)
     output = torch.full_like(query, float("nan"))
     with in_force(plan):
         for _ in range(2):  # as two layers do, which share the plan
@@ -255,7 +278,7 @@ def test_each_row_attends_in_its_precision(
 
     reference = Implementation()
     precise = reference.forward(None, query, query, query, cache, metadata, torch.empty_like(query))
-    keys, values = attention.keys_and_values(cache, SIZE)
+    keys, values = attention.versions.keys_and_values(cache, SIZE)
     quantized = reference.forward(
         None,
         rounded(query),
@@ -265,7 +288,8 @@ def test_each_row_attends_in_its_precision(
         metadata,
         torch.empty_like(query),
     )
-    in_fp8 = {row for p in attention.pieces_of(plan, batch) for row in range(p.start, p.stop)}
+    pieces = pieces_of(plan, batch, lambda rows, keys: keys >= LEAST_KEYS)
+    in_fp8 = {row for piece in pieces for row in range(piece.start, piece.stop)}
     for row in range(len(query)):
         assert torch.equal(output[row], (quantized if row in in_fp8 else precise)[row]), row
     rest = len(query) - len(in_fp8)
@@ -274,7 +298,23 @@ def test_each_row_attends_in_its_precision(
     assert metadata.num_actual_tokens == len(query)
 
 
-@pytest.mark.parametrize("case", ["no plan", "cascade", "not causal", "no metadata", "no batch"])
+STRANGE: dict[str, Any] = {
+    "cascade": {"use_cascade": True},
+    "per-sequence causal": {"causal": torch.ones(1)},
+    "not causal": {"causal": False},
+    "sliding window": {"sliding_window": (15, 0)},
+    "ranges that see each other": {"mm_prefix_query_range_tensor": torch.zeros(20, 2)},
+    "window after a prefix": {"rswa_window": 64},
+    "virtual batches": {"make_virtual_batches_block_table": lambda table: table},
+    "fewer rows, for sharing keys": {"logits_indices_padded": torch.zeros(1)},
+    "something new": {"something_new": "on"},
+    "another pass's rows": {"num_actual_tokens": 19},
+    "more sequences": {"block_table": torch.zeros(2, 5, dtype=torch.int32)},
+    "more lengths": {"query_start_loc": torch.tensor([0, 10, 20], dtype=torch.int32)},
+}
+
+
+@pytest.mark.parametrize("case", ["no plan", "no metadata", "no batch", "fewer queries", *STRANGE])
 def test_everything_else_is_vllms_own(case: str) -> None:
     batch = batch_of([(0, 20, 20)])
     query, cache, metadata = pass_of(batch, "0.26", 0)
@@ -282,22 +322,43 @@ def test_everything_else_is_vllms_own(case: str) -> None:
     given: Any = metadata
     if case == "no plan":
         plan = None
-    elif case == "cascade":
-        metadata.use_cascade = True
-    elif case == "not causal":
-        metadata.causal = torch.ones(1)
     elif case == "no metadata":
         given = None
-    else:
+    elif case == "no batch":
         plan.memo.clear()
+    elif case == "fewer queries":
+        query = query[:5]  # as of layers that share another's keys, where only last rows are wanted
+        metadata.num_actual_tokens = 5
+        metadata.query_start_loc = torch.tensor([0, 5], dtype=torch.int32)
+        metadata.max_query_len = 5
+    for name, value in STRANGE.get(case, {}).items():
+        setattr(metadata, name, value)
+    asked = []
     implementation = Implementation()
-    ours = PrefillAttention(implementation.forward, implementation)
+
+    def forward(*arguments: Any) -> Tensor:
+        asked.append(arguments)
+        return arguments[6]
+
+    ours = PrefillAttention(forward, implementation, False)
     output = torch.empty_like(query)
     with in_force(plan):
-        ours(None, query, query, query, cache, given, output)
-    wanted = torch.empty_like(query)
-    Implementation().forward(None, query, query, query, cache, given, wanted)
-    assert torch.equal(output, wanted)
+        assert ours(None, query, query, query, cache, given, output) is output
+    (arguments,) = asked
+    assert arguments[1] is query and arguments[5] is given
+
+
+def test_plain_metadata_may_say_what_changes_nothing() -> None:
+    batch = batch_of([(0, 20, 20)])
+    _, _, metadata = pass_of(batch, "0.26", 0)
+    for name, value in [
+        *[("sliding_window", (-1, -1)), ("max_dcp_context_kv_len", 0), ("rswa_window", None)],
+        *[("use_cascade", False), ("num_decode_reqs", 0), ("max_num_splits", 4)],
+    ]:
+        setattr(metadata, name, value)
+    assert is_plain(metadata, batch, 20)
+    metadata.num_actual_tokens = 24  # with padding
+    assert is_plain(metadata, batch, 24) and not is_plain(metadata, batch, 23)
 
 
 # --- which layers -------------------------------------------------------------------------------------
@@ -314,16 +375,29 @@ def flash_implementation(**changes: Any) -> Any:
         "dcp_world_size": 1,
         "num_heads": 8,
         "num_kv_heads": 2,
+        "scale": 0.1,
     }
     one = type("FlashAttentionImpl", (), {})()
     one.__dict__.update(values | changes)
     return one
 
 
+class Plain:
+    """Stands for vLLM's `Attention`."""
+
+
+class ChunkedLocal(Plain):
+    """Stands for a layer that derives from it, whose metadata are of virtual sequences."""
+
+
+PLAIN = Plain()
+
+
 @pytest.fixture
 def _hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     found = SimpleNamespace()
     monkeypatch.setattr(attention.importlib.util, "find_spec", lambda name: found)
+    monkeypatch.setattr(attention.versions, "attention_layer_class", lambda: Plain)
 
 
 @pytest.mark.usefixtures("_hopper")
@@ -339,10 +413,11 @@ def _hopper(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"logits_soft_cap": 30.0}, "capped"),
         ({"sinks": torch.ones(2)}, "sinks"),
         ({"dcp_world_size": 2}, "context parallelism"),
+        ({"attn_type": "encoder_only"}, "decoder"),
     ],
 )
 def test_layers_that_stay_bf16_say_why(changes: dict[str, Any], word: str | None) -> None:
-    why = attention.why_not(flash_implementation(**changes), torch.bfloat16, (9, 0))
+    why = attention.why_not(PLAIN, flash_implementation(**changes), torch.bfloat16, (9, 0))
     assert why is None if word is None else word in str(why)
 
 
@@ -350,13 +425,27 @@ def test_layers_that_stay_bf16_say_why(changes: dict[str, Any], word: str | None
 def test_other_machines_stay_bf16() -> None:
     one = flash_implementation()
     for capability in (None, (8, 9), (10, 0), (12, 0)):
-        assert "9.0" in str(attention.why_not(one, torch.bfloat16, capability))
-    assert "BF16" in str(attention.why_not(one, torch.float16, (9, 0)))
-    assert "Mla" in str(attention.why_not(type("MlaImpl", (), {})(), torch.bfloat16, (9, 0)))
+        assert "9.0" in str(attention.why_not(PLAIN, one, torch.bfloat16, capability))
+    assert "BF16" in str(attention.why_not(PLAIN, one, torch.float16, (9, 0)))
+    other = type("MlaImpl", (), {})()
+    assert "MlaImpl" in str(attention.why_not(PLAIN, other, torch.bfloat16, (9, 0)))
+    assert "ChunkedLocal" in str(attention.why_not(ChunkedLocal(), one, torch.bfloat16, (9, 0)))
+
+
+def test_vllms_other_attention_layers_derive_from_the_plain_one() -> None:
+    """So that a look at the class tells them apart."""
+    from vllm.model_executor.layers import attention as layers
+
+    plain = attention.versions.attention_layer_class()
+    assert plain.__name__ == "Attention"
+    assert issubclass(layers.ChunkedLocalAttention, plain) and plain is not (
+        layers.ChunkedLocalAttention
+    )
 
 
 def test_a_missing_package_is_named() -> None:
-    assert "fa3-fwd" in str(attention.why_not(flash_implementation(), torch.bfloat16, (9, 0)))
+    one = flash_implementation()
+    assert "fa3-fwd" in str(attention.why_not(PLAIN, one, torch.bfloat16, (9, 0)))
 
 
 def test_what_a_model_does_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -372,6 +461,7 @@ def test_what_a_model_does_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
 
         def get_kv_cache_spec(self, vllm_config: Any) -> Any: ...
 
+    monkeypatch.setattr(attention.versions, "attention_layer_class", lambda: Layer)
     monkeypatch.setattr(attention.importlib.util, "find_spec", lambda name: SimpleNamespace())
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
@@ -383,9 +473,10 @@ def test_what_a_model_does_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
             said
             == "FP8 in 2 layers, BF16 in 1 layers (head size 80; expected one of (64, 128, 256))"
         )
-    assert one is model[2].impl.forward
-    q, k, v = one.codes(7, 100, torch.device("cpu"))
-    assert (q.shape, k.shape, v.shape) == ((7, 8, 128), (100, 2, 128), (100, 2, 128))
+    assert one in (model[0].impl.forward, model[2].impl.forward)
+    room = one.room(700, 100_000, torch.device("cpu"))
+    assert (room.q.shape, room.k.shape) == ((700, 8, 128), (100_000, 2, 128))
+    assert room.partial.shape == (2, 700, 8, 128)
     assert isinstance(model[0].impl.forward, PrefillAttention)
     assert not isinstance(model[0].impl.forward._forward, PrefillAttention)
     assert not isinstance(model[1].impl.forward, PrefillAttention)

@@ -1,108 +1,36 @@
-"""Prefill attention in FP8, over vLLM's BF16 KV cache.
+"""Which attention layers of vLLM attend in FP8, and which rows of a pass, over vLLM's BF16 KV cache.
 
-Attention is most of a long prompt's prefill. For the quantized rows of prompts that are long enough,
-queries, keys and values are encoded in E4M3 on the fly and multiplied by FlashAttention-3 (the wheel
-``fa3-fwd``), which writes BF16. All other rows, decode rows among them, keep vLLM's own BF16 kernel. The
-cache stays as it is.
-
-Codes have no scale, so no row depends on later tokens; and whether a row's attention is FP8 depends on
-the length of its prompt and the plan alone.
+Attention is most of a long prompt's prefill. Where it pays, the quantized rows of a pass attend in FP8
+(`mixquant.engines.vllm.fp8_attention`). All other rows, decode rows among them, keep vLLM's own BF16
+kernel, and the cache stays as it is.
 """
 
 from __future__ import annotations
 
 import copy
+import functools
 import importlib.util
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from itertools import accumulate, pairwise
+from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from mixquant.engines.vllm.versions import keys_and_values
+from mixquant.engines.vllm import versions
+from mixquant.engines.vllm.attention_rows import (
+    PRECISE_KEYS,
+    Piece,
+    pieces_of,
+    runs_of,
+    worth,
+)
+from mixquant.engines.vllm.fp8_attention import HEAD_SIZES, Room, Run, Shape, attend, integers
+from mixquant.engines.vllm.log import logger
 from mixquant.phase import PhasePlan, plan_in_force
 from mixquant.recipe import Recipe
-
-# In tokens. With fewer, BF16 takes no longer: encoding and more launches cost what FP8 gains.
-LEAST_PROMPT = 4096
-
-HEAD_SIZES = (64, 128, 256)
-
-# Of sequences that are attended to at once, at the most; a longer one stands alone.
-KEYS_TOGETHER = 32768
-
-
-@dataclass(frozen=True)
-class Piece:
-    """Consecutive rows of one sequence, whose attention is FP8."""
-
-    sequence: int
-    start: int  # row of the pass
-    stop: int
-    keys: int  # of the last of them: its position + 1
-
-
-def pieces_of(plan: PhasePlan, batch: Any, least_prompt: int = LEAST_PROMPT) -> list[Piece]:
-    """The rows of a pass whose attention is FP8: quantized ones of prompts from a length on.
-
-    Args:
-        batch: with arrays ``first_positions``, ``row_counts`` and ``prompt_lengths``
-            ``[sequences]``, in row order.
-    """
-    pieces = []
-    row = 0
-    for sequence, (first, count, prompt) in enumerate(
-        zip(
-            batch.first_positions.tolist(),
-            batch.row_counts.tolist(),
-            batch.prompt_lengths.tolist(),
-            strict=True,
-        )
-    ):
-        for start, stop in plan.quantized if prompt >= least_prompt else ():
-            # Decode rows are quantized, too, where everything is.
-            low, high = max(start, row), min(stop, row + count, row + prompt - first)
-            if low < high:
-                pieces.append(Piece(sequence, low, high, first + high - row))
-        row += count
-    return pieces
-
-
-def runs_of(
-    pieces: list[Piece], batch: Any, most_keys: int = KEYS_TOGETHER
-) -> list[tuple[Piece, ...]]:
-    """The pieces of a pass, in order, as runs of consecutive rows, each for one launch.
-
-    Rows between two pieces (the precise tail of a sequence, the precise head of the next) count to them
-    then: they are computed with the others, and again as they should be.
-    """
-    ends = np.cumsum(batch.row_counts).tolist()
-    runs: list[list[Piece]] = []
-    for piece in pieces:
-        if runs and runs[-1][-1].sequence == piece.sequence - 1:
-            *before, last = runs[-1]
-            end = ends[last.sequence]
-            last = replace(last, stop=end, keys=last.keys + end - last.stop)
-            together = [*before, last, replace(piece, start=end)]
-            if sum(one.keys for one in together) <= most_keys:
-                runs[-1] = together
-                continue
-        runs.append([piece])
-    return [tuple(run) for run in runs]
-
-
-@dataclass(frozen=True)
-class Bounds:
-    """Where the sequences of a run begin and end, ``[sequences + 1]`` int32 each."""
-
-    rows: Tensor
-    keys: Tensor
-    most_rows: int
-    most_keys: int
 
 
 @dataclass
@@ -119,11 +47,14 @@ class PrefillAttention:
 
     Args:
         forward: the implementation's own.
+        always: attend in FP8 also where that takes longer.
     """
 
-    def __init__(self, forward: Callable[..., Tensor], implementation: Any) -> None:
+    def __init__(self, forward: Callable[..., Tensor], implementation: Any, always: bool) -> None:
         self._forward = forward
-        self._implementation = implementation
+        of = implementation
+        self.shape = Shape(of.num_heads, of.num_kv_heads, of.head_size, of.scale)
+        self._always = always
 
     def __call__(
         self,
@@ -138,17 +69,17 @@ class PrefillAttention:
         **kwargs: Any,
     ) -> Tensor:
         plan = plan_in_force()
-        pieces = [] if plan is None or attn_metadata is None else self._pieces(plan, attn_metadata)
-        if not pieces:
+        runs = [] if plan is None else self._runs(plan, attn_metadata, query)
+        if not runs:
             return self._forward(
                 layer, query, key, value, kv_cache, attn_metadata, output, *args, **kwargs
             )
         assert plan is not None
-        keys, values = keys_and_values(kv_cache, self._implementation.head_size)
-        for run, bounds in self._runs(plan, pieces, query.device):
-            self._attend(run, bounds, query, keys, values, attn_metadata.block_table, output)
+        keys, values = versions.keys_and_values(kv_cache, self.shape.size)
+        for run in runs:
+            attend(self.shape, run, query, keys, values, attn_metadata.block_table, output)
         # Afterwards, for it writes over rows that stand between pieces.
-        rest = self._rest(plan, pieces, attn_metadata)
+        rest = self._rest(plan, attn_metadata)
         if rest is not None and isinstance(rest.rows, Tensor):
             some = query.index_select(0, rest.rows)
             into = output.new_empty(rest.count, *output.shape[1:])
@@ -159,138 +90,104 @@ class PrefillAttention:
             self._forward(layer, some, key, value, kv_cache, rest.metadata, into, *args, **kwargs)
         return output
 
-    def _pieces(self, plan: PhasePlan, metadata: Any) -> list[Piece]:
-        if getattr(metadata, "use_cascade", False) or metadata.causal is not True:
-            return []
-        found: list[Piece] | None = plan.memo.get("attention")
-        if found is None:
-            batch = plan.memo.get("batch")
-            found = [] if batch is None else pieces_of(plan, batch)
-            plan.memo["attention"] = found
-        return found
+    def _worth(self, rows: int, keys: int) -> bool:
+        if self._always:
+            return keys > PRECISE_KEYS
+        return worth(rows, keys, self.shape.heads, self.shape.kv_heads)
 
-    def _runs(
-        self, plan: PhasePlan, pieces: list[Piece], device: torch.device
-    ) -> list[tuple[tuple[Piece, ...], Bounds | None]]:
-        found: list[tuple[tuple[Piece, ...], Bounds | None]] | None = plan.memo.get("runs")
-        if found is None:
-            runs = runs_of(pieces, plan.memo["batch"])
-            found = plan.memo["runs"] = [(run, _bounds(run, device)) for run in runs]
-        return found
-
-    def _rest(self, plan: PhasePlan, pieces: list[Piece], metadata: Any) -> _Rest | None:
-        key = ("rest", id(metadata))  # of each group of layers that share a cache
+    def _pieces(self, plan: PhasePlan) -> list[Piece]:
+        key = ("pieces", self.shape)
         if key not in plan.memo:
-            plan.memo[key] = _rest(plan.memo["batch"], pieces, metadata)
+            plan.memo[key] = pieces_of(plan, plan.memo["batch"], self._worth)
         return plan.memo[key]  # type: ignore[no-any-return]
 
-    def _attend(
-        self,
-        run: tuple[Piece, ...],
-        bounds: Bounds | None,
-        query: Tensor,
-        keys: Tensor,
-        values: Tensor,
-        table: Tensor,
-        output: Tensor,
-    ) -> None:
-        from mixquant.kernels.fp8_triton import encode, gather
+    def _runs(self, plan: PhasePlan, metadata: Any, query: Tensor) -> list[Run]:
+        batch = plan.memo.get("batch")
+        if batch is None or metadata is None or len(query) != plan.rows:
+            return []
+        known = ("plain", id(metadata))  # of each group of layers that share a cache
+        if known not in plan.memo:
+            plan.memo[known] = is_plain(metadata, batch, plan.rows)
+        if not plan.memo[known]:
+            return []
+        key = ("runs", self.shape)
+        if key not in plan.memo:
+            runs = runs_of(self._pieces(plan), batch)
+            plan.memo[key] = [Run(run, query.device) for run in runs]
+        return plan.memo[key]  # type: ignore[no-any-return]
 
-        of = self._implementation
-        start, stop = run[0].start, run[-1].stop
-        q, k, v = self.codes(stop - start, sum(piece.keys for piece in run), query.device)
-        encode(query[start:stop].view(stop - start, of.num_heads, of.head_size), q)
-        at = 0
-        for piece in run:
-            its = slice(at, at + piece.keys)
-            gather(keys, values, table[piece.sequence], k[its], v[its])
-            at += piece.keys
-        out = output[start:stop].view(1, stop - start, of.num_heads, of.head_size)
-        flash_attention(q[None], k[None], v[None], of.scale, out, bounds)
+    def _rest(self, plan: PhasePlan, metadata: Any) -> _Rest | None:
+        key = ("rest", self.shape, id(metadata))
+        if key not in plan.memo:
+            plan.memo[key] = _rest(plan.memo["batch"], self._pieces(plan), metadata)
+        return plan.memo[key]  # type: ignore[no-any-return]
+
+    def room(self, rows: int, longest: int, device: torch.device) -> Room:
+        """What a pass of so many rows may take at the most, allocated.
+
+        Args:
+            longest: a sequence may be, in tokens.
+        """
+        return Room.largest(self.shape, rows, longest, device)
 
     def warm_up(self, device: torch.device) -> None:
         """Has the kernels compiled before the first request waits for them."""
-        from mixquant.kernels.fp8_triton import encode, gather
-
-        of = self._implementation
-        q, k, v = self.codes(1, 1, device)
-        encode(torch.zeros(1, of.num_heads, of.head_size, dtype=torch.bfloat16, device=device), q)
-        page = torch.zeros(1, 16, of.num_kv_heads, 2 * of.head_size, device=device).bfloat16()
-        keys, values = page.split(of.head_size, 3)
-        gather(keys, values, torch.zeros(1, dtype=torch.int32, device=device), k, v)
-        out = torch.empty(1, 1, of.num_heads, of.head_size, dtype=torch.bfloat16, device=device)
-        flash_attention(q[None], k[None], v[None], of.scale, out)
-
-    def codes(self, rows: int, keys: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-        """Room for the codes of queries, keys and values."""
-        of = self._implementation
-        fp8 = torch.float8_e4m3fn
-        q = torch.empty(rows, of.num_heads, of.head_size, dtype=fp8, device=device)
-        k = torch.empty(keys, of.num_kv_heads, of.head_size, dtype=fp8, device=device)
-        return q, k, torch.empty_like(k)
+        of = self.shape
+        page = torch.zeros(2, 16, of.kv_heads, 2 * of.size, device=device).bfloat16()
+        keys, values = page.split(of.size, 3)
+        table = torch.tensor([[0, 1]], dtype=torch.int32, device=device)
+        query = torch.zeros(1, of.heads, of.size, dtype=torch.bfloat16, device=device)
+        run = Run((Piece(0, 0, 1, PRECISE_KEYS + 1),), device)
+        attend(of, run, query, keys, values, table, torch.empty_like(query))
 
 
-def flash_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    softmax_scale: float,
-    out: Tensor,
-    bounds: Bounds | None = None,
-) -> None:
-    """Causal attention of E4M3 codes, a sequence's last query at its last key's position.
+# What metadata of causal attention over whole sequences says. Anything else has to be as good as absent:
+# a mask, a window, a cascade, virtual batches, rows left out.
+_KNOWN = {
+    "num_actual_tokens",
+    "max_query_len",
+    "query_start_loc",
+    "max_seq_len",
+    "seq_lens",
+    "block_table",
+    "slot_mapping",
+    "scheduler_metadata",
+    "max_num_splits",
+    "causal",
+}
+
+
+def is_plain(metadata: Any, batch: Any, rows: int) -> bool:
+    """Whether a pass's metadata describe causal attention of each sequence to the whole of itself.
 
     Args:
-        q: ``[1, rows, heads, size]``.
-        k, v: ``[1, keys, kv_heads, size]``.
-        out: ``[1, rows, heads, size]`` BF16.
-        bounds: of the sequences, if there are several.
+        metadata: of vLLM's FlashAttention backend.
+        batch: the sequences of the pass.
+        rows: of the pass, with padding.
     """
-    import fa3_fwd._C  # type: ignore[import-not-found]  # noqa: F401  # registers the operator
-
-    lengths: list[Any] = [None] * 7
-    if bounds is not None:
-        q, k, v, out = q[0], k[0], v[0], out[0]
-        lengths = [bounds.rows, bounds.keys, *[None] * 3, bounds.most_rows, bounds.most_keys]
-    torch.ops.fa3_fwd.fwd(
-        q,
-        k,
-        v,
-        *[None] * 3,  # new keys and values, qv
-        out,
-        *lengths,
-        *[None] * 3,  # pages, batch indices, padding
-        *[None] * 3,  # rotary
-        *[None] * 3,  # scales
-        softmax_scale,
-        True,  # causal
-        -1,
-        -1,
-        0,
-        0.0,
-        True,
-        None,
-        1,
-        None,
-        0,
+    sequences = len(batch.row_counts)
+    strange = [
+        name
+        for name, value in vars(metadata).items()
+        if name not in _KNOWN
+        and not (value is None or (isinstance(value, int | tuple) and value in (0, (-1, -1))))
+    ]
+    plain = (
+        not strange
+        and metadata.causal is True
+        and int(batch.row_counts.sum()) <= metadata.num_actual_tokens <= rows
+        and len(metadata.block_table) == len(metadata.seq_lens) == sequences
+        and len(metadata.query_start_loc) == sequences + 1
     )
+    if not plain:
+        _say_once(", ".join(strange))
+    return plain
 
 
-def _bounds(run: tuple[Piece, ...], device: torch.device) -> Bounds | None:
-    """None for a single sequence."""
-    if len(run) == 1:
-        return None
-    rows = [piece.stop - piece.start for piece in run]
-    keys = [piece.keys for piece in run]
-
-    def sums(values: list[int]) -> Tensor:
-        return _integers([0, *accumulate(values)], device)
-
-    return Bounds(sums(rows), sums(keys), max(rows), max(keys))
-
-
-def _integers(values: list[int], device: torch.device) -> Tensor:
-    return torch.tensor(values, dtype=torch.int32).to(device, non_blocking=True)
+@functools.cache
+def _say_once(strange: str) -> None:
+    what = f"its metadata say {strange}" if strange else "its sequences are not the pass's"
+    logger.info("mixquant: attention stays BF16 in passes of one kind: %s", what)
 
 
 def _rest(batch: Any, pieces: list[Piece], metadata: Any) -> _Rest | None:
@@ -321,8 +218,8 @@ def _rest(batch: Any, pieces: list[Piece], metadata: Any) -> _Rest | None:
 
     theirs = copy.copy(metadata)
     theirs.num_actual_tokens = len(rows)
-    theirs.query_start_loc = _integers(starts, device)
-    theirs.seq_lens = _integers(lengths, device)
+    theirs.query_start_loc = integers(starts, device)
+    theirs.seq_lens = integers(lengths, device)
     theirs.max_query_len = max(b - a for a, b in pairwise(starts))
     theirs.max_seq_len = max(lengths)
     theirs.block_table = metadata.block_table.index_select(0, table)
@@ -333,15 +230,20 @@ def _rest(batch: Any, pieces: list[Piece], metadata: Any) -> _Rest | None:
 
 
 def why_not(
-    implementation: Any, dtype: torch.dtype | None, capability: tuple[int, int] | None
+    layer: Any, implementation: Any, dtype: torch.dtype | None, capability: tuple[int, int] | None
 ) -> str | None:
     """Why a layer's attention stays BF16, or None if it need not."""
     if capability != (9, 0):
         return "needs a GPU of compute capability 9.0"
     if importlib.util.find_spec("fa3_fwd") is None:
         return "needs the package fa3-fwd"
+    # Others may see parts of a sequence, or more than itself: chunks, prefixes, another's keys.
+    if type(layer) is not versions.attention_layer_class():
+        return f"not for vLLM's {type(layer).__name__}"
     if type(implementation).__name__ != "FlashAttentionImpl":
         return f"not for vLLM's {type(implementation).__name__}"
+    if getattr(implementation, "attn_type", "decoder") != "decoder":
+        return "not a decoder's attention"
     if dtype != torch.bfloat16 or implementation.kv_cache_dtype not in ("auto", "bfloat16"):
         return "needs queries and a KV cache in BF16"
     if implementation.head_size not in HEAD_SIZES:
@@ -361,7 +263,7 @@ def follow_attention(model: torch.nn.Module, recipe: Recipe) -> tuple[str, Prefi
     """Makes a loaded model's attention layers multiply quantized rows in FP8, where they can.
 
     Returns:
-        What they do, for the table, and one of those that do.
+        What they do, for the table, and the one of those that do whose codes take the most room.
     """
     assert isinstance(recipe.format, dict)
     quantizes = set(recipe.format.values()) != {"bf16"}
@@ -370,21 +272,22 @@ def follow_attention(model: torch.nn.Module, recipe: Recipe) -> tuple[str, Prefi
     from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 
     layers = [module for module in model.modules() if isinstance(module, AttentionLayerBase)]
-    if not layers:
-        return "", None
-    followed = None
+    followed: list[PrefillAttention] = []
     reasons: Counter[str] = Counter()
     capability = torch.cuda.get_device_capability() if torch.cuda.is_available() else None
     for layer in layers:
         implementation: Any = getattr(layer, "impl", None)
-        why = why_not(implementation, getattr(layer, "dtype", None), capability)
+        why = why_not(layer, implementation, getattr(layer, "dtype", None), capability)
         reasons[why or ""] += 1
         if why is None:
             if not isinstance(implementation.forward, PrefillAttention):
-                implementation.forward = PrefillAttention(implementation.forward, implementation)
-            followed = implementation.forward
+                always = recipe.prefill_attention == "fp8"
+                implementation.forward = PrefillAttention(
+                    implementation.forward, implementation, always
+                )
+            followed.append(implementation.forward)
     said = ", ".join(
         f"BF16 in {count} layers ({why})" if why else f"FP8 in {count} layers"
         for why, count in sorted(reasons.items())
     )
-    return said, followed
+    return said, max(followed, key=lambda one: one.shape.heads * one.shape.size, default=None)

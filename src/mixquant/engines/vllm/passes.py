@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from mixquant.engines.vllm import fp8_layer
-from mixquant.engines.vllm.attention import KEYS_TOGETHER, PrefillAttention, follow_attention
+from mixquant.engines.vllm.attention import PrefillAttention, follow_attention
 from mixquant.engines.vllm.counters import Counters, multiprocess
 from mixquant.engines.vllm.fusion import follow_activations, follow_norms
 from mixquant.phase import PhasePlan, Thresholds, everything_quantized, in_force, plan_pass
@@ -115,9 +115,7 @@ class Follower:
             self._count(batch, plan, "graph" if replays else None)
         if self.profiling and self._fp8_attention is not None:
             # vLLM leaves attention out as it measures what memory a pass may need.
-            device = torch.device("cuda")
-            longest = max(self._longest, KEYS_TOGETHER)
-            self._room = self._fp8_attention.codes(rows, longest, device)
+            self._room = self._fp8_attention.room(rows, self._longest, torch.device("cuda"))
         self._entered = in_force(plan)
         self._entered.__enter__()
 

@@ -76,6 +76,13 @@ def moe_layer_classes() -> tuple[type, ...]:
     return (found,) if isinstance(found, type) else ()
 
 
+def attention_layer_class() -> type:
+    """The class of the layers that attend to the whole of a sequence; others derive from it."""
+    from vllm.model_executor.layers.attention import Attention
+
+    return Attention  # type: ignore[no-any-return]
+
+
 def keys_and_values(kv_cache: Tensor, head_size: int) -> tuple[Tensor, Tensor]:
     """The two halves of a FlashAttention layer's cache, each ``[pages, page_size, heads, size]``."""
     if kv_cache.ndim == 5:  # 0.25: [pages, 2, page_size, heads, size]
