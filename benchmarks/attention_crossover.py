@@ -133,7 +133,7 @@ def main() -> None:
                     "cached": cached,
                     "bf16_ms": round(bf16, 4),
                     "fp8_ms": round(fp8, 4),
-                    "fp8": worth(new, cached + new, heads, kv_heads),
+                    "fp8": worth(new, cached + new, heads, kv_heads, size),
                 }
             )
             print(json.dumps(rows[-1]), file=sys.stderr, flush=True)

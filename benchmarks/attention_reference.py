@@ -58,8 +58,29 @@ def tokens_of(
     return cache[pages[row][positions // size].long(), positions % size]
 
 
-def encode_queries(x: Tensor, out: Tensor) -> None:
+def encode_queries(
+    x: Tensor,
+    keys: Tensor,
+    pages: Tensor,
+    sequences: Tensor,
+    most_rows: int,
+    scale: float,
+    out: Tensor,
+    precise_keys: int,
+) -> tuple[Tensor, Tensor]:
     out.copy_(coded(rotated(x)))
+    weights = torch.empty(*x.shape[:2], precise_keys, device=x.device)
+    lse = torch.empty(x.shape[1], len(x), device=x.device)
+    for row, start, count, until in sequences.tolist():
+        assert count <= most_rows
+        its = slice(start, start + count)
+        scores = scores_of(x[its], tokens_of(keys, pages, row, 0, precise_keys), scale)
+        position = torch.arange(until - count, until, device=x.device)
+        later = torch.arange(precise_keys, device=x.device) > position[:, None]
+        scores = scores.masked_fill(later, -torch.inf)
+        weights[its] = scores.softmax(-1).transpose(0, 1)
+        lse[:, its] = scores.logsumexp(-1)
+    return weights, lse
 
 
 def value_sums(values: Tensor, pages: Tensor, segments: Tensor) -> Tensor:
@@ -88,40 +109,34 @@ def encode_cache(
 
 
 def merge(
-    q: Tensor,
-    keys: Tensor,
     values: Tensor,
     pages: Tensor,
     sequences: Tensor,
     most_rows: int,
+    weights: Tensor,
+    first_lse: Tensor,
     segments: Tensor,
     lost: Tensor,
     partial: Tensor,
     lse: Tensor,
-    scale: float,
     out: Tensor,
-    precise_keys: int,
 ) -> None:
-    groups = q.shape[1] // keys.shape[2]
+    groups = weights.shape[1] // values.shape[2]
     back = (lost / segments[:, 2, None, None].clamp_min(1)).repeat_interleave(groups, 1)
-    for number, (row, start, count, until) in enumerate(sequences.tolist()):
+    for number, (row, start, count, _) in enumerate(sequences.tolist()):
         assert count <= most_rows
         its = slice(start, start + count)
-        k, v = (tokens_of(cache, pages, row, 0, precise_keys) for cache in (keys, values))
-        position = torch.arange(until - count, until, device=q.device)
-        scores = scores_of(q[its], k, scale)
-        later = torch.arange(precise_keys, device=q.device) > position[:, None]
-        scores = scores.masked_fill(later, -torch.inf)
-        parts = [torch.einsum("hqk,khd->hqd", scores.softmax(-1), grouped(v, groups))]
-        sums = [scores.logsumexp(-1)]
+        v = grouped(tokens_of(values, pages, row, 0, weights.shape[-1]), groups)
+        parts = [torch.einsum("qhk,khd->hqd", weights[its].float(), v)]
+        sums = [first_lse[:, its]]
         for part in range(len(partial)):
             segment = back[part * len(sequences) + number][:, None]
             seen = lse[part, :, its, None] > -torch.inf
             found = partial[part, its].float().transpose(0, 1) + segment
             parts.append(torch.where(seen, found, 0))
             sums.append(lse[part, :, its])
-        weights = torch.stack(sums).softmax(0)[..., None]
-        out[its] = (weights * torch.stack(parts)).sum(0).transpose(0, 1).to(out.dtype)
+        shares = torch.stack(sums).softmax(0)[..., None]
+        out[its] = (shares * torch.stack(parts)).sum(0).transpose(0, 1).to(out.dtype)
 
 
 def grouped(x: Tensor, groups: int) -> Tensor:

@@ -130,9 +130,9 @@ def test_fp8_is_worth_it_by_work() -> None:
         (8192, 8192, True),
         (8192, 131_072, True),
     ]:
-        assert worth(rows, keys, 32, 8) is wanted, (rows, keys)
+        assert worth(rows, keys, 32, 8, 128) is wanted, (rows, keys)
     # The more queries share a key, the sooner.
-    assert worth(1024, 50_000, 64, 4) and not worth(1024, 50_000, 8, 8)
+    assert worth(1024, 50_000, 64, 4, 128) and not worth(1024, 50_000, 8, 8, 128)
 
 
 # --- against attention row by row ---------------------------------------------------------------------

@@ -52,31 +52,62 @@ def _codes(x):
 
 # Not compiled anew for a number of tokens that happens to be 1 or a multiple of 16.
 @triton.jit(do_not_specialize=["tokens"])
-def encode_kernel(
+def encode_queries_kernel(
     x,
+    keys,
+    pages,
+    sequences,
     out,
+    weights,
+    lse,
+    scale,
     tokens,
     heads,
+    kv_heads,
+    page_size,
+    stride_x,
+    stride_row,
+    stride_p,
     stride_t,
     stride_h,
     SIZE: tl.constexpr,
     ROTATED: tl.constexpr,
     TOKENS: tl.constexpr,
     TIMES: tl.constexpr,
+    PRECISE: tl.constexpr,
 ):
-    """See `encode_queries`; one program for some tokens of one head."""
+    """See `encode_queries`; one program for some rows of one head of one sequence."""
+    sequence = sequences + tl.program_id(2) * 4
+    table = tl.load(sequence).to(tl.int64)
+    first_row = tl.load(sequence + 1)
+    rows = tl.load(sequence + 2)
+    until = tl.load(sequence + 3)
     head = tl.program_id(0)
     column = tl.arange(0, SIZE)
+    key = tl.arange(0, PRECISE)
+    page = tl.load(pages + table * stride_row + key // page_size).to(tl.int64)
+    begin = page * stride_p + (key % page_size) * stride_t + head // (heads // kv_heads) * stride_h
+    first_keys = tl.trans(tl.load(keys + begin[:, None] + column[None, :]))
     signs = _hadamard(ROTATED)
     for time in range(TIMES):
-        token = (tl.program_id(1) * TIMES + time) * TOKENS + tl.arange(0, TOKENS)
-        wide = token.to(tl.int64)
-        there = (token < tokens)[:, None]
-        begin = wide[:, None] * stride_t + head * stride_h
-        found = tl.load(x + begin + column[None, :], there, 0.0)
-        found = _rotated(found, signs, TOKENS, SIZE, ROTATED)
-        to = out + (wide[:, None] * heads + head) * SIZE + column[None, :]
-        tl.store(to, _codes(found), there)
+        row = (tl.program_id(1) * TIMES + time) * TOKENS + tl.arange(0, TOKENS)
+        there = row < rows
+        wide = (first_row + row).to(tl.int64)
+        at = wide[:, None] * stride_x + head * SIZE + column[None, :]
+        found = tl.load(x + at, there[:, None], 0.0)
+        codes = _codes(_rotated(found, signs, TOKENS, SIZE, ROTATED))
+        to = (wide[:, None] * heads + head) * SIZE + column[None, :]
+        tl.store(out + to, codes, there[:, None])
+
+        scores = tl.dot(found, first_keys) * scale
+        position = until - rows + row
+        scores = tl.where(key[None, :] <= position[:, None], scores, float("-inf"))
+        largest = tl.max(scores, 1)
+        scores = tl.exp(scores - largest[:, None])
+        total = tl.sum(scores, 1)
+        to = (wide[:, None] * heads + head) * PRECISE + key[None, :]
+        tl.store(weights + to, (scores / total[:, None]).to(tl.bfloat16), there[:, None])
+        tl.store(lse + head * tokens + wide, largest + tl.log(total), there)
 
 
 @triton.jit
@@ -198,23 +229,21 @@ def encode_cache_kernel(
 
 @triton.jit(do_not_specialize=["tokens", "parts"])
 def merge_kernel(
-    q,
-    keys,
     values,
     pages,
     sequences,
+    weights,
+    first_lse,
     segments,
+    lost,
     partial,
     lse,
-    lost,
     out,
-    scale,
     tokens,
     parts,
     heads,
     kv_heads,
     page_size,
-    stride_q,
     stride_row,
     stride_p,
     stride_t,
@@ -230,35 +259,29 @@ def merge_kernel(
     table = tl.load(sequence).to(tl.int64)
     first_row = tl.load(sequence + 1)
     rows = tl.load(sequence + 2)
-    until = tl.load(sequence + 3)
     head = tl.program_id(0)
     kv_head = head // (heads // kv_heads)
     row = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
     there = row < rows
-    column = tl.arange(0, SIZE)
     wide = (first_row + row).to(tl.int64)
-    query = tl.load(
-        q + wide[:, None] * stride_q + head * SIZE + column[None, :], there[:, None], 0.0
-    )
+    column = tl.arange(0, SIZE)
 
-    key = tl.arange(0, PRECISE)
-    page = tl.load(pages + table * stride_row + key // page_size).to(tl.int64)
-    begin = page * stride_p + (key % page_size) * stride_t + kv_head * stride_h
-    its_keys = tl.load(keys + begin[:, None] + column[None, :])
-    its_values = tl.load(values + begin[:, None] + column[None, :])
-    scores = tl.dot(query, tl.trans(its_keys)) * scale
-    position = until - rows + row
-    scores = tl.where(key[None, :] <= position[:, None], scores, float("-inf"))
-
-    largest = tl.max(scores, 1)
+    first = tl.load(first_lse + head * tokens + wide, there, 0.0)
+    largest = first
     lse_at = lse + head * tokens + wide
     for _ in range(parts):
         largest = tl.maximum(largest, tl.load(lse_at, there, float("-inf")))
         lse_at += heads * tokens
 
-    weights = tl.exp(scores - largest[:, None])
-    total = tl.sum(weights, 1)
-    result = tl.dot(weights.to(tl.bfloat16), its_values)
+    key = tl.arange(0, PRECISE)
+    page = tl.load(pages + table * stride_row + key // page_size).to(tl.int64)
+    begin = page * stride_p + (key % page_size) * stride_t + kv_head * stride_h
+    first_values = tl.load(values + begin[:, None] + column[None, :])
+    at = (wide[:, None] * heads + head) * PRECISE + key[None, :]
+    first_weights = tl.load(weights + at, there[:, None], 0.0)
+    total = tl.exp(first - largest)
+    result = tl.dot(first_weights, first_values) * total[:, None]
+
     lse_at = lse + head * tokens + wide
     at = (wide[:, None] * heads + head) * SIZE + column[None, :]
     found_at = partial + at
@@ -278,23 +301,55 @@ def merge_kernel(
     tl.store(out + at, (result / total[:, None]).to(tl.bfloat16), there[:, None])
 
 
-def encode_queries(x: Tensor, out: Tensor) -> None:
-    """Writes the codes of rotated queries.
+def encode_queries(
+    x: Tensor,
+    keys: Tensor,
+    pages: Tensor,
+    sequences: Tensor,
+    most_rows: int,
+    scale: float,
+    out: Tensor,
+    precise_keys: int,
+) -> tuple[Tensor, Tensor]:
+    """Writes the codes of rotated queries, and attends to the first keys of their prompts in BF16.
 
     Args:
-        x: ``[tokens, heads, size]`` BF16, the last dimension contiguous, its size a power of two from
-            64 on.
-        out: E4M3 of the same shape, contiguous.
+        x: ``[tokens, heads, size]`` BF16, each token's heads contiguous, the size a power of two from 64
+            on.
+        keys: ``[pages, page_size, kv_heads, size]`` BF16, the last dimension contiguous.
+        pages: ``[sequences of the pass, pages of each]`` int32, the block table.
+        sequences: ``[sequences, 4]`` int32: the row of the block table, the first row in ``x``, how many
+            rows, and how many keys up to the last of them.
+        most_rows: of a sequence.
+        scale: what scores are multiplied with.
+        out: E4M3 of the shape of ``x``, contiguous.
+        precise_keys: how many first keys: a power of two from 16 on.
+
+    Returns:
+        Their softmax's weights, ``[tokens, heads, precise_keys]`` BF16, and the natural logarithms of
+        its sums, ``[heads, tokens]`` FP32.
     """
     tokens, heads, size = x.shape
+    kv_heads = keys.shape[2]
+    weights = x.new_empty(tokens, heads, precise_keys)
+    lse = x.new_empty(heads, tokens, dtype=torch.float32)
+    numbers = (heads, kv_heads, keys.shape[1], x.stride(0), pages.stride(0), *keys.stride()[:3])
     launch(
-        encode_kernel,
-        (heads, -(-tokens // (_TOKENS * _TIMES)), 1),  # programs beside each other read on
-        (x, out),
-        (tokens, heads, x.stride(0), x.stride(1)),
-        {"SIZE": size, "ROTATED": min(size, _ROTATED), "TOKENS": _TOKENS, "TIMES": _TIMES},
-        ("encode", x.device, heads, size, x.stride(0), x.stride(1)),
+        encode_queries_kernel,
+        # Programs beside each other read and write beside each other.
+        (heads, -(-most_rows // (_TOKENS * _TIMES)), len(sequences)),
+        (x, keys, pages, sequences, out, weights, lse),
+        (scale, tokens, *numbers),
+        {
+            "SIZE": size,
+            "ROTATED": min(size, _ROTATED),
+            "TOKENS": _TOKENS,
+            "TIMES": _TIMES,
+            "PRECISE": precise_keys,
+        },
+        ("encode queries", x.device, size, precise_keys, *numbers),
     )
+    return weights, lse
 
 
 def value_sums(values: Tensor, pages: Tensor, segments: Tensor) -> Tensor:
@@ -365,48 +420,40 @@ def encode_cache(
 
 
 def merge(
-    q: Tensor,
-    keys: Tensor,
     values: Tensor,
     pages: Tensor,
     sequences: Tensor,
     most_rows: int,
+    weights: Tensor,
+    first_lse: Tensor,
     segments: Tensor,
     lost: Tensor,
     partial: Tensor,
     lse: Tensor,
-    scale: float,
     out: Tensor,
-    precise_keys: int,
 ) -> None:
-    """Joins the attention to each segment of keys, and to a prompt's first keys, which it computes.
+    """Joins the attention to a prompt's first keys and to the segments of each part.
 
     Args:
-        q: ``[tokens, heads, size]`` BF16, each token's heads contiguous.
-        keys, values, pages: as for `encode_cache`.
-        sequences: ``[sequences, 4]`` int32: the row of the block table, the first row in ``q``, how many
-            rows, and how many keys up to the last of them. Either one, which all segments belong to, or
-            as many as segments.
-        most_rows: of a sequence.
+        values, pages, sequences, most_rows: as for `encode_queries` and `encode_cache`.
+        weights, first_lse: what `encode_queries` returned.
         segments: of each part, those of all sequences.
         lost: what `encode_cache` returned.
         partial: ``[parts, tokens, heads, size]`` BF16, contiguous: attention of codes to the segments of
             each part.
         lse: ``[parts, heads, tokens]`` FP32: the natural logarithm of its softmax's sum; -inf where a
-            row attends to nothing.
+            row sees no key.
         out: ``[tokens, heads, size]`` BF16, contiguous; may be ``partial``, if that has one part.
-        precise_keys: how many of a prompt's first keys are attended to in BF16: a power of two from 16
-            on.
     """
     parts, tokens, heads, size = partial.shape
-    kv_heads = keys.shape[2]
-    strides = keys.stride()[:3]
-    numbers = (heads, kv_heads, keys.shape[1], q.stride(0), pages.stride(0), *strides)
+    precise_keys = weights.shape[-1]
+    strides = values.stride()[:3]
+    numbers = (heads, values.shape[2], values.shape[1], pages.stride(0), *strides)
     launch(
         merge_kernel,
         (heads, -(-most_rows // _TOKENS), len(sequences)),
-        (q, keys, values, pages, sequences, segments, partial, lse, lost, out),
-        (scale, tokens, parts, *numbers),
+        (values, pages, sequences, weights, first_lse, segments, lost, partial, lse, out),
+        (tokens, parts, *numbers),
         {"SIZE": size, "TOKENS": _TOKENS, "PRECISE": precise_keys},
-        ("merge", q.device, size, precise_keys, *numbers),
+        ("merge", values.device, size, precise_keys, *numbers),
     )

@@ -93,7 +93,7 @@ class PrefillAttention:
     def _worth(self, rows: int, keys: int) -> bool:
         if self._always:
             return keys > PRECISE_KEYS
-        return worth(rows, keys, self.shape.heads, self.shape.kv_heads)
+        return worth(rows, keys, self.shape.heads, self.shape.kv_heads, self.shape.size)
 
     def _pieces(self, plan: PhasePlan) -> list[Piece]:
         key = ("pieces", self.shape)

@@ -125,11 +125,11 @@ def stride_of(units: int) -> int:
     return stride
 
 
-def worth(rows: int, keys: int, heads: int, kv_heads: int) -> bool:
+def worth(rows: int, keys: int, heads: int, kv_heads: int, size: int) -> bool:
     """Whether FP8 attention of a chunk takes less time than BF16 attention.
 
     The product is faster, for each pair of a row and a key. Codes take time for each key and each row,
     and launches take time. The numbers are an H100's: `benchmarks/attention_crossover.py`.
     """
     pairs = rows * (keys - rows / 2)
-    return pairs > 2400 * keys * kv_heads / heads + 1800 * rows + 4e6
+    return pairs > 1600 * keys * kv_heads / heads + 1500 * rows + 5e10 / (heads * size)

@@ -164,7 +164,8 @@ def attend(
     q = query[run.start : run.stop].view(rows, shape.heads, shape.size)
     out = output[run.start : run.stop].view(rows, shape.heads, shape.size)
     room = Room.of(shape, rows, run.keys, len(run.parts), query.device)
-    kernels.encode_queries(q, room.q)
+    of_rows = (table, run.sequences, run.most_rows)
+    first = kernels.encode_queries(q, keys, *of_rows, shape.scale, room.q, PRECISE_KEYS)
     sums = kernels.value_sums(values, table, run.segments)
     lost = kernels.encode_cache(keys, values, table, run.segments, sums, room.k, room.v, UNIT)
     partial = out[None] if room.partial is None else room.partial
@@ -181,21 +182,7 @@ def attend(
         )
         logarithms.append(lse.view(1, shape.heads, rows))
     lse = torch.cat(logarithms) if len(logarithms) > 1 else logarithms[0]
-    kernels.merge(
-        q,
-        keys,
-        values,
-        table,
-        run.sequences,
-        run.most_rows,
-        run.segments,
-        lost,
-        partial,
-        lse,
-        shape.scale,
-        out,
-        PRECISE_KEYS,
-    )
+    kernels.merge(values, *of_rows, *first, run.segments, lost, partial, lse, out)
 
 
 def _kernels() -> Any:
