@@ -235,7 +235,7 @@ def test_a_prefill_model_is_refused() -> None:
         ({"preset": "exact", "format": "auto", "everywhere": True}, "'everywhere' changes nothing"),
         ({"block_scale": "4/6"}, "'block_scale' changes nothing"),
         ({"prefill_attention": "fp8"}, "'prefill_attention': fp8 is for vLLM"),
-        ({"ignore": ["*"]}, "no layer of this LlamaForCausalLM is quantized"),
+        ({"ignore": ["*"]}, "no layer of this model is quantized"),
     ],
 )
 def test_a_setting_without_effect_is_named(caplog: Any, recipe: dict[str, Any], says: str) -> None:

@@ -459,6 +459,7 @@ def test_layers_of_the_decoder_are_taken(prefix: str) -> None:
         ("mtp.layers.0.mlp.down_proj", "drafts"),
         ("model.mtp.fc", "drafts"),
         ("eagle.layers.0.mlp.down_proj", "drafts"),
+        ("model.mtp_layers.0.mlp.down_proj", "drafts"),
         ("model.layers.0.mlp.gate", "router"),
         ("model.layers.0.mlp.shared_expert_gate", "router"),
         ("model.layers.0.router.proj", "router"),
@@ -479,6 +480,36 @@ def test_layers_that_are_left_as_they_are(
     assert layer.mixquant_why_precise == found
     assert type(method.get_quant_method(layer, ORDINARY[0])).__name__ == "PhaseLinearMethod"
     assert method.get_quant_method(torch.nn.LayerNorm(4), ORDINARY[0]) is None
+
+
+@pytest.mark.parametrize("tag", ["eagle_head", "dflash_head", "draft_model", "medusa_head"])
+def test_a_drafter_is_told_by_who_builds_it(tag: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its layers have names that the model's own have, and vLLM gives it the same configuration."""
+    from vllm.compilation.backends import set_model_tag
+
+    monkeypatch.setattr(passes, "install", lambda method: None)
+    method = MixQuantConfig()
+    method.recipe = Recipe(format="int8", role="prefill").resolved(frozenset({"int8"}))
+    layer = ReplicatedLinear.__new__(ReplicatedLinear)
+    torch.nn.Module.__init__(layer)
+    with set_model_tag(tag):
+        assert type(method.get_quant_method(layer, ORDINARY[0])) is UnquantizedLinearMethod
+        # One that vLLM made for the drafter alone, without a recipe.
+        assert type(MixQuantConfig().get_quant_method(layer, ORDINARY[0])) is (
+            UnquantizedLinearMethod
+        )
+    assert layer.mixquant_why_precise == "it drafts"
+    assert type(method.get_quant_method(layer, ORDINARY[0])).__name__ == "PhaseLinearMethod"
+    with set_model_tag("self_decoder"):  # a part of the model itself
+        assert method.why_precise(ORDINARY[0]) is None
+
+
+def test_layers_behind_the_last_one_draft() -> None:
+    method = MixQuantConfig()
+    assert method.why_precise("model.layers.61.mlp.down_proj") is None
+    method.layers = 61
+    assert method.why_precise("model.layers.61.mlp.down_proj") == "it drafts"
+    assert method.why_precise("model.layers.60.mlp.down_proj") is None
 
 
 def test_only_a_checkpoint_of_another_method_is_refused() -> None:

@@ -22,7 +22,7 @@ from mixquant.formats import BY_NAME, native_formats
 from mixquant.linear import Part
 from mixquant.phase import Range, Thresholds
 from mixquant.recipe import FUSED_PROJECTIONS, Recipe, is_router
-from mixquant.summary import IGNORED, Layer, Summary
+from mixquant.summary import IGNORED, THE_RECIPE, Layer, Summary
 
 logger = logging.getLogger(__name__)
 
@@ -108,9 +108,10 @@ def prepare(
         for index, part in enumerate(parts):
             label = f"{name}.{labels[index]}" if labels else name
             shape = (part.features[1] - part.features[0], linear.weight.shape[1])
-            layers.append(_layer(label, shape, part, "the recipe" if part.weight is None else None))
+            layers.append(_layer(label, shape, part, THE_RECIPE if part.weight is None else None))
     layers.extend(_left_alone(model, decoder))
-    _warn(model, recipe, resolved, layers)
+    made = Summary(resolved, tuple(layers))
+    _warn(model, recipe, made)
 
     for linear, layout, parts in plans:
         PhaseLinear.adopt(linear, layout).hold(parts)
@@ -124,7 +125,7 @@ def prepare(
         ),
         everywhere=resolved.everywhere,
     )
-    model.mixquant_summary = Summary(resolved, tuple(layers))  # type: ignore[assignment]
+    model.mixquant_summary = made  # type: ignore[assignment]
     from mixquant.engines.transformers.quantizer import attach
 
     attach(model, recipe)
@@ -252,7 +253,7 @@ def _layout(
                 reasons.append(f"{fmt} cannot hold it: {reason}")
                 fmt, options = "bf16", {}
         layout += (((start, stop), fmt, options),)
-    return layout, "; ".join(dict.fromkeys(reasons)) or "the recipe"
+    return layout, "; ".join(dict.fromkeys(reasons)) or THE_RECIPE
 
 
 def _names(name: str, linear: nn.Linear, model: PreTrainedModel) -> tuple[str, ...]:
@@ -315,26 +316,22 @@ def _formats_used(recipe: Recipe) -> list[str]:
     return sorted(set(recipe.format.values()))
 
 
-def _warn(model: PreTrainedModel, recipe: Recipe, resolved: Recipe, layers: list[Layer]) -> None:
+def _warn(model: PreTrainedModel, recipe: Recipe, made: Summary) -> None:
     """Says what the recipe asks for and does not get."""
-    kind = type(model).__name__
-    for sentence in [
-        *recipe.settings_without_effect(resolved),
-        *recipe.patterns_without_effect(*_names_of_linears(model, layers)),
-    ]:
-        logger.warning("mixquant: %s (%s)", sentence, kind)
+    sentences = recipe.settings_without_effect(made.recipe)
+    sentences += recipe.patterns_without_effect(*_names_of_linears(model, made))
     if recipe.prefill_attention == "fp8":
-        logger.warning(
-            "mixquant: recipe key 'prefill_attention': fp8 is for vLLM engines; attention is in the "
-            "model's own precision here (%s)",
-            kind,
+        sentences.append(
+            "recipe key 'prefill_attention': fp8 is for vLLM engines; attention is in the model's own "
+            "precision here"
         )
-    if set(_formats_used(resolved)) != {"bf16"} and all(one.format == "bf16" for one in layers):
-        reasons = "; ".join(dict.fromkeys(one.why_precise or "" for one in layers))
-        logger.warning("mixquant: no layer of this %s is quantized: %s", kind, reasons)
+    if (why := made.why_nothing()) is not None:
+        sentences.append(why)
+    for sentence in sentences:
+        logger.warning("mixquant: %s (%s)", sentence, type(model).__name__)
 
 
-def _names_of_linears(model: PreTrainedModel, layers: list[Layer]) -> tuple[list[str], list[str]]:
+def _names_of_linears(model: PreTrainedModel, made: Summary) -> tuple[list[str], list[str]]:
     """The names that patterns may mean: of layers with a choice of format, and of all others."""
     every = {
         name
@@ -347,4 +344,4 @@ def _names_of_linears(model: PreTrainedModel, layers: list[Layer]) -> tuple[list
             path, _, last = name.rpartition(".")
             members = [f"{path}.{part}" for part in FUSED_PROJECTIONS.get(last, ())]
             free += [*_names(name, linear, model), *members]
-    return free, [*(every - set(free)), *(layer.name for layer in layers)]
+    return free, [*(every - set(free)), *(layer.name for layer in made.layers)]

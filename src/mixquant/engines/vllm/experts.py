@@ -29,7 +29,7 @@ from mixquant.formats.nvfp4 import BlockScale
 from mixquant.linear import put, select
 from mixquant.phase import PhasePlan, everything_quantized, plan_in_force
 from mixquant.recipe import Recipe
-from mixquant.summary import IGNORED, Layer
+from mixquant.summary import IGNORED, THE_RECIPE, Layer
 
 # Of a pass's rows, so many may be precise for it to be cheaper to push all of them through the
 # quantized kernel and to overwrite the precise ones than to gather the quantized ones.
@@ -364,7 +364,7 @@ def _format_of(recipe: Recipe, prefix: str) -> tuple[str, str | None]:
     if recipe.ignores(prefix):
         return "bf16", IGNORED
     fmt = recipe.format_of(prefix)
-    return fmt, "the recipe" if fmt == "bf16" else None
+    return fmt, THE_RECIPE if fmt == "bf16" else None
 
 
 def _quantized_experts(layer: Any, fmt: str, block_scale: BlockScale) -> QuantizedExperts:

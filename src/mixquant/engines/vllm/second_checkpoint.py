@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from mixquant.layer_names import from_layers, is_drafter, is_tower
 from mixquant.prefill_checkpoint import (
     CheckpointError,
     FormatName,
@@ -19,21 +20,35 @@ from mixquant.prefill_checkpoint import (
 
 
 class SecondCheckpoint:
-    """A quantized checkpoint, asked by vLLM's names of layers."""
+    """A quantized checkpoint, asked by vLLM's names of layers.
+
+    Its towers and drafters are left out, whose layers are numbered as the decoder's are.
+
+    Raises:
+        CheckpointError: two of its layers may be meant by one name.
+    """
 
     def __init__(self, checkpoint: PrefillCheckpoint) -> None:
         self.checkpoint = checkpoint
-        # vLLM and the checkpoint may disagree on what comes before the number of the layer.
-        self._names = {_from_layers(name): name for name in checkpoint.formats}
+        self._names: dict[str, str] = {}
+        for name in checkpoint.formats:
+            if is_tower(name) or is_drafter(name, checkpoint.layers):
+                continue
+            other = self._names.setdefault(from_layers(name), name)
+            if other != name:
+                raise CheckpointError(
+                    f"{checkpoint.source} holds two layers that may be {from_layers(name)}: {other} "
+                    f"and {name}; a checkpoint with one decoder is needed"
+                )
 
     def format_of(self, layer: str) -> FormatName | None:
         """The format of a layer, or None if it is not quantized there."""
-        name = self._names.get(_from_layers(layer))
+        name = self._names.get(from_layers(layer))
         return self.checkpoint.formats[name] if name is not None else None
 
     def layer(self, layer: str) -> Fp8Tensors | Nvfp4Tensors:
         """A layer's quantized weight, whole, on the CPU."""
-        return self.checkpoint.layer(self._names[_from_layers(layer)])
+        return self.checkpoint.layer(self._names[from_layers(layer)])
 
     def have_one_scale(self, first: str, second: str) -> bool:
         """Whether two layers may be held as one: NVFP4 has one scale for the whole tensor."""
@@ -90,8 +105,3 @@ def joined(parts: Sequence[Fp8Tensors | Nvfp4Tensors]) -> Fp8Tensors | Nvfp4Tens
         return Fp8Tensors(codes, torch.cat(scales))
     blocks = [part.block_scales for part in parts if isinstance(part, Nvfp4Tensors)]
     return replace(first, codes=codes, block_scales=torch.cat(blocks).contiguous())
-
-
-def _from_layers(name: str) -> str:
-    at = name.find("layers.")
-    return name[at:] if at >= 0 else name

@@ -59,6 +59,11 @@ def _settle(vllm_config: Any) -> None:
     if given is None and method.recipe_in_checkpoint is not None:
         given = method.recipe_in_checkpoint
     recipe = resolve(given)
+    if not (
+        isinstance(given, dict) and "version" in given
+    ):  # else it was said where it was resolved
+        for sentence in _recipe_of(given).settings_without_effect(recipe):
+            logger.warning(sentence)
     if recipe.prefill_model is not None:
         checkpoint = opened(recipe.prefill_model).checkpoint
         model = vllm_config.model_config
@@ -70,6 +75,8 @@ def _settle(vllm_config: Any) -> None:
             "tokens are quantized, too"
         )
     method.recipe = recipe
+    if getattr(vllm_config, "speculative_config", None) is not None:
+        method.layers = vllm_config.model_config.get_total_num_hidden_layers()
     vllm_config.additional_config = {
         **vllm_config.additional_config,
         METHOD: {**recipe.to_dict(), "version": __version__},
@@ -89,15 +96,7 @@ def resolve(given: Any) -> Recipe:
         RecipeError: an invalid recipe, or a format that the device does not multiply natively
             although ``emulate`` was not asked for.
     """
-    if given is None:
-        recipe = Recipe()
-    elif isinstance(given, str):
-        recipe = Recipe.load(given)
-    elif isinstance(given, dict):
-        # What another process, or a copy of the configuration, resolved before.
-        recipe = Recipe.from_dict({key: given[key] for key in given if key != "version"})
-    else:
-        raise RecipeError(f"additional_config['mixquant'] is a recipe or its file, not {given!r}")
+    recipe = _recipe_of(given)
     native, device = native_formats()
     if recipe.prefill_model is not None and recipe.role != "decode":
         recipe = _with_format_of(recipe)
@@ -112,6 +111,17 @@ def resolve(given: Any) -> Recipe:
             "'emulate' to true to run it slower than BF16"
         )
     return resolved
+
+
+def _recipe_of(given: Any) -> Recipe:
+    if given is None:
+        return Recipe()
+    if isinstance(given, str):
+        return Recipe.load(given)
+    if isinstance(given, dict):
+        # What another process, or a copy of the configuration, resolved before.
+        return Recipe.from_dict({key: given[key] for key in given if key != "version"})
+    raise RecipeError(f"additional_config['mixquant'] is a recipe or its file, not {given!r}")
 
 
 def _with_format_of(recipe: Recipe) -> Recipe:
