@@ -57,6 +57,53 @@ class SecondCheckpoint:
             return torch.equal(one.global_scale, other.global_scale)
         return isinstance(one, Fp8Tensors) and isinstance(other, Fp8Tensors)
 
+    def format_of_experts(self, experts: str, count: int) -> tuple[FormatName | None, str | None]:
+        """The format of a layer of gated experts, or None and why they cannot be had from here.
+
+        Args:
+            experts: the layer's name, which those of its experts begin with.
+            count: how many there are.
+        """
+        formats = [self.format_of(name) for name in self._expert_projections(experts, count)]
+        if not any(formats):
+            return None, "not quantized in the prefill model"
+        if len(set(formats)) > 1:
+            return None, "the prefill model has not all of them in one format"
+        return formats[0], None
+
+    def expert(
+        self, experts: str, number: int, layer: Any, features: int
+    ) -> list[Fp8Tensors | Nvfp4Tensors]:
+        """This rank's gate ``[features, K]``, up ``[features, K]`` and down ``[K, features]``.
+
+        Args:
+            experts: as of `format_of_experts`.
+            number: of the expert.
+            layer: vLLM's, or what else knows the rank.
+            features: of the expert's middle, on this rank.
+
+        Raises:
+            CheckpointError: the checkpoint's shapes are not those of the layer.
+        """
+        names = self._expert_projections(experts, number + 1)[-3:]
+        gate, up, down = (self.layer(name) for name in names)
+        size = down.shape[0]
+        return [
+            shard(gate, layer, "gate", features, size),
+            shard(up, layer, "up", features, size),
+            shard(down, layer, "down", size, features),
+        ]
+
+    def _expert_projections(self, experts: str, count: int) -> list[str]:
+        first = next(
+            (of for of in _EXPERT if self.format_of(f"{experts}.0.{of[0]}") is not None), _EXPERT[0]
+        )
+        return [f"{experts}.{number}.{of}" for number in range(count) for of in first]
+
+
+# Gate, up and down of an expert, as checkpoints call them.
+_EXPERT = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
+
 
 @functools.lru_cache(maxsize=1)
 def opened(source: str) -> SecondCheckpoint:
