@@ -406,6 +406,38 @@ def test_settling_writes_recipe_and_version_and_keeps_the_rest(device: Callable[
     assert (config.additional_config, config.quant_config.counters) == (before, path)
 
 
+def test_a_setting_without_effect_is_said_once(
+    device: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(settings.logger, "warning", lambda text, *args: said.append(text % args))
+    device("int8")
+    config = config_like(additional_config={"mixquant": {"preset": "exact", "format": "int8"}})
+    settings._settle(config)
+    settings._settle(config)  # as `replace` of a configuration does, and other processes do
+    assert said == ["recipe key 'format' changes nothing: preset exact quantizes nothing"]
+
+
+@pytest.mark.parametrize(
+    ("given", "key"),
+    [
+        ({"mixqaunt": {"preset": "exact"}}, "mixqaunt"),
+        ({"MixQuant": "exact"}, "MixQuant"),
+        ({"mix-quant": "exact"}, "mix-quant"),
+        ({"other": 1, "preset": "exact"}, "preset"),
+        ({"ignore": ["lm_head"]}, "ignore"),
+    ],
+)
+def test_a_recipe_in_the_wrong_place_is_refused(given: dict[str, Any], key: str) -> None:
+    with pytest.raises(settings.SettingsError, match=f"the key {key!r}, and no 'mixquant'"):
+        settings._check(config_like(additional_config=given))
+
+
+@pytest.mark.parametrize("given", [{}, {"other": 1, "quantizer": 2}, {"mixquant": "fast", "a": 1}])
+def test_keys_of_other_plugins_are_left_alone(given: dict[str, Any]) -> None:
+    settings._check(config_like(additional_config=given))
+
+
 def test_a_given_recipe_goes_before_the_checkpoints(device: Callable[..., None]) -> None:
     device("int8")
     method = MixQuantConfig.from_config({"recipe": {"min_prefill_tokens": 9}})

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import functools
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
@@ -124,6 +125,18 @@ def _recipe_of(given: Any) -> Recipe:
     raise RecipeError(f"additional_config['mixquant'] is a recipe or its file, not {given!r}")
 
 
+def _misplaced(additional_config: dict[str, Any]) -> str | None:
+    """A key that was meant for the recipe, or for its place, where there is none: or None.
+
+    Other keys may be another plugin's.
+    """
+    if METHOD in additional_config:
+        return None
+    ours = {one.name for one in fields(Recipe)}
+    like = difflib.get_close_matches(METHOD, additional_config, n=1, cutoff=0.75)
+    return next((key for key in additional_config if key in ours), like[0] if like else None)
+
+
 def _with_format_of(recipe: Recipe) -> Recipe:
     """A recipe whose format is that of its prefill_model. Raises CheckpointError, RecipeError."""
     assert recipe.prefill_model is not None
@@ -166,6 +179,11 @@ def _check(vllm_config: Any) -> None:
     if not isinstance(vllm_config.additional_config, dict):
         raise SettingsError(
             "mixquant reads its recipe from additional_config, which has to be a JSON object"
+        )
+    if (misplaced := _misplaced(vllm_config.additional_config)) is not None:
+        raise SettingsError(
+            f"additional_config has the key {misplaced!r}, and no 'mixquant', under which the recipe "
+            'stands: {"mixquant": {...}}'
         )
     if not (current_platform.is_cuda() or current_platform.is_cpu()):
         raise SettingsError(
