@@ -41,6 +41,9 @@ FUSED_PROJECTIONS: dict[str, tuple[str, ...]] = {
     "qkv_proj": ("q_proj", "k_proj", "v_proj"),
     "gate_up_proj": ("gate_proj", "up_proj"),
 }
+# Others, in which the projections may be interleaved: BLOOM's, GPT-NeoX', InternLM2's, ...
+INTERLEAVED = ("query_key_value", "Wqkv", "wqkv", "W_pack", "c_attn")
+FUSED_PROJECTIONS |= dict.fromkeys(INTERLEAVED, FUSED_PROJECTIONS["qkv_proj"])
 
 # Which expert a token meets is a decision, and an error in it is no longer small. The layers are
 # tiny, too.

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from mixquant.engines.vllm.products import why_not
 from mixquant.engines.vllm.second_checkpoint import opened
 from mixquant.phase import Range
-from mixquant.recipe import FUSED_PROJECTIONS, Recipe
+from mixquant.recipe import FUSED_PROJECTIONS, INTERLEAVED, Recipe
 from mixquant.summary import IGNORED, THE_RECIPE
 
 # Formats from the most precise to the least: what a fused layer takes whose parts are not known.
@@ -65,6 +65,9 @@ def lay_out(
     if last == "kv_b_proj":
         # Latent attention reads keys back from the cache through it, rows of no pass.
         return whole("bf16", "its rows are not the pass's")
+
+    if recipe.prefill_model is not None and last in INTERLEAVED:
+        return whole("bf16", "vLLM may have its rows in another order than the prefill model")
 
     names = tuple(members or FUSED_PROJECTIONS.get(last) or ())
     formats = _formats(recipe, prefix, names)
