@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from chat_stub import Stub, serving
@@ -54,6 +55,24 @@ def test_addresses_alone_start_nothing() -> None:
 def test_options_that_cannot_be_read(arms: list[str], urls: list[str], says: str) -> None:
     with pytest.raises(ArmError) as caught:
         chosen_arms(RECIPE, arms, urls)
+    assert says in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"vllm_args": "--quantization fp8"}, "--vllm-args: '--quantization' is --quantization"),
+        ({"vllm_args": "--quantiz=fp8"}, "--vllm-args: '--quantiz=fp8' is --quantization"),
+        ({"vllm_args": "--seed 1 -qfp8"}, "--vllm-args: '-qfp8' is -q"),
+        ({"vllm_args": "--additional-config.mixquant.preset exact"}, "is --additional-config"),
+        ({"vllm_args": "--port=3"}, "is --port, which is decided here"),
+        ({"arms": ["mine=--served x"]}, "--arm mine: '--served' is --served-model-name"),
+        ({"arms": ["mine=--config file.yaml"]}, "--arm mine: '--config' is --config"),
+    ],
+)
+def test_arguments_that_would_undo_an_arm_are_refused(given: dict[str, Any], says: str) -> None:
+    with pytest.raises(ArmError) as caught:
+        chosen_arms(RECIPE, **given)
     assert says in str(caught.value)
 
 

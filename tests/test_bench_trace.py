@@ -48,6 +48,7 @@ def text_of(tokens: tuple[int, ...]) -> str:
     ("line", "says"),
     [
         ("{", "is not JSON"),
+        ('{"session": "a", "messages": [], "session": "b"}', "the key 'session' stands twice"),
         ("[" * 100_000, "nested too deeply"),
         ("[]", "line 2: Input should be"),
         (json.dumps(changed(session="")), "line 2, field 'session'"),

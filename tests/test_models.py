@@ -15,6 +15,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -237,6 +238,17 @@ class TestLoad:
         (tiny / "config.json").write_text(json.dumps(config))
         model = models.load_model(find(str(tiny)), device="cpu")
         assert not hasattr(model, "mixquant_summary")
+
+    def test_fp8_storage_that_no_configuration_tells_of(self, tiny: Path) -> None:
+        """Loaded as BF16, its codes would be taken for weights."""
+        tensors = load_file(tiny / "model.safetensors")
+        name = next(name for name in tensors if name.endswith("up_proj.weight"))
+        scale = tensors[name].float().abs().amax() / 448
+        tensors[name] = (tensors[name].float() / scale).to(torch.float8_e4m3fn)
+        tensors[f"{name}_scale"] = scale.reshape(1)
+        save_file(tensors, tiny / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(ModelError, match=f"quantized already.*{name}_scale"):
+            models.load_model(find(str(tiny)))
 
     def test_missing_weight(self, tiny: Path) -> None:
         # Transformers fills it with random numbers and goes on.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import FrozenInstanceError, fields, replace
 from pathlib import Path
 from typing import Any
@@ -364,3 +365,87 @@ def test_projections_that_are_ignored_stay_bf16_in_a_fused_layer() -> None:
 def test_balanced_reaches_into_fused_layers() -> None:
     resolved = Recipe(format="nvfp4").resolved(BLACKWELL)
     assert resolved.formats_of_fused("layers.0.qkv_proj") == ("nvfp4", "fp8", "fp8")
+
+
+# --- settings without effect ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "key"),
+    [
+        ('{"preset": "fast", "preset": "exact"}', "preset"),
+        ('{"format": {"default": "int8", "k_proj": "bf16", "k_proj": "fp8"}}', "k_proj"),
+        ('{"ignore": [], "emulate": true, "ignore": ["a"]}', "ignore"),
+    ],
+)
+def test_a_key_that_stands_twice_is_refused(text: str, key: str, tmp_path: Path) -> None:
+    for source in (text, str(tmp_path / "recipe.json")):
+        (tmp_path / "recipe.json").write_text(text)
+        with pytest.raises(RecipeError, match=f"{key!r} stands twice"):
+            Recipe.load(source)
+
+
+LAYERS = [
+    "model.layers.0.self_attn.qkv_proj",
+    "model.layers.0.self_attn.q_proj",
+    "model.layers.0.self_attn.k_proj",
+    "model.layers.0.mlp.down_proj",
+    "model.layers.10.mlp.down_proj",
+]
+OTHERS = ["lm_head", "model.layers.0.mlp.gate", "visual.blocks.0.attn.qkv"]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "named"),
+    [
+        ({}, []),
+        ({"ignore": ["lm_head", "*", "k_*", "qkv_proj"]}, []),
+        ({"ignore": ["gate", "visual.*"]}, []),
+        ({"ignore": ["kproj", "K_proj", "model.layers.0", "k_proj"]}, ["kproj", "K_proj"]),
+        ({"ignore": ["lm_haed", "lm_haed"]}, ["lm_haed"]),
+        ({"format": {"default": "int8", "*.layers.0.*": "fp8", "down_proj": "bf16"}}, []),
+        ({"format": {"default": "int8", "*.layers.1.*": "fp8"}}, ["*.layers.1.*"]),
+        ({"format": {"default": "int8", "*proj": "fp8", "k_proj": "bf16"}}, ["k_proj"]),
+        ({"ignore": ["k_*"], "format": {"default": "int8", "k_proj": "bf16"}}, ["k_proj"]),
+        ({"format": {"default": "int8", "lm_head": "fp8", "gate": "bf16"}}, ["lm_head"]),
+        ({"preset": "exact", "ignore": ["kproj"]}, []),
+        ({"role": "decode", "ignore": ["kproj"]}, []),
+    ],
+)
+def test_patterns_that_decide_about_nothing_are_named(
+    recipe: dict[str, Any], named: list[str]
+) -> None:
+    given = Recipe.from_dict(recipe)
+    found = given.patterns_without_effect(LAYERS, OTHERS)
+    if "model.layers.0" in given.ignore:  # a folder of layers, and the name of none
+        named = [*named, "model.layers.0"]
+    assert sorted(re.findall(r"'(?:ignore|format)': '([^']+)'", " ".join(found))) == sorted(named)
+
+
+def test_what_a_preset_adds_is_not_named() -> None:
+    resolved = Recipe(format="nvfp4").resolved(BLACKWELL)
+    assert "k_proj" in resolved.format
+    assert resolved.patterns_without_effect(["transformer.h.0.mlp.c_fc"]) == []
+
+
+@pytest.mark.parametrize(
+    ("recipe", "native", "key"),
+    [
+        ({"preset": "exact", "format": "int8"}, CPU, "format"),
+        ({"preset": "exact", "format": {"default": "bf16", "x": "fp8"}}, CPU, "format"),
+        ({"preset": "exact", "everywhere": True}, CPU, "everywhere"),
+        ({"block_scale": "4/6"}, HOPPER, "block_scale"),
+        ({"block_scale": "4/6"}, BLACKWELL, None),
+        ({"block_scale": "4/6", "role": "decode"}, BLACKWELL, None),
+        ({"preset": "exact", "format": "bf16"}, CPU, None),
+        ({"preset": "exact"}, CPU, None),
+        ({"everywhere": True, "min_prefill_tokens": 3}, CPU, None),
+    ],
+)
+def test_keys_that_change_nothing_are_named(
+    recipe: dict[str, Any], native: frozenset[str], key: str | None
+) -> None:
+    given = Recipe.from_dict(recipe)
+    found = given.settings_without_effect(given.resolved(native))
+    assert len(found) == (key is not None)
+    assert all(f"recipe key {key!r} changes nothing" in one for one in found)

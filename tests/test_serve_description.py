@@ -38,6 +38,47 @@ def option(process: Process, name: str) -> str:
 # --- what is refused ---------------------------------------------------------------------------------
 
 
+def test_arguments_and_variables_that_nobody_decides_are_passed_on() -> None:
+    arguments = "--quantization-config {} --model-impl auto --config-format hf -pp 2 -O3 -dp 1 -n 1"
+    variables = {"CUDA_VISIBLE_DEVICES": 1, "_A1": 2.5, "lower": ""}
+    found = Deployment.from_values(
+        {"model": "m", "vllm_arguments": arguments, "environment": variables}
+    )
+    assert list(found.vllm_arguments) == arguments.split()
+    assert found.environment == {"CUDA_VISIBLE_DEVICES": "1", "_A1": "2.5", "lower": ""}
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "key"),
+    [
+        ("model: a\nport: 1\nmodel: b\n", 3, "model"),
+        ("model: a\nrecipe: {format: int8, 'format': fp8}\n", 2, "format"),
+        ("model: a\nenvironment:\n  A: 1\n  B: 2\n  A: 3\n", 5, "A"),
+        ("model: a\nvllm_arguments: [{x: 1, x: 2}]\n", 2, "x"),
+    ],
+)
+def test_a_key_that_stands_twice_is_refused(text: str, line: int, key: str, tmp_path: Path) -> None:
+    file = tmp_path / "set.yaml"
+    file.write_text(text)
+    with pytest.raises(ServeError) as caught:
+        read(file)
+    assert str(caught.value) == f"{file}, line {line}: {key!r} stands twice"
+
+
+def test_an_alias_and_a_merge_are_no_second_key(tmp_path: Path) -> None:
+    file = tmp_path / "set.yaml"
+    file.write_text("model: a\nenvironment: &e {A: 1}\nrecipe: {<<: *e, A: 2}\nlog_folder: *e\n")
+    assert read(file) == {
+        "model": "a",
+        "environment": {"A": 1},
+        "recipe": {"A": 2},
+        "log_folder": {"A": 1},
+    }
+    file.write_text("")
+    with pytest.raises(ServeError, match="expected a mapping"):
+        read(file)
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [
@@ -66,6 +107,31 @@ def option(process: Process, name: str) -> str:
         ({"vllm_arguments": "--port 3"}, "vllm_arguments: --port is decided by mixquant serve"),
         ({"vllm_arguments": "--api-key=x"}, "vllm_arguments: --api-key is decided by"),
         ({"vllm_arguments": "--served_model_name x"}, "--served_model_name is decided by"),
+        ({"vllm_arguments": "--quantiz fp8"}, "--quantiz (--quantization) is decided by"),
+        ({"vllm_arguments": "-qfp8"}, "-qfp8 (-q) is decided by mixquant serve"),
+        ({"vllm_arguments": "-t 2"}, "-t (-tp) is decided by mixquant serve"),
+        (
+            {**SET, "decode_arguments": "--served x"},
+            "decode_arguments: --served (--served-model-name)",
+        ),
+        (
+            {"vllm_arguments": "--additional-config.mixquant.preset exact"},
+            "(--additional-config) is",
+        ),
+        ({"vllm_arguments": "--config options.yaml"}, "--config may hide options that are decided"),
+        ({"environment": {"": "x"}}, "environment: '' is no variable's name"),
+        ({"environment": {"A=B": "x"}}, "environment: 'A=B' is no variable's name"),
+        ({"environment": {"1A": "x"}}, "environment: '1A' is no variable's name"),
+        ({"environment": {"A B": "x"}}, "environment: 'A B' is no variable's name"),
+        ({"environment": {"A\n": "x"}}, "environment: 'A\\n' is no variable's name"),
+        ({"environment": {"A": "x\0"}}, "environment: the value of A holds a NUL"),
+        ({"environment": {"A": True}}, "environment: Input should be a valid string"),
+        ({"environment": {"A": False}}, "environment: Input should be a valid string"),
+        ({"environment": {"VLLM_API_KEY": "x"}}, "VLLM_API_KEY is decided by api_key_variable"),
+        (
+            {**SET, "environment": {"CUDA_VISIBLE_DEVICES": 0}},
+            "CUDA_VISIBLE_DEVICES is decided by prefill_gpus and decode_gpus",
+        ),
         ({"recipe": "nope"}, "unknown recipe 'nope'"),
         ({**SET, "recipe": {"role": "prefill"}}, "recipe: leave out role"),
         ({"port": 70000}, "port: Input should be less than or equal to 65535, got 70000"),

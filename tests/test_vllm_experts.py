@@ -52,9 +52,11 @@ from mixquant.engines.vllm.experts_nvfp4 import Nvfp4Experts
 from mixquant.engines.vllm.loading import CannotReload
 from mixquant.engines.vllm.memory import CopyDoesNotFit, Ledger
 from mixquant.engines.vllm.products import nbytes_of
+from mixquant.engines.vllm.second_checkpoint import SecondCheckpoint
 from mixquant.formats import EMULATION, fp8, nvfp4
 from mixquant.formats.nvfp4 import NVFP4
 from mixquant.phase import PhasePlan, Thresholds, everything_quantized, in_force, plan_pass
+from mixquant.prefill_checkpoint import CheckpointError, Fp8Tensors, Nvfp4Tensors
 from mixquant.recipe import Recipe
 from mixquant.summary import IGNORED, Layer
 
@@ -1307,6 +1309,165 @@ def test_nvfp4_experts_need_blackwell(
 
 
 # --- a layer of vLLM ---------------------------------------------------------------------------------
+
+
+# --- out of a prefill model ------------------------------------------------------------------------
+
+FEATURES, WIDE = 128, 256
+
+
+class Second:
+    """A checkpoint with the experts of one layer, quantized as this project does."""
+
+    def __init__(self, fmt: str, names: tuple[str, str, str], layer: Any) -> None:
+        self.source, self.layers = "second", 2
+        self.tensors: dict[str, Any] = {}
+        for expert in range(EXPERTS):
+            gate_up, down = layer.w13_weight[expert].data, layer.w2_weight[expert].data
+            for name, part, whole in zip(
+                names,
+                (*gate_up.chunk(2), down),
+                (gate_up, gate_up, down),
+                strict=True,
+            ):
+                place = f"{PREFIX}.{expert}.{name}".replace("model.", "model.language_model.")
+                if fmt == "fp8":
+                    self.tensors[place] = Fp8Tensors(*fp8.quantize(part))
+                else:
+                    scale = nvfp4.global_scale(whole.abs().amax().float()).view(1)
+                    self.tensors[place] = Nvfp4Tensors(*nvfp4.quantize(part, scale), scale)
+        self.formats = dict.fromkeys(self.tensors, fmt)
+
+    def layer(self, name: str) -> Any:
+        return self.tensors[name]
+
+
+NAMES = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
+
+
+@pytest.fixture
+def second(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], None]:
+    def opens(checkpoint: Any) -> None:
+        source = SecondCheckpoint(checkpoint)
+        monkeypatch.setattr(experts, "opened", lambda name: source)
+
+    return opens
+
+
+def of_rank(layer: Any, rank: int, ranks: int) -> Any:
+    """The part of a layer's weights that one rank has."""
+    n = FEATURES // ranks
+    moe = moe_config(FEATURES, WIDE, moe_parallel_config=parallel(tp_size=ranks, tp_rank=rank))
+    mine = layer_of(moe)
+    halves = [half[:, rank * n : (rank + 1) * n] for half in layer.w13_weight.chunk(2, dim=1)]
+    mine.w13_weight = nn.Parameter(torch.cat(halves, dim=1), requires_grad=False)
+    down = layer.w2_weight[:, :, rank * n : (rank + 1) * n]
+    mine.w2_weight = nn.Parameter(down.contiguous(), requires_grad=False)
+    return mine
+
+
+def taken(method: Any, layer: Any, copy: Any) -> Any:
+    method._take(layer, copy)
+    return copy
+
+
+def method_for(layer: Any, fmt: str) -> Any:
+    recipe = dataclasses.replace(recipe_of(fmt), prefill_model="second")
+    method = experts_method(layer, recipe, PREFIX, Ledger())
+    assert method is not None and method.format == fmt
+    return method
+
+
+@pytest.mark.parametrize("names", NAMES)
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_fp8_experts_are_the_prefill_models(
+    names: Any, ranks: int, second: Any, on_blackwell: None, kernel_calls: list[dict[str, Any]]
+) -> None:
+    """Not the BF16 weights, quantized: those here are of another model."""
+    main, other = (with_weights(moe_config(FEATURES, WIDE), seed=seed) for seed in (0, 7))
+    checkpoint = Second("fp8", names, other)
+    second(checkpoint)
+    for rank in range(ranks):
+        layer = of_rank(main, rank, ranks)
+        copy = taken(method_for(layer, "fp8"), layer, Fp8Experts(layer))
+        n = FEATURES // ranks
+        for expert in range(EXPERTS):
+            gate, up, down = list(checkpoint.tensors.values())[3 * expert : 3 * expert + 3]
+            mine = slice(rank * n, (rank + 1) * n)
+            wanted = torch.cat([part.dequantize()[mine] for part in (gate, up)])
+            assert torch.equal(fp8.dequantize(copy.w13[expert], copy.w13_scale[expert]), wanted)
+            found = fp8.dequantize(copy.w2[expert], copy.w2_scale[expert])
+            assert torch.equal(found, down.dequantize()[:, mine])
+
+
+def test_fp8_experts_of_a_prefill_model_where_the_middle_is_rounded_up(
+    second: Any, on_blackwell: None, kernel_calls: list[dict[str, Any]]
+) -> None:
+    other = with_weights(moe_config(FEATURES, WIDE), seed=7)
+    second(Second("fp8", NAMES[0], other))
+    layer = with_weights(moe_config(192, WIDE))
+    layer.moe_config.intermediate_size_per_partition_unpadded = FEATURES
+    copy = taken(method_for(layer, "fp8"), layer, Fp8Experts(layer))
+    rows = fp8.dequantize(copy.w13[1], copy.w13_scale[1])
+    wanted = [fp8.dequantize(*fp8.quantize(half)) for half in other.w13_weight[1].data.chunk(2)]
+    assert torch.equal(rows[:128], wanted[0]) and torch.equal(rows[192:320], wanted[1])
+    assert (rows[128:192] == 0).all() and (rows[320:] == 0).all()
+    assert (copy.w2[1][:, 128:].float() == 0).all()
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_nvfp4_experts_are_the_prefill_models(
+    ranks: int, second: Any, on_blackwell: None, cutlass: None
+) -> None:
+    main, other = (with_weights(moe_config(FEATURES, WIDE), seed=seed) for seed in (0, 7))
+    checkpoint = Second("nvfp4", NAMES[0], other)
+    second(checkpoint)
+    for rank in range(ranks):
+        layer, n = of_rank(main, rank, ranks), FEATURES // ranks
+        copy = taken(method_for(layer, "nvfp4"), layer, Nvfp4Experts(layer))
+        mine = slice(rank * n, (rank + 1) * n)
+        for expert in range(EXPERTS):
+            gate, up, down = list(checkpoint.tensors.values())[3 * expert : 3 * expert + 3]
+            for (codes, scales, alphas), parts in (
+                (copy.w13, [part.rows(mine.start, mine.stop) for part in (gate, up)]),
+                (copy.w2, [down.columns(mine.start, mine.stop)]),
+            ):
+                assert torch.equal(codes[expert], torch.cat([part.codes for part in parts]))
+                blocks = torch.cat([part.block_scales.view(torch.uint8) for part in parts])
+                found = scales[expert].view(torch.uint8).flatten()[positions(*blocks.shape)]
+                assert torch.equal(found, blocks)
+                assert torch.equal(alphas[expert], parts[0].global_scale[0].reciprocal())
+
+
+def test_gate_and_up_with_scales_of_their_own_are_refused(
+    second: Any, on_blackwell: None, cutlass: None
+) -> None:
+    layer = with_weights(moe_config(FEATURES, WIDE))
+    checkpoint = Second("nvfp4", NAMES[0], layer)
+    up = f"{PREFIX}.1.up_proj".replace("model.", "model.language_model.")
+    checkpoint.tensors[up] = dataclasses.replace(checkpoint.tensors[up], global_scale=torch.ones(1))
+    second(checkpoint)
+    with pytest.raises(CheckpointError, match=r"expert 1.*'ignore'"):
+        method_for(layer, "nvfp4")._take(layer, Nvfp4Experts(layer))
+
+
+def test_experts_that_the_prefill_model_does_not_quantize_stay_precise(
+    second: Any, on_blackwell: None
+) -> None:
+    layer = with_weights(moe_config(FEATURES, WIDE))
+    recipe = dataclasses.replace(recipe_of("fp8"), prefill_model="second")
+    checkpoint = Second("fp8", NAMES[0], layer)
+    one = checkpoint.formats.popitem()
+    second(checkpoint)
+    assert precise(layer, recipe) == "the prefill model has not all of them in one format"
+    checkpoint.formats = dict([one])
+    second(checkpoint)
+    assert precise(layer, recipe) == "the prefill model has not all of them in one format"
+    checkpoint.formats = {"model.layers.1.mlp.experts.0.gate_proj": "fp8"}
+    second(checkpoint)
+    assert precise(layer, recipe) == "not quantized in the prefill model"
+    ignoring = dataclasses.replace(recipe, ignore=("experts",))
+    assert precise(layer, ignoring) == IGNORED
 
 
 @pytest.fixture

@@ -94,6 +94,13 @@ def joined(model: torch.nn.Module, with_lora: bool = False) -> int:
     return follow_activations(torch.nn.ModuleList([model]), with_lora)
 
 
+def replaced() -> MLP:
+    """An MLP whose class says one thing, and which does another."""
+    mlp = MLP()
+    mlp.forward = lambda x: mlp.down_proj(mlp.act_fn(x) * 2)[0]  # type: ignore[method-assign]
+    return mlp
+
+
 def test_the_known_models_of_the_installed_vllm() -> None:
     from vllm.model_executor.models.llama import LlamaMLP
     from vllm.model_executor.models.qwen2 import Qwen2MLP
@@ -115,6 +122,7 @@ def test_the_known_models_of_the_installed_vllm() -> None:
         (MLP, False, 1),
         (MLP, True, 0),
         (Scaled, False, 0),
+        (replaced, False, 0),
         (lambda: MLP(GeluAndMul), False, 0),
         (lambda: MLP(fmt="int8"), False, 0),
         (lambda: MLP(dtype=torch.float16), False, 0),

@@ -73,6 +73,18 @@ def layout_of(
 BALANCED = recipe_of("nvfp4", ("fp8", "nvfp4"))
 
 
+@pytest.mark.parametrize("name", ["query_key_value", "Wqkv", "wqkv", "c_attn"])
+def test_what_writes_the_cache_is_spared_whatever_it_is_called(name: str) -> None:
+    layer = f"transformer.h.0.attn.{name}"
+    parts = [(0, 64, "nvfp4"), (64, 128, "fp8")]
+    assert layout_of(BALANCED, layer, [64, 32, 32]) == (parts, None)
+    assert layout_of(BALANCED, layer, [128]) == ([(0, 128, "fp8")], None)
+    # vLLM's loaders bring BLOOM's and InternLM2's into the order of its own layers.
+    second = dataclasses.replace(BALANCED, prefill_model="nowhere")
+    found, why = layout_of(second, layer, [64, 32, 32])
+    assert found == [(0, 128, "bf16")] and why is not None and "another order" in why
+
+
 def test_balanced_sets_keys_and_values_apart() -> None:
     assert layout_of(BALANCED, f"{ATTENTION}.qkv_proj", [64, 32, 32]) == (
         [(0, 64, "nvfp4"), (64, 128, "fp8")],

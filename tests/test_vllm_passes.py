@@ -28,10 +28,13 @@ from mixquant.recipe import Recipe
 
 
 class Model(torch.nn.Module):
-    """Notes the plan in force whenever it runs."""
+    """Notes the plan in force whenever it runs. With ``quantized`` it has a layer with a copy."""
 
-    def __init__(self) -> None:
+    def __init__(self, quantized: bool = True) -> None:
         super().__init__()
+        self.layer: Any = torch.nn.Module()
+        if quantized:
+            self.layer.mixquant_method = SimpleNamespace(fp8=None)
         self.plans: list[PhasePlan | None] = []
         self.fails = False
 
@@ -240,16 +243,41 @@ def test_the_rule_holds_in_a_run(make: Callable[..., Any], method: MixQuantConfi
 
 
 @pytest.mark.parametrize(
-    "recipe", [{"preset": "exact"}, {"role": "decode"}, {"preset": "exact", "role": "prefill"}]
+    "recipe",
+    [
+        {"preset": "exact"},
+        {"role": "decode"},
+        {"preset": "exact", "role": "prefill"},
+        {"preset": "exact", "prefill_attention": "fp8"},  # which no CPU has
+        {"ignore": ("*",)},
+        {"ignore": ("*",), "everywhere": True},
+        {"ignore": ("*",), "role": "prefill"},
+    ],
 )
 def test_where_nothing_is_quantized_there_are_no_plans(
-    recipe: dict[str, Any], make: Callable[..., Any], method: MixQuantConfig
+    recipe: dict[str, Any],
+    make: Callable[..., Any],
+    method: MixQuantConfig,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
 ) -> None:
+    monkeypatch.setenv(passes.TRACE, str(tmp_path / "trace.jsonl"))
     method.recipe = Recipe(min_prefill_tokens=0, **recipe).resolved(frozenset({"int8"}))
-    runner = make()
+    runner = make(model=Model(quantized=False))
     runner.execute_model(Step([(0, 10, 10)]))
     assert runner.model.last is None or not runner.model.last.quantized
-    assert counted(method) == ([0, 10, 0, 0], {"precise": 1})
+    runner.execute_model(Step([(10, 1, 10)], replayed=True))
+    assert counted(method) == ([0, 10, 0, 1], {"precise": 1, "graph": 1})
+    lines = (tmp_path / "trace.jsonl").read_text().splitlines()
+    assert [json.loads(line)["quantized"] for line in lines] == [[], []]
+
+
+def test_a_layer_of_experts_alone_is_quantized(make: Callable[..., Any]) -> None:
+    model = Model(quantized=False)
+    model.layer.quant_method = SimpleNamespace(quantized=object())
+    runner = make(model=model)
+    runner.execute_model(Step([(0, 10, 10)]))
+    assert runner.model.last.quantized == ((1, 9),)
 
 
 @pytest.mark.parametrize("recipe", [{"everywhere": True}, {"role": "prefill"}])

@@ -61,6 +61,50 @@ def test_joined(fmt: str) -> None:
     assert torch.equal(whole.dequantize(), torch.cat([part.dequantize() for part in parts]))
 
 
+def holding(tensors: dict[str, Any], layers: int | None = 2) -> Any:
+    """A checkpoint with these layers, all in NVFP4."""
+    return SimpleNamespace(
+        source="it",
+        formats=dict.fromkeys(tensors, "nvfp4"),
+        layer=tensors.__getitem__,
+        layers=layers,
+    )
+
+
+@pytest.mark.parametrize("order", [1, -1])
+@pytest.mark.parametrize(
+    "other",
+    [
+        "mtp.layers.0.mlp.down_proj",
+        "model.mtp_layers.0.mlp.down_proj",
+        "model.visual.layers.0.mlp.down_proj",
+        "vision_tower.vision_model.encoder.layers.0.mlp.down_proj",
+        "model.audio_tower.layers.0.mlp.down_proj",
+    ],
+)
+def test_towers_and_drafters_do_not_take_a_decoder_layers_place(other: str, order: int) -> None:
+    decoder = "model.language_model.layers.0.mlp.down_proj"
+    tensors = {name: random("nvfp4", 16, 64, seed=len(name)) for name in (decoder, other)}
+    source = SecondCheckpoint(holding(dict(list(tensors.items())[::order])))
+    found = source.layer("language_model.model.layers.0.mlp.down_proj")
+    assert found is tensors[decoder]
+
+
+def test_a_drafter_behind_the_last_layer_is_left_out() -> None:
+    names = [f"model.layers.{number}.mlp.down_proj" for number in range(3)]
+    tensors = {name: random("nvfp4", 16, 64) for name in names}
+    source = SecondCheckpoint(holding(tensors, layers=2))
+    assert [source.format_of(name) for name in names] == ["nvfp4", "nvfp4", None]
+
+
+def test_two_layers_of_one_name_are_refused() -> None:
+    names = ("thinker.model.layers.0.mlp.down_proj", "talker.model.layers.0.mlp.down_proj")
+    tensors = {name: random("nvfp4", 16, 64) for name in names}
+    with pytest.raises(CheckpointError) as caught:
+        SecondCheckpoint(holding(tensors))
+    assert all(name in str(caught.value) for name in ("it holds", *names))
+
+
 def test_names_before_the_layers_may_differ() -> None:
     first, second = random("nvfp4", 16, 64), random("nvfp4", 16, 64, seed=1)
     tensors = {
@@ -68,10 +112,7 @@ def test_names_before_the_layers_may_differ() -> None:
         "model.language_model.layers.0.self_attn.k_proj": first,
         "model.language_model.layers.0.self_attn.v_proj": second,
     }
-    checkpoint: Any = SimpleNamespace(
-        formats=dict.fromkeys(tensors, "nvfp4"), layer=tensors.__getitem__
-    )
-    source = SecondCheckpoint(checkpoint)
+    source = SecondCheckpoint(holding(tensors))
     layer = "language_model.model.layers.0.self_attn"
     assert source.format_of(f"{layer}.q_proj") == "nvfp4"
     assert source.format_of(f"{layer}.o_proj") is None

@@ -406,6 +406,38 @@ def test_settling_writes_recipe_and_version_and_keeps_the_rest(device: Callable[
     assert (config.additional_config, config.quant_config.counters) == (before, path)
 
 
+def test_a_setting_without_effect_is_said_once(
+    device: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(settings.logger, "warning", lambda text, *args: said.append(text % args))
+    device("int8")
+    config = config_like(additional_config={"mixquant": {"preset": "exact", "format": "int8"}})
+    settings._settle(config)
+    settings._settle(config)  # as `replace` of a configuration does, and other processes do
+    assert said == ["recipe key 'format' changes nothing: preset exact quantizes nothing"]
+
+
+@pytest.mark.parametrize(
+    ("given", "key"),
+    [
+        ({"mixqaunt": {"preset": "exact"}}, "mixqaunt"),
+        ({"MixQuant": "exact"}, "MixQuant"),
+        ({"mix-quant": "exact"}, "mix-quant"),
+        ({"other": 1, "preset": "exact"}, "preset"),
+        ({"ignore": ["lm_head"]}, "ignore"),
+    ],
+)
+def test_a_recipe_in_the_wrong_place_is_refused(given: dict[str, Any], key: str) -> None:
+    with pytest.raises(settings.SettingsError, match=f"the key {key!r}, and no 'mixquant'"):
+        settings._check(config_like(additional_config=given))
+
+
+@pytest.mark.parametrize("given", [{}, {"other": 1, "quantizer": 2}, {"mixquant": "fast", "a": 1}])
+def test_keys_of_other_plugins_are_left_alone(given: dict[str, Any]) -> None:
+    settings._check(config_like(additional_config=given))
+
+
 def test_a_given_recipe_goes_before_the_checkpoints(device: Callable[..., None]) -> None:
     device("int8")
     method = MixQuantConfig.from_config({"recipe": {"min_prefill_tokens": 9}})
@@ -459,6 +491,7 @@ def test_layers_of_the_decoder_are_taken(prefix: str) -> None:
         ("mtp.layers.0.mlp.down_proj", "drafts"),
         ("model.mtp.fc", "drafts"),
         ("eagle.layers.0.mlp.down_proj", "drafts"),
+        ("model.mtp_layers.0.mlp.down_proj", "drafts"),
         ("model.layers.0.mlp.gate", "router"),
         ("model.layers.0.mlp.shared_expert_gate", "router"),
         ("model.layers.0.router.proj", "router"),
@@ -479,6 +512,36 @@ def test_layers_that_are_left_as_they_are(
     assert layer.mixquant_why_precise == found
     assert type(method.get_quant_method(layer, ORDINARY[0])).__name__ == "PhaseLinearMethod"
     assert method.get_quant_method(torch.nn.LayerNorm(4), ORDINARY[0]) is None
+
+
+@pytest.mark.parametrize("tag", ["eagle_head", "dflash_head", "draft_model", "medusa_head"])
+def test_a_drafter_is_told_by_who_builds_it(tag: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its layers have names that the model's own have, and vLLM gives it the same configuration."""
+    from vllm.compilation.backends import set_model_tag
+
+    monkeypatch.setattr(passes, "install", lambda method: None)
+    method = MixQuantConfig()
+    method.recipe = Recipe(format="int8", role="prefill").resolved(frozenset({"int8"}))
+    layer = ReplicatedLinear.__new__(ReplicatedLinear)
+    torch.nn.Module.__init__(layer)
+    with set_model_tag(tag):
+        assert type(method.get_quant_method(layer, ORDINARY[0])) is UnquantizedLinearMethod
+        # One that vLLM made for the drafter alone, without a recipe.
+        assert type(MixQuantConfig().get_quant_method(layer, ORDINARY[0])) is (
+            UnquantizedLinearMethod
+        )
+    assert layer.mixquant_why_precise == "it drafts"
+    assert type(method.get_quant_method(layer, ORDINARY[0])).__name__ == "PhaseLinearMethod"
+    with set_model_tag("self_decoder"):  # a part of the model itself
+        assert method.why_precise(ORDINARY[0]) is None
+
+
+def test_layers_behind_the_last_one_draft() -> None:
+    method = MixQuantConfig()
+    assert method.why_precise("model.layers.61.mlp.down_proj") is None
+    method.layers = 61
+    assert method.why_precise("model.layers.61.mlp.down_proj") == "it drafts"
+    assert method.why_precise("model.layers.60.mlp.down_proj") is None
 
 
 def test_only_a_checkpoint_of_another_method_is_refused() -> None:

@@ -16,10 +16,14 @@ from pathlib import Path
 from typing import Any
 
 from mixquant import results
-from mixquant.engines.vllm.server import arguments_for, serving
+from mixquant.engines.vllm.server import arguments_for, serving, stands_for
 from mixquant.recipe import Recipe
 
 DEFAULTS = ("bf16", "quantized", "mixquant")
+
+# Options of vLLM that are decided for every server that is started, and those that make `DEFAULTS`.
+_ADDRESS = ("--config", "--host", "--model", "--port", "--served-model-name", "--uds")
+_PRECISION = ("--additional-config", "--quantization", "-q")
 
 _NAME = re.compile(r"\w[\w.-]*")  # names files, too
 
@@ -61,9 +65,11 @@ def chosen_arms(
         vllm_args: for every server that is started, as a shell would read them.
 
     Raises:
-        ArmError: an option that cannot be read, an unknown name, or one name twice.
+        ArmError: an option that cannot be read, an unknown name, one name twice, or arguments that
+            give what is decided here.
     """
     shared = tuple(_split(vllm_args, "--vllm-args"))
+    _check(shared, "--vllm-args", (*_ADDRESS, *_PRECISION))
     known = {
         "bf16": Arm("bf16", arguments=shared),
         "quantized": Arm("quantized", replace(recipe, everywhere=True), shared),
@@ -73,7 +79,9 @@ def chosen_arms(
     for text in arms or (() if urls else DEFAULTS):
         name, given, own = text.partition("=")
         if given:
-            arguments = (*shared, *_split(own, f"--arm {name}"))
+            its_own = _split(own, f"--arm {name}")
+            _check(its_own, f"--arm {name}", _ADDRESS)
+            arguments = (*shared, *its_own)
             chosen.append(Arm(_checked(name, text), arguments=arguments))
         elif name in known:
             chosen.append(known[name])
@@ -179,6 +187,13 @@ def _checked(name: str, text: str) -> str:
     if not _NAME.fullmatch(name):
         raise ArmError(f"{text!r}: an arm's name is letters, digits, '-', '_' and '.'")
     return name
+
+
+def _check(arguments: Sequence[str], where: str, decided: Sequence[str]) -> None:
+    for argument in arguments:
+        if (option := stands_for(argument, decided)) is not None:
+            instead = "; give --arm NAME=ARGUMENTS for an arm of your own" * (option in _PRECISION)
+            raise ArmError(f"{where}: {argument!r} is {option}, which is decided here{instead}")
 
 
 def _split(arguments: str, where: str) -> list[str]:

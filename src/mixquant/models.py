@@ -124,9 +124,10 @@ def load_model(checkpoint: Checkpoint, dtype: Any = "bfloat16", device: Any = No
         device: None: the first GPU if there is one, else the CPU.
 
     Raises:
-        ModelError: it cannot be loaded, or weights are missing from its files.
+        ModelError: it cannot be loaded, weights are missing from its files, or they are quantized.
     """
     import torch
+    from torch import nn
     from transformers import AutoConfig, AutoModelForCausalLM
 
     if device is None:
@@ -149,6 +150,15 @@ def load_model(checkpoint: Checkpoint, dtype: Any = "bfloat16", device: Any = No
             f"cannot load {checkpoint.name}: {len(missing)} weights are missing from its files, "
             f"{missing[0]} first"
         )
+    layers = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    for key in sorted(info["unexpected_keys"]):
+        layer, _, what = key.rpartition(".")
+        if layer in layers and what != "bias":
+            # Scales, zero points: Transformers would take the codes for weights.
+            raise ModelError(
+                f"{checkpoint.name} is quantized already: its files hold {key}; mixquant needs the BF16 "
+                "checkpoint"
+            )
     return model
 
 

@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from mixquant.formats import fp8, nvfp4
+from mixquant.layer_names import is_drafter
 from mixquant.models import HUB_NAME, ModelError, one_line
 
 FormatName = Literal["nvfp4", "fp8"]
@@ -175,6 +176,12 @@ class PrefillCheckpoint:
             raise CheckpointError(f"{source} holds no quantized layer")
         return cls(source, config, formats, tensors)
 
+    @property
+    def layers(self) -> int | None:
+        """How many decoder layers its configuration says that it has."""
+        count = _text_config(self.config).get("num_hidden_layers")
+        return count if isinstance(count, int) else None
+
     def layer(self, name: str) -> Nvfp4Tensors | Fp8Tensors:
         """Loads the quantized weight of one layer, onto the CPU.
 
@@ -238,7 +245,7 @@ class PrefillCheckpoint:
         if name.endswith("lm_head.weight"):
             return bool(_text_config(self.config).get("tie_word_embeddings", True))
         # Drafters of multi-token prediction, which writers drop; buffers that old ones stored.
-        return name.startswith("mtp.") or name.endswith("rotary_emb.inv_freq")
+        return is_drafter(name, self.layers) or name.endswith("rotary_emb.inv_freq")
 
     def _check_equal(self, name: str, main: _Tensors) -> None:
         shape, expected = self._tensors.shape(name), main.shape(name)

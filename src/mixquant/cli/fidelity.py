@@ -195,12 +195,17 @@ def _engine(engine: EngineName, vllm_args: str) -> Engine:
         return run
     if importlib.util.find_spec("vllm") is None:
         raise InputError("vLLM is not installed: pip install 'mixquant[vllm]', or '[cpu]' on a CPU")
-    from mixquant.evaluate.answers_vllm import VLLM
+    from mixquant.engines.vllm.server import stands_for
+    from mixquant.evaluate.answers_vllm import DECIDED, VLLM
 
     try:
-        return VLLM(tuple(shlex.split(vllm_args)))
+        arguments = tuple(shlex.split(vllm_args))
     except ValueError as error:
         raise InputError(f"--vllm-args: cannot read {vllm_args!r}: {error}") from None
+    for argument in arguments:
+        if (option := stands_for(argument, DECIDED)) is not None:
+            raise InputError(f"--vllm-args: {argument!r} is {option}, which is decided here")
+    return VLLM(arguments)
 
 
 def _check_recipes(engine: EngineName, recipes: dict[str, Recipe]) -> None:

@@ -25,6 +25,20 @@ from mixquant.recipe import Recipe
 from mixquant.summary import Layer
 
 COMMAND = (sys.executable, "-m", "mixquant.evaluate.vllm_worker")
+# Options of vLLM that are decided for every arm.
+DECIDED = (
+    "--additional-config",
+    "--config",
+    "--dtype",
+    "--enable-prefix-caching",
+    "--max-model-len",
+    "--model",
+    "--no-enable-prefix-caching",
+    "--quantization",
+    "--skip-tokenizer-init",
+    "--worker-extension-cls",
+    "-q",
+)
 _LONGEST_START = 0.3  # of an arm's time, as the bar shows it
 
 

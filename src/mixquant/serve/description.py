@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -17,12 +18,14 @@ from pydantic import (
     model_validator,
 )
 
+from mixquant.engines.vllm.server import stands_for
 from mixquant.recipe import Recipe, RecipeError
 
 # Options of vLLM that the description itself decides.
 OWN_OPTIONS = (
     "--additional-config",
     "--api-key",
+    "--config",  # a file of options, these among them
     "--host",
     "--kv-transfer-config",
     "--model",
@@ -34,6 +37,16 @@ OWN_OPTIONS = (
     "-tp",
     "--uds",
 )
+
+# Variables of engines that the description decides, and by which of its keys.
+_OWN_VARIABLES = {
+    "VLLM_API_KEY": "api_key_variable or api_key_file",
+    "CUDA_VISIBLE_DEVICES": "prefill_gpus and decode_gpus",
+    "VLLM_NIXL_SIDE_CHANNEL_HOST": "mixquant serve itself",
+    "VLLM_NIXL_SIDE_CHANNEL_PORT": "mixquant serve itself",
+}
+_OF_A_SET = ("CUDA_VISIBLE_DEVICES", "VLLM_NIXL_SIDE_CHANNEL_HOST", "VLLM_NIXL_SIDE_CHANNEL_PORT")
+_VARIABLE = r"[A-Za-z_][A-Za-z0-9_]*"
 
 Policy = Literal[
     "consistent_hash", "cache_aware", "sticky_least_loaded", "power_of_two", "round_robin", "random"
@@ -112,7 +125,7 @@ class Deployment(BaseModel):
     host: Annotated[str, Field(min_length=1)] = "127.0.0.1"
     port: Annotated[int, Field(ge=1, le=65535, strict=True)] = 8000
     log_folder: Path | None = None
-    api_key_variable: Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")] | None = None
+    api_key_variable: Annotated[str, Field(pattern=rf"^{_VARIABLE}$")] | None = None
     api_key_file: Path | None = None
     vllm_arguments: Arguments = ()
     prefill_arguments: Arguments = ()
@@ -160,9 +173,10 @@ class Deployment(BaseModel):
     def _as_text(cls, value: Any) -> Any:
         if not isinstance(value, dict):
             return value
-        numbers = (int, float)  # which YAML makes of NAME: 4
+        numbers = (int, float)  # which YAML makes of NAME: 4; but of NAME: yes it makes True
         return {
-            k: str(v) if isinstance(v, numbers) and v is not True else v for k, v in value.items()
+            k: str(v) if isinstance(v, numbers) and not isinstance(v, bool) else v
+            for k, v in value.items()
         }
 
     @model_validator(mode="after")
@@ -193,9 +207,26 @@ class Deployment(BaseModel):
             raise ValueError("give api_key_variable or api_key_file, not both")
         for field in ("vllm_arguments", "prefill_arguments", "decode_arguments"):
             for argument in getattr(self, field):
-                option = argument.split("=", 1)[0]
-                if option.startswith("-") and option.replace("_", "-") in OWN_OPTIONS:
-                    raise ValueError(f"{field}: {option} is decided by mixquant serve itself")
+                if (option := stands_for(argument, OWN_OPTIONS)) is None:
+                    continue
+                written = argument.split("=", 1)[0]
+                meant = f" ({option})" if written.replace("_", "-") != option else ""
+                if option == "--config":
+                    raise ValueError(
+                        f"{field}: {written}{meant} may hide options that are decided by mixquant serve "
+                        "itself; give those of the file one by one"
+                    )
+                raise ValueError(f"{field}: {written}{meant} is decided by mixquant serve itself")
+        for name, value in self.environment.items():
+            if re.fullmatch(_VARIABLE, name) is None:
+                raise ValueError(
+                    f"environment: {name!r} is no variable's name, which has letters, digits and "
+                    "underscores, and no digit first"
+                )
+            if "\0" in value:
+                raise ValueError(f"environment: the value of {name} holds a NUL character")
+            if name in _OWN_VARIABLES and (self.disaggregated or name not in _OF_A_SET):
+                raise ValueError(f"environment: {name} is decided by {_OWN_VARIABLES[name]}")
         try:
             recipe = self.chosen_recipe()
         except RecipeError as error:
@@ -239,12 +270,18 @@ def read(path: Path) -> dict[str, Any]:
     """The mapping that a YAML file holds.
 
     Raises:
-        ServeError: it cannot be read, or is no mapping of text to values.
+        ServeError: it cannot be read, is no mapping of text to values, or has a key twice.
     """
     import yaml
 
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        loader = yaml.SafeLoader(path.read_text(encoding="utf-8"))
+        document = loader.get_single_node()
+        if (twice := _key_twice(document)) is not None:
+            raise ServeError(
+                f"{path}, line {twice.start_mark.line + 1}: {twice.value!r} stands twice"
+            )
+        values = None if document is None else loader.construct_document(document)
     except OSError as error:
         raise ServeError(f"cannot read {path}: {error.strerror or error}") from None
     except UnicodeDecodeError:
@@ -254,6 +291,29 @@ def read(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
         raise ServeError(f"{path}: expected a mapping such as 'model: NAME', got {values!r:.100}")
     return values
+
+
+def _key_twice(document: Any) -> Any:
+    """The node of the first key that stands twice in one mapping of a YAML document, or None."""
+    import yaml
+
+    waiting, seen = [document], set()
+    while waiting:
+        node = waiting.pop()
+        if node is None or id(node) in seen:
+            continue
+        seen.add(id(node))
+        if isinstance(node, yaml.SequenceNode):
+            waiting += reversed(node.value)
+        elif isinstance(node, yaml.MappingNode):
+            keys = set()
+            for key, value in node.value:
+                if isinstance(key, yaml.ScalarNode):
+                    if (key.tag, key.value) in keys:
+                        return key
+                    keys.add((key.tag, key.value))
+                waiting += [value, key]
+    return None
 
 
 def api_key(deployment: Deployment) -> str | None:

@@ -8,14 +8,13 @@ an MLP's last layer. Passes that quantize nothing run the modules' own code.
 
 from __future__ import annotations
 
-import inspect
-import re
 from collections.abc import Callable, Iterator
 from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
 
+from mixquant.engines.source import statements_of_forward
 from mixquant.engines.transformers.methods import put_in_front
 from mixquant.engines.transformers.module import PhaseLinear, precise_and_eager
 from mixquant.formats.int8 import INT8, ONEDNN, Int8Rows, Int8Weight, onednn_product
@@ -30,7 +29,9 @@ _FEEDS = (
     ("pre_feedforward_layernorm", ("mlp.gate_proj", "mlp.gate_up_proj")),
     ("post_attention_layernorm", ("mlp.gate_proj", "mlp.gate_up_proj")),
 )
-_MLP = "returnself.down_proj(self.act_fn(self.gate_proj(x))*self.up_proj(x))"
+# The whole body of forward, as ast.unparse writes it.
+_PRODUCT = "self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))"
+_MLPS = ((f"return {_PRODUCT}",), (f"down_proj = {_PRODUCT}", "return down_proj"))
 
 
 def fuse(model: nn.Module) -> None:
@@ -73,16 +74,24 @@ def _is_gated_mlp(mlp: nn.Module) -> bool:
     linears = [getattr(mlp, name, None) for name in names]
     if any(_int8_weight(linear) is None for linear in linears) or "forward" in vars(mlp):
         return False
-    body = re.sub(r"\s+", "", inspect.getsource(type(mlp).forward))
-    body = body.replace("down_proj=self.down_proj", "returnself.down_proj", 1)
-    return _MLP in body and _fused_activation(mlp) is not None
+    return is_written_as_gated_mlp(type(mlp)) and _fused_activation(mlp.act_fn) is not None
 
 
-def _fused_activation(mlp: nn.Module) -> Callable[..., tuple[Tensor, Tensor]] | None:
-    kind = type(mlp.act_fn).__name__
-    if kind in ("SiLU", "SiLUActivation"):
+def is_written_as_gated_mlp(kind: type[nn.Module]) -> bool:
+    """Whether a class's forward is a gated MLP and nothing besides."""
+    return statements_of_forward(kind) in _MLPS
+
+
+def _fused_activation(activation: Any) -> Callable[..., tuple[Tensor, Tensor]] | None:
+    """What computes an activation together with what is around it; told by what it computes."""
+    if not isinstance(activation, nn.Module) or activation._forward_hooks:
+        return None
+    x = torch.linspace(-6, 6, 97)
+    with torch.no_grad():
+        y = activation(x)
+    if torch.allclose(y, nn.functional.silu(x), rtol=0, atol=1e-5):
         return int8_cpu.silu_mul_quantize
-    if kind in ("GELUTanh", "PytorchGELUTanh"):
+    if torch.allclose(y, nn.functional.gelu(x, approximate="tanh"), rtol=0, atol=1e-5):
         return int8_cpu.gelu_mul_quantize
     return None
 
@@ -132,7 +141,7 @@ def _phase_norm(original: Callable[..., Tensor], norm: Any, x: Tensor) -> Tensor
 
 @torch.compiler.disable
 def _phase_gated_mlp(original: Callable[..., Tensor], mlp: Any, x: Tensor) -> Tensor:
-    plan, activate = _plan_for(x), _fused_activation(mlp)
+    plan, activate = _plan_for(x), _fused_activation(mlp.act_fn)
     gate, up, down = map(_int8_weight, (mlp.gate_proj, mlp.up_proj, mlp.down_proj))
     if plan is None or activate is None or gate is None or up is None or down is None:
         return original(x)

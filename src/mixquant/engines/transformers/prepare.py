@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterator
 from itertools import pairwise
@@ -12,18 +13,37 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import logging as hf_logging
 
+from mixquant.engines.source import statements_of_forward
 from mixquant.engines.transformers.fusion import fuse
 from mixquant.engines.transformers.module import PhaseLinear, quantize_parts
 from mixquant.engines.transformers.passes import watch
+from mixquant.engines.transformers.stored import is_other_linear, why_not_plain
 from mixquant.formats import BY_NAME, native_formats
 from mixquant.linear import Part
 from mixquant.phase import Range, Thresholds
 from mixquant.recipe import FUSED_PROJECTIONS, Recipe, is_router
-from mixquant.summary import IGNORED, Layer, Summary
+from mixquant.summary import IGNORED, THE_RECIPE, Layer, Summary
+
+logger = logging.getLogger(__name__)
 
 Layout = tuple[tuple[Range, str, dict[str, Any]], ...]
 
 _EXPERTS = re.compile(r"(^|\.)experts(\.|$)")
+
+# What a module's forward does with a fused layer whose projections lie one behind the other.
+_ONE_BEHIND_THE_OTHER: dict[str, tuple[str, ...]] = {
+    "qkv_proj": (
+        "qkv = self.qkv_proj(hidden_states)",
+        "query_pos = self.config.num_attention_heads * self.head_dim",
+        "query_states = qkv[..., :query_pos]",
+        "key_states = qkv[..., query_pos:query_pos + self.num_key_value_heads * self.head_dim]",
+        "value_states = qkv[..., query_pos + self.num_key_value_heads * self.head_dim:]",
+    ),
+    "gate_up_proj": (
+        "up_states = self.gate_up_proj(hidden_states)",
+        "gate, up_states = up_states.chunk(2, dim=-1)",
+    ),
+}
 
 
 class PrepareError(ValueError):
@@ -49,8 +69,8 @@ def prepare(
     Raises:
         RecipeError: an invalid recipe.
         PrepareError: a model that is prepared or quantized already, is not decoder-only, is not on
-            a device, or has a NaN or an infinity in a weight (the message names the layer); a recipe
-            with a role, which only an engine of a disaggregated set can have.
+            a device, has no linear layers, or has a NaN or an infinity in a weight (the message names
+            the layer); a recipe with a role or a prefill_model, which only a vLLM engine can have.
     """
     recipe = as_recipe(recipe)
     if recipe.role != "both":
@@ -58,10 +78,16 @@ def prepare(
             f"role {recipe.role!r} is for the vLLM engines of a disaggregated set; here one model does "
             "both phases, so leave it out"
         )
+    if recipe.prefill_model is not None:
+        raise PrepareError(
+            f"prefill_model {recipe.prefill_model!r} is for vLLM engines; here the copy is made from "
+            "the model's own weights, so leave it out"
+        )
     _check(model)
     decoder = model.get_decoder()
     device = decoder.device
     resolved = recipe.resolved(native_formats(device))
+    _check_linears(model, decoder, resolved)
 
     plans: list[tuple[nn.Linear, Layout, tuple[Part, ...]]] = []
     layers: list[Layer] = []
@@ -82,8 +108,10 @@ def prepare(
         for index, part in enumerate(parts):
             label = f"{name}.{labels[index]}" if labels else name
             shape = (part.features[1] - part.features[0], linear.weight.shape[1])
-            layers.append(_layer(label, shape, part, "the recipe" if part.weight is None else None))
-    layers.extend(_left_alone(model))
+            layers.append(_layer(label, shape, part, THE_RECIPE if part.weight is None else None))
+    layers.extend(_left_alone(model, decoder))
+    made = Summary(resolved, tuple(layers))
+    _warn(model, recipe, made)
 
     for linear, layout, parts in plans:
         PhaseLinear.adopt(linear, layout).hold(parts)
@@ -97,7 +125,7 @@ def prepare(
         ),
         everywhere=resolved.everywhere,
     )
-    model.mixquant_summary = Summary(resolved, tuple(layers))  # type: ignore[assignment]
+    model.mixquant_summary = made  # type: ignore[assignment]
     from mixquant.engines.transformers.quantizer import attach
 
     attach(model, recipe)
@@ -133,12 +161,6 @@ def _check(model: PreTrainedModel) -> None:
         )
     if isinstance(getattr(model, "mixquant_summary", None), Summary):
         raise PrepareError(f"this {kind} is prepared already; load it again to change the recipe")
-    if (other := getattr(model, "hf_quantizer", None)) is not None and not _is_ours(other):
-        method = other.quantization_config.quant_method
-        raise PrepareError(
-            f"this {kind} is quantized already ({getattr(method, 'value', method)}); "
-            "mixquant needs the BF16 checkpoint"
-        )
     if model.config.is_encoder_decoder:
         raise PrepareError(
             f"{kind} is an encoder-decoder model; mixquant handles decoder-only ones"
@@ -150,19 +172,44 @@ def _check(model: PreTrainedModel) -> None:
             )
 
 
-def _is_ours(quantizer: Any) -> bool:
-    return getattr(quantizer.quantization_config, "quant_method", None) == "mixquant"
+def _check_linears(model: PreTrainedModel, decoder: nn.Module, resolved: Recipe) -> None:
+    kind = type(model).__name__
+    inside = dict(_token_modules(model, decoder))
+    if (why := why_not_plain(inside.items())) is not None:
+        quantizer: Any = getattr(model, "hf_quantizer", None)
+        method = getattr(quantizer, "quantization_config", None) and (
+            quantizer.quantization_config.quant_method
+        )
+        by = f" by {getattr(method, 'value', method)}" if method else ""
+        raise PrepareError(
+            f"this {kind} is quantized already{by}, or not in plain tensors ({why}); mixquant needs "
+            "the weights in BF16, FP16 or FP32"
+        )
+    head = model.get_output_embeddings()
+    if set(_formats_used(resolved)) != {"bf16"} and not any(
+        type(module) is nn.Linear and module is not head for module in inside.values()
+    ):
+        raise PrepareError(
+            f"the decoder of {kind} holds no torch.nn.Linear, so nothing could be quantized; such "
+            "models are served by vLLM, or here with preset exact"
+        )
 
 
-def _linears(model: PreTrainedModel, decoder: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
-    """The linear layers that token rows go through: the text decoder's and the output head's.
+def _token_modules(model: PreTrainedModel, decoder: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """What token rows go through: the text decoder and the output head.
 
     A vision or audio tower has rows of its own; its products are precise whatever the plan.
     """
     inside = {id(module) for module in decoder.modules()}
     head = model.get_output_embeddings()
     for name, module in model.named_modules():
-        if type(module) is nn.Linear and (id(module) in inside or module is head):
+        if id(module) in inside or module is head:
+            yield name, module
+
+
+def _linears(model: PreTrainedModel, decoder: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
+    for name, module in _token_modules(model, decoder):
+        if type(module) is nn.Linear:
             yield name, module
 
 
@@ -173,8 +220,12 @@ def _layout(
     out_features, in_features = linear.weight.shape
     whole = (0, out_features)
     precise: Layout = ((whole, "bf16", {}),)
-    if recipe.ignores(name):
+    if any(recipe.ignores(one) for one in _names(name, linear, model)):
         return precise, IGNORED
+    if "forward" in vars(
+        linear
+    ):  # accelerate's hooks, compressed-tensors: ours would never be called
+        return precise, "another library has replaced its forward"
     if is_router(name):
         return precise, "an expert router"
     if _EXPERTS.search(name):
@@ -202,12 +253,22 @@ def _layout(
                 reasons.append(f"{fmt} cannot hold it: {reason}")
                 fmt, options = "bf16", {}
         layout += (((start, stop), fmt, options),)
-    return layout, "; ".join(dict.fromkeys(reasons)) or "the recipe"
+    return layout, "; ".join(dict.fromkeys(reasons)) or THE_RECIPE
+
+
+def _names(name: str, linear: nn.Linear, model: PreTrainedModel) -> tuple[str, ...]:
+    """A layer's name, and for the output head the one by which recipes know it."""
+    return (name, "lm_head") if linear is model.get_output_embeddings() else (name,)
 
 
 def _boundaries(name: str, out_features: int, model: PreTrainedModel) -> list[Range] | None:
     """Where in a fused layer's output its projections lie, or None if that is not known."""
-    if name.endswith("gate_up_proj"):
+    path, _, last = name.rpartition(".")
+    known = _ONE_BEHIND_THE_OTHER.get(last)
+    does = statements_of_forward(type(model.get_submodule(path)))
+    if known is None or not set(known) <= set(does):
+        return None  # CodeGen and MiniMax interleave them
+    if last == "gate_up_proj":
         return [(0, out_features // 2), (out_features // 2, out_features)]
     config = model.config.get_text_config()
     queries = config.num_attention_heads
@@ -219,9 +280,13 @@ def _boundaries(name: str, out_features: int, model: PreTrainedModel) -> list[Ra
     return list(pairwise(ends))
 
 
-def _left_alone(model: nn.Module) -> Iterator[Layer]:
-    """Matrices that rows are multiplied with outside linear layers: stacked experts, and routers."""
+def _left_alone(model: PreTrainedModel, decoder: nn.Module) -> Iterator[Layer]:
+    """Matrices that rows are multiplied with outside plain linear layers: experts, routers, others."""
     precise = Part((0, 0), "bf16", None)
+    for name, module in _token_modules(model, decoder):
+        if is_other_linear(module):
+            why = f"a {type(module).__name__}, not torch.nn.Linear"
+            yield _layer(name, module.weight.shape, precise, why)
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear):
             continue
@@ -249,3 +314,34 @@ def _layer(name: str, shape: Any, part: Part, why: str | None) -> Layer:
 def _formats_used(recipe: Recipe) -> list[str]:
     assert isinstance(recipe.format, dict)
     return sorted(set(recipe.format.values()))
+
+
+def _warn(model: PreTrainedModel, recipe: Recipe, made: Summary) -> None:
+    """Says what the recipe asks for and does not get."""
+    sentences = recipe.settings_without_effect(made.recipe)
+    sentences += recipe.patterns_without_effect(*_names_of_linears(model, made))
+    if recipe.prefill_attention == "fp8":
+        sentences.append(
+            "recipe key 'prefill_attention': fp8 is for vLLM engines; attention is in the model's own "
+            "precision here"
+        )
+    if (why := made.why_nothing()) is not None:
+        sentences.append(why)
+    for sentence in sentences:
+        logger.warning("mixquant: %s (%s)", sentence, type(model).__name__)
+
+
+def _names_of_linears(model: PreTrainedModel, made: Summary) -> tuple[list[str], list[str]]:
+    """The names that patterns may mean: of layers with a choice of format, and of all others."""
+    every = {
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) or _EXPERTS.search(name)
+    }
+    free: list[str] = []
+    for name, linear in _linears(model, model.get_decoder()):
+        if not is_router(name) and not _EXPERTS.search(name):
+            path, _, last = name.rpartition(".")
+            members = [f"{path}.{part}" for part in FUSED_PROJECTIONS.get(last, ())]
+            free += [*_names(name, linear, model), *members]
+    return free, [*(every - set(free)), *(layer.name for layer in made.layers)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import re
+import sys
 from typing import Any
 
 import torch
@@ -15,17 +15,10 @@ from vllm.model_executor.layers.quantization.base_config import (
 from mixquant.engines.vllm import versions
 from mixquant.engines.vllm.log import refusals
 from mixquant.engines.vllm.memory import Ledger
+from mixquant.layer_names import is_drafter, is_tower
 from mixquant.recipe import Recipe, is_router
 
 METHOD = "mixquant"
-
-# Towers have rows of their own, none of them a token row; so has what projects their output.
-_TOWER = re.compile(
-    r"(^|\.)(visual|vision\w*|audio\w*|image\w*|video\w*|speech\w*|\w*_tower|\w*projector|"
-    r"\w*connector|merger|aligner|mlp1|resampler|embed_vision|embed_audio)(\.|$)"
-)
-# Drafters run after the pass whose plan it was.
-_DRAFTER = re.compile(r"(^|\.)(mtp|eagle|medusa|drafter|nextn)(\.|$)")
 
 
 class MixQuantConfig(QuantizationConfig):  # type: ignore[misc]
@@ -40,6 +33,7 @@ class MixQuantConfig(QuantizationConfig):  # type: ignore[misc]
         self.recipe_in_checkpoint = recipe_in_checkpoint
         self.recipe: Recipe | None = None
         self.counters: str | None = None
+        self.layers: int | None = None  # of the model itself, where there is a drafter besides
         self.ledger = Ledger()
 
     def get_name(self) -> Any:
@@ -75,12 +69,14 @@ class MixQuantConfig(QuantizationConfig):  # type: ignore[misc]
                 )
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
-        assert self.recipe is not None, "mixquant's settings were not installed"
         from mixquant.engines.vllm import passes
         from mixquant.engines.vllm.linear import PhaseLinearMethod
 
-        passes.install(self)
         why = self.why_precise(prefix)
+        if self.recipe is None:  # vLLM makes some drafters a configuration of their own
+            assert why is not None, "mixquant's settings were not installed"
+            return UnquantizedLinearMethod() if isinstance(layer, LinearBase) else None
+        passes.install(self)
         if isinstance(layer, LinearBase):
             if why is not None:
                 layer.mixquant_why_precise = why  # type: ignore[assignment]
@@ -97,10 +93,21 @@ class MixQuantConfig(QuantizationConfig):  # type: ignore[misc]
 
     def why_precise(self, prefix: str) -> str | None:
         """Why the layer of this name is left as it is, or None if it is not."""
-        if _TOWER.search(prefix):
+        if is_tower(prefix):
             return "its rows are not tokens"
-        if _DRAFTER.search(prefix):
+        if is_drafter(prefix, self.layers) or _builds_a_drafter():
             return "it drafts"
         if is_router(prefix):
             return "an expert router"
         return None
+
+
+def _builds_a_drafter() -> bool:
+    """Whether the model that vLLM is building drafts for another, whose layers' names it may have.
+
+    Both are built with one configuration. What tells them apart is the tag under which vLLM compiles
+    them: its models' own are ``backbone``, or ``self_decoder`` and ``cross_decoder``.
+    """
+    backends = sys.modules.get("vllm.compilation.backends")
+    tag = str(getattr(backends, "model_tag", "backbone"))
+    return tag.endswith("_head") or tag in ("draft_model", "extract_hidden_states")

@@ -24,12 +24,14 @@ from vllm.platforms import current_platform
 from mixquant.engines.vllm.loading import begins, load_in_turn
 from mixquant.engines.vllm.memory import Ledger
 from mixquant.engines.vllm.products import nbytes_of
+from mixquant.engines.vllm.second_checkpoint import opened
 from mixquant.formats import fp8
 from mixquant.formats.nvfp4 import BlockScale
 from mixquant.linear import put, select
 from mixquant.phase import PhasePlan, everything_quantized, plan_in_force
+from mixquant.prefill_checkpoint import Fp8Tensors
 from mixquant.recipe import Recipe
-from mixquant.summary import IGNORED, Layer
+from mixquant.summary import IGNORED, THE_RECIPE, Layer
 
 # Of a pass's rows, so many may be precise for it to be cheaper to push all of them through the
 # quantized kernel and to overwrite the precise ones than to gather the quantized ones.
@@ -53,6 +55,10 @@ class QuantizedExperts(Protocol):
         """Quantizes the layer's BF16 weights into storage that stays where it is."""
         ...
 
+    def take(self, expert: int, gate: Any, up: Any, down: Any) -> None:
+        """Puts quantized weights of one expert, of this rank, into that storage instead."""
+        ...
+
     def __call__(self, layer: Any, x: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
         """The weighted sums of the experts' outputs, ``[M, K]``, of rows ``[M, K]``.
 
@@ -68,7 +74,7 @@ def experts_method(
 
     Where it is None, ``layer.mixquant_why_precise`` says why.
     """
-    fmt, why = _format_of(recipe, prefix)
+    fmt, why = _format_of(layer, recipe, prefix)
     if why is None:
         why = why_not(layer, fmt)
     if why is not None:
@@ -81,6 +87,7 @@ def experts_method(
         ledger,
         recipe.block_scale,
         only_quantized=recipe.role == "prefill",
+        prefill_model=recipe.prefill_model,
     )
 
 
@@ -132,6 +139,7 @@ class PhaseExpertsMethod(UnquantizedFusedMoEMethod):  # type: ignore[misc]
         block_scale: BlockScale = "6",
         *,
         only_quantized: bool = False,
+        prefill_model: str | None = None,
     ) -> None:
         super().__init__(moe)
         self.format = fmt
@@ -141,6 +149,7 @@ class PhaseExpertsMethod(UnquantizedFusedMoEMethod):  # type: ignore[misc]
         self.quantized: QuantizedExperts | None = None
         self.shape: tuple[int, ...] = ()
         self.only_quantized = only_quantized
+        self.prefill_model = prefill_model
         self.freed = 0  # bytes
         self._warm = False
 
@@ -172,7 +181,10 @@ class PhaseExpertsMethod(UnquantizedFusedMoEMethod):  # type: ignore[misc]
         _zero_padding(layer)
         if self.quantized is None:
             self.quantized = _quantized_experts(layer, self.format, self.block_scale)
-        self.quantized.load(layer)
+        if self.prefill_model is None:
+            self.quantized.load(layer)
+        else:
+            self._take(layer, self.quantized)
         # Also where no row will take what it sets up: vLLM asks it how a layer of experts is run.
         super().process_weights_after_loading(layer)
         if self.only_quantized:
@@ -236,6 +248,14 @@ class PhaseExpertsMethod(UnquantizedFusedMoEMethod):  # type: ignore[misc]
         assert self.quantized is not None
         kernel, nbytes = self.quantized.kernel, self.quantized.nbytes
         return [Layer(name, self.shape, self.format, kernel, True, nbytes, None, self.freed)]
+
+    def _take(self, layer: Any, quantized: QuantizedExperts) -> None:
+        """Out of the prefill model, whose experts have the names of the layer and their numbers."""
+        assert self.prefill_model is not None
+        source, moe = opened(self.prefill_model), layer.moe_config
+        for expert in range(moe.num_experts):
+            parts = source.expert(self.prefix, expert, moe.moe_parallel_config, _features(moe))
+            quantized.take(expert, *parts)
 
     def _experts(self, layer: Any, x: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
         assert self.quantized is not None
@@ -314,6 +334,20 @@ class Fp8Experts:
                 codes[expert].copy_(quantized)
                 scale[expert].copy_(of_rows)
 
+    def take(self, expert: int, gate: Fp8Tensors, up: Fp8Tensors, down: Fp8Tensors) -> None:
+        half, features = self.w13.shape[1] // 2, gate.shape[0]
+        for codes, scale, start, part in (
+            (self.w13, self.w13_scale, 0, gate),
+            (self.w13, self.w13_scale, half, up),
+        ):
+            codes[expert][start : start + half].zero_()
+            scale[expert][start : start + half] = 1
+            codes[expert][start : start + features].copy_(part.codes)
+            scale[expert][start : start + features].copy_(part.scale)
+        self.w2[expert].zero_()
+        self.w2[expert][:, :features].copy_(down.codes)
+        self.w2_scale[expert].copy_(down.scale)
+
     def __call__(self, layer: Any, x: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
         return self._apply(
             hidden_states=x,
@@ -360,11 +394,24 @@ def by_rows(
     return out
 
 
-def _format_of(recipe: Recipe, prefix: str) -> tuple[str, str | None]:
+def _format_of(layer: RoutedExperts, recipe: Recipe, prefix: str) -> tuple[str, str | None]:
     if recipe.ignores(prefix):
         return "bf16", IGNORED
+    if recipe.prefill_model is not None:
+        moe = layer.moe_config
+        if not moe.is_act_and_mul:
+            return "bf16", "experts without a gate are not taken from a prefill model"
+        found, why = opened(recipe.prefill_model).format_of_experts(prefix, moe.num_experts)
+        return found or "bf16", why
     fmt = recipe.format_of(prefix)
-    return fmt, "the recipe" if fmt == "bf16" else None
+    return fmt, THE_RECIPE if fmt == "bf16" else None
+
+
+def _features(moe: Any) -> int:
+    """Of an expert's middle on this rank, without what some kernels have it rounded up by."""
+    used = getattr(moe, "intermediate_size_per_partition_unpadded", None)
+    size: int = moe.intermediate_size_per_partition if used is None else used
+    return size
 
 
 def _quantized_experts(layer: Any, fmt: str, block_scale: BlockScale) -> QuantizedExperts:

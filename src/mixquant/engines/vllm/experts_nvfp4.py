@@ -15,6 +15,7 @@ from vllm.model_executor.layers.quantization.utils.nvfp4_utils import (
 from vllm.platforms import current_platform
 
 from mixquant.formats import nvfp4
+from mixquant.prefill_checkpoint import CheckpointError, Nvfp4Tensors
 
 
 class Nvfp4Experts:
@@ -70,6 +71,25 @@ class Nvfp4Experts:
                 codes[expert].copy_(quantized)
                 scales[expert].copy_(swizzle_blockscale(block_scales))
                 alphas[expert].copy_(factor.reciprocal())
+
+    def take(self, expert: int, gate: Nvfp4Tensors, up: Nvfp4Tensors, down: Nvfp4Tensors) -> None:
+        """Raises CheckpointError: gate and up, which are multiplied as one, have scales of their own."""
+        if not torch.equal(gate.global_scale, up.global_scale):
+            raise CheckpointError(
+                f"gate and up of expert {expert} of a layer have different global scales in the prefill "
+                "model; name experts in the recipe's 'ignore', or quantize both with one scale"
+            )
+        for (codes, scales, alphas), parts in ((self.w13, (gate, up)), (self.w2, (down,))):
+            of_all = torch.zeros(scales.shape[1:], dtype=torch.float8_e4m3fn)
+            codes[expert].zero_()
+            for place, part in enumerate(parts):
+                start = place * codes.shape[1] // 2  # of w13's two halves; 0 of w2
+                rows, columns = part.codes.shape
+                codes[expert][start : start + rows, :columns].copy_(part.codes)
+                rows, columns = part.block_scales.shape
+                of_all[start : start + rows, :columns] = part.block_scales
+            scales[expert].copy_(swizzle_blockscale(of_all.to(scales.device)))
+            alphas[expert].copy_(parts[0].global_scale[0].reciprocal())
 
     def __call__(self, layer: Any, x: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
         (m, top_k), device = ids.shape, x.device

@@ -14,19 +14,15 @@ tensor parallelism, where vLLM may fuse them with the all-reduce in front of the
 
 from __future__ import annotations
 
-import ast
-import functools
 import importlib.util
-import inspect
 import os
-import textwrap
-from collections.abc import Callable
 from types import MethodType
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from mixquant.engines.source import statements_of_forward
 from mixquant.engines.vllm.linear import PhaseLinearMethod
 
 # The bodies of forward, statement by statement, as ast.unparse writes them.
@@ -66,7 +62,7 @@ def follow_activations(model: torch.nn.Module, with_lora: bool) -> int:
     return sum(
         _join(module.act_fn, module.down_proj)
         for module in model.modules()
-        if _body(type(module)) in _MLPS
+        if _body_of(module) in _MLPS
     )
 
 
@@ -83,30 +79,26 @@ def follow_norms(model: torch.nn.Module, with_lora: bool, ranks: int) -> int:
         return 0
     found = 0
     for module in model.modules():
-        if _body(type(module)) != _DECODER_LAYER:
+        if _body_of(module) != _DECODER_LAYER:
             continue
         attention: Any = module.self_attn
-        body = _body(type(attention))
+        body = _body_of(attention)
         if body[:1] == [_ATTENTION_BEGINS] and "hidden_states" not in " ".join(body[1:]):
             found += _join_norm(module.input_layernorm, getattr(attention, "qkv_proj", None))
-        if _body(type(module.mlp)) in _MLPS:
-            mlp: Any = module.mlp
+        mlp: Any = module.mlp
+        if _body_of(mlp) in _MLPS:
             found += _join_norm(module.post_attention_layernorm, mlp.gate_up_proj, mlp.down_proj)
     return found
 
 
-def _read(kind: Any) -> list[str]:
-    """The statements of a module's forward, without comments and formatting; none if unknown."""
-    try:
-        (function,) = ast.parse(textwrap.dedent(inspect.getsource(kind.forward))).body
-    except (OSError, SyntaxError, TypeError, ValueError):
-        return []
-    if not isinstance(function, ast.FunctionDef):
-        return []
-    return [ast.unparse(statement) for statement in function.body]
+def _body(kind: Any) -> list[str]:
+    """The statements of a module class's forward; none if unknown."""
+    return list(statements_of_forward(kind))
 
 
-_body: Callable[[Any], list[str]] = functools.cache(_read)
+def _body_of(module: torch.nn.Module) -> list[str]:
+    """The same of a module, which may have a forward that its class has not."""
+    return [] if "forward" in vars(module) else _body(type(module))
 
 
 def _join(activation: Any, layer: Any) -> bool:

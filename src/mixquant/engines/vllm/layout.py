@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 from mixquant.engines.vllm.products import why_not
 from mixquant.engines.vllm.second_checkpoint import opened
 from mixquant.phase import Range
-from mixquant.recipe import FUSED_PROJECTIONS, Recipe
-from mixquant.summary import IGNORED
+from mixquant.recipe import FUSED_PROJECTIONS, INTERLEAVED, Recipe
+from mixquant.summary import IGNORED, THE_RECIPE
 
 # Formats from the most precise to the least: what a fused layer takes whose parts are not known.
 _PRECISION = ("bf16", "fp8", "int8", "nvfp4")
@@ -65,6 +65,9 @@ def lay_out(
     if last == "kv_b_proj":
         # Latent attention reads keys back from the cache through it, rows of no pass.
         return whole("bf16", "its rows are not the pass's")
+
+    if recipe.prefill_model is not None and last in INTERLEAVED:
+        return whole("bf16", "vLLM may have its rows in another order than the prefill model")
 
     names = tuple(members or FUSED_PROJECTIONS.get(last) or ())
     formats = _formats(recipe, prefix, names)
@@ -133,7 +136,7 @@ def _may_join(recipe: Recipe, prefix: str, before: Part, name: str) -> bool:
 def _possible(part: Part, in_features: int) -> Part:
     """The part, in BF16 if the kernel of its format cannot hold it."""
     if part.format == "bf16":
-        return replace(part, why_precise=part.why_precise or "the recipe")
+        return replace(part, why_precise=part.why_precise or THE_RECIPE)
     out_features = part.features[1] - part.features[0]
     reason = why_not(part.format, out_features, in_features)
     if reason is None:

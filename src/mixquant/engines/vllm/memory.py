@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import re
-
 import torch
 
-_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
+from mixquant.layer_names import layer_number
+
 _GIB = 2**30
 
 
@@ -58,7 +57,7 @@ class Ledger:
     def _estimate(self, prefix: str, device: torch.device) -> float:
         """The bytes that all layers will need, beyond what is allocated, as those so far did."""
         copies, weights = sum(self._copies.values()), sum(self._weights.values())
-        seen = {int(found[1]) for name in self._copies if (found := _LAYER.search(name))}
+        seen = {layer_number(name) for name in self._copies} - {None}
         share = len(seen) / _layer_count() if seen else 1.0
         later = weights / share - (0 if device.type == "cpu" else weights)
         return copies / share + later

@@ -52,13 +52,8 @@ class Follower:
             precise_head=recipe.precise_head or 0,
             precise_tail=recipe.precise_tail,
         )
-        assert isinstance(recipe.format, dict)
-        self._precise = set(recipe.format.values()) == {"bf16"} and (
-            recipe.prefill_attention != "fp8"
-        )
-        # A prefill engine has no BF16 weights with which a row could be precise.
-        everywhere = recipe.everywhere or recipe.role == "prefill"
-        self._everywhere = everywhere and not self._precise
+        self._precise = True  # until a model is watched in which something is quantized
+        self._everywhere = False
         self.model: Any = None
         self.noted: Batch | None = None
         self.profiling = False
@@ -83,6 +78,13 @@ class Follower:
             follow_norms(model, self._with_lora, self._ranks)
             methods = [getattr(module, "mixquant_method", None) for module in model.modules()]
             layers = [getattr(method, "fp8", None) for method in methods]
+            # What was made counts, not what the recipe asked for.
+            self._precise = self._fp8_attention is None and not any(
+                map(_holds_a_copy, model.modules())
+            )
+            # A prefill engine has no BF16 weights with which a row could be precise.
+            everywhere = self.recipe.everywhere or self.recipe.role == "prefill"
+            self._everywhere = everywhere and not self._precise
             fp8_layer.warm_up([one for one in layers if one is not None], torch.device("cuda"))
             model.register_forward_pre_hook(self._begin, with_kwargs=True)
             model.register_forward_hook(self._end, always_call=True)
@@ -252,6 +254,12 @@ def note_v2(runner: Any, scheduler_output: Any, prepared: Any) -> Batch:
         prepared.num_scheduled_tokens[:count].astype(np.int64),
         prompts.astype(np.int64),
     )
+
+
+def _holds_a_copy(module: Any) -> bool:
+    """Whether a layer multiplies quantized rows with a copy of its own: a linear one, or experts."""
+    experts = getattr(getattr(module, "quant_method", None), "quantized", None)
+    return getattr(module, "mixquant_method", None) is not None or experts is not None
 
 
 def _row_count(args: Any, kwargs: dict[str, Any]) -> int:

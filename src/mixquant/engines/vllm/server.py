@@ -6,6 +6,7 @@ import contextlib
 import importlib.util
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -42,6 +43,22 @@ def arguments_for(recipe: Recipe | None) -> list[str]:
         return []
     given = json.dumps({"mixquant": recipe.to_dict()}, separators=(",", ":"))
     return ["--quantization", "mixquant", "--additional-config", given]
+
+
+def stands_for(argument: str, options: Sequence[str]) -> str | None:
+    """Which of these options of vLLM an argument gives, or None: as vLLM's parser would read it.
+
+    That takes abbreviations (``--served``), keys of a JSON option (``--additional-config.a``),
+    underscores, and a short option together with its value (``-qfp8``).
+    """
+    given = re.split(r"[=.]", argument, maxsplit=1)[0].replace("_", "-")
+    if not given.startswith("-") or given in ("-", "--"):
+        return None
+    for option in (given, *options):
+        together = len(option) == 2 and given.startswith(option) and given[1] != "-"
+        if option in options and (option.startswith(given) or together):
+            return option
+    return None
 
 
 @contextlib.contextmanager

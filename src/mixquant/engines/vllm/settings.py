@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import functools
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
@@ -59,6 +60,11 @@ def _settle(vllm_config: Any) -> None:
     if given is None and method.recipe_in_checkpoint is not None:
         given = method.recipe_in_checkpoint
     recipe = resolve(given)
+    if not (
+        isinstance(given, dict) and "version" in given
+    ):  # else it was said where it was resolved
+        for sentence in _recipe_of(given).settings_without_effect(recipe):
+            logger.warning(sentence)
     if recipe.prefill_model is not None:
         checkpoint = opened(recipe.prefill_model).checkpoint
         model = vllm_config.model_config
@@ -70,6 +76,8 @@ def _settle(vllm_config: Any) -> None:
             "tokens are quantized, too"
         )
     method.recipe = recipe
+    if getattr(vllm_config, "speculative_config", None) is not None:
+        method.layers = vllm_config.model_config.get_total_num_hidden_layers()
     vllm_config.additional_config = {
         **vllm_config.additional_config,
         METHOD: {**recipe.to_dict(), "version": __version__},
@@ -89,15 +97,7 @@ def resolve(given: Any) -> Recipe:
         RecipeError: an invalid recipe, or a format that the device does not multiply natively
             although ``emulate`` was not asked for.
     """
-    if given is None:
-        recipe = Recipe()
-    elif isinstance(given, str):
-        recipe = Recipe.load(given)
-    elif isinstance(given, dict):
-        # What another process, or a copy of the configuration, resolved before.
-        recipe = Recipe.from_dict({key: given[key] for key in given if key != "version"})
-    else:
-        raise RecipeError(f"additional_config['mixquant'] is a recipe or its file, not {given!r}")
+    recipe = _recipe_of(given)
     native, device = native_formats()
     if recipe.prefill_model is not None and recipe.role != "decode":
         recipe = _with_format_of(recipe)
@@ -112,6 +112,29 @@ def resolve(given: Any) -> Recipe:
             "'emulate' to true to run it slower than BF16"
         )
     return resolved
+
+
+def _recipe_of(given: Any) -> Recipe:
+    if given is None:
+        return Recipe()
+    if isinstance(given, str):
+        return Recipe.load(given)
+    if isinstance(given, dict):
+        # What another process, or a copy of the configuration, resolved before.
+        return Recipe.from_dict({key: given[key] for key in given if key != "version"})
+    raise RecipeError(f"additional_config['mixquant'] is a recipe or its file, not {given!r}")
+
+
+def _misplaced(additional_config: dict[str, Any]) -> str | None:
+    """A key that was meant for the recipe, or for its place, where there is none: or None.
+
+    Other keys may be another plugin's.
+    """
+    if METHOD in additional_config:
+        return None
+    ours = {one.name for one in fields(Recipe)}
+    like = difflib.get_close_matches(METHOD, additional_config, n=1, cutoff=0.75)
+    return next((key for key in additional_config if key in ours), like[0] if like else None)
 
 
 def _with_format_of(recipe: Recipe) -> Recipe:
@@ -156,6 +179,11 @@ def _check(vllm_config: Any) -> None:
     if not isinstance(vllm_config.additional_config, dict):
         raise SettingsError(
             "mixquant reads its recipe from additional_config, which has to be a JSON object"
+        )
+    if (misplaced := _misplaced(vllm_config.additional_config)) is not None:
+        raise SettingsError(
+            f"additional_config has the key {misplaced!r}, and no 'mixquant', under which the recipe "
+            'stands: {"mixquant": {...}}'
         )
     if not (current_platform.is_cuda() or current_platform.is_cpu()):
         raise SettingsError(

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from mixquant.engines.vllm.log import logger
-from mixquant.recipe import Recipe
-from mixquant.summary import Layer, Summary
+from mixquant.recipe import FUSED_PROJECTIONS, Recipe
+from mixquant.summary import IGNORED, THE_RECIPE, Layer, Summary
 
 
 def summary(model: torch.nn.Module, recipe: Recipe, attention: str = "") -> Summary:
@@ -30,9 +30,42 @@ def summary(model: torch.nn.Module, recipe: Recipe, attention: str = "") -> Summ
     return Summary(recipe, tuple(layers), attention)
 
 
-def log_table(model: torch.nn.Module, recipe: Recipe, attention: str) -> None:
-    """Writes the table into the log of the engine's first worker."""
-    from vllm.distributed import get_tensor_model_parallel_rank
+def names_of_linears(model: torch.nn.Module) -> tuple[list[str], list[str]]:
+    """The names that a recipe's patterns may mean: of layers with a choice of format, and of others.
 
-    if get_tensor_model_parallel_rank() == 0:
-        logger.info("mixquant\n%s", summary(model, recipe, attention))
+    Of a fused layer also those of its projections.
+    """
+    from vllm.model_executor.layers.linear import LinearBase
+    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+
+    from mixquant.engines.vllm import versions
+
+    free: list[str] = []
+    others: list[str] = []
+    for name, module in model.named_modules():
+        if not isinstance(module, (LinearBase, ParallelLMHead, *versions.moe_layer_classes())):
+            continue
+        method = getattr(module, "quant_method", None)
+        path, _, last = name.rpartition(".")
+        members = getattr(method, "members", None) or FUSED_PROJECTIONS.get(last, ())
+        why = getattr(module, "mixquant_why_precise", None)
+        chosen = why in (None, IGNORED, THE_RECIPE) and not isinstance(module, ParallelLMHead)
+        names = [name, *(f"{path}.{one}" if path else one for one in members)]
+        (free if chosen else others).extend(names)
+    return free, others
+
+
+def log_table(model: torch.nn.Module, recipe: Recipe, attention: str) -> None:
+    """Writes the table, and what the recipe asks for in vain, into the log of the first worker."""
+    from vllm.distributed import get_tensor_model_parallel_rank
+    from vllm.model_executor.models.utils import PPMissingLayer
+
+    if get_tensor_model_parallel_rank() != 0:
+        return
+    made = summary(model, recipe, attention)
+    logger.info("mixquant\n%s", made)
+    elsewhere = any(isinstance(module, PPMissingLayer) for module in model.modules())
+    where = " (of the layers of this pipeline stage)" if elsewhere else ""
+    for sentence in [*recipe.patterns_without_effect(*names_of_linears(model)), made.why_nothing()]:
+        if sentence is not None:
+            logger.warning("%s%s", sentence, where)

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from mixquant import strict_json
 from mixquant.evaluate.tasks import TaskError
 
 
@@ -119,6 +120,9 @@ def _raw(path: Path) -> Iterator[tuple[str, Any]]:
         raise TaskError(f"cannot read {path}: it is not UTF-8 text") from None
     if path.suffix == ".csv":
         reader = csv.DictReader(io.StringIO(text))
+        columns = reader.fieldnames or ()
+        if twice := [name for name in columns if columns.count(name) > 1]:
+            raise TaskError(f"{path}: the column {twice[0]!r} stands twice")
         for row in reader:
             yield f"{path}, line {reader.line_num}", row
     elif text.lstrip().startswith("["):
@@ -129,14 +133,18 @@ def _raw(path: Path) -> Iterator[tuple[str, Any]]:
             if line.strip():
                 place = f"{path}, line {number}"
                 try:
-                    yield place, json.loads(line)
+                    yield place, strict_json.loads(line)
+                except strict_json.DuplicateKeyError as error:
+                    raise TaskError(f"{place}: {error}") from None
                 except (ValueError, RecursionError) as error:
                     raise TaskError(f"{place}: not JSON: {error}") from None
 
 
 def _array(path: Path, text: str) -> Iterator[tuple[str, Any]]:
     try:
-        values = json.loads(text)
+        values = strict_json.loads(text)
+    except strict_json.DuplicateKeyError as error:
+        raise TaskError(f"{path}: {error}") from None
     except json.JSONDecodeError as error:
         raise TaskError(f"{path}, line {error.lineno}: not JSON: {error.msg}") from None
     except RecursionError:

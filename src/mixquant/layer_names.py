@@ -1,0 +1,43 @@
+"""What the full dotted name of a layer says of it, in a model or in a checkpoint."""
+
+from __future__ import annotations
+
+import re
+
+# Towers have rows of their own, none of them a token row; so has what projects their output.
+_TOWER = re.compile(
+    r"(^|\.)(visual|vision\w*|audio\w*|image\w*|video\w*|speech\w*|\w*_tower|\w*projector|"
+    r"\w*connector|merger|aligner|mlp1|resampler|embed_vision|embed_audio)(\.|$)"
+)
+# Drafters run after the pass whose plan it was.
+_DRAFTER = re.compile(r"(^|\.)(mtp\w*|eagle\w*|medusa\w*|drafter|nextn\w*)(\.|$)")
+_DECODER_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)(?:\.|$)")
+
+
+def is_tower(name: str) -> bool:
+    """Whether it is of a tower, or projects a tower's output: its rows are not tokens."""
+    return _TOWER.search(name) is not None
+
+
+def is_drafter(name: str, layers: int | None = None) -> bool:
+    """Whether it is of a drafter.
+
+    Args:
+        layers: how many the model itself has. Drafters of multi-token prediction are numbered on
+            from its last one.
+    """
+    number = layer_number(name)
+    beyond = layers is not None and number is not None and number >= layers
+    return beyond or _DRAFTER.search(name) is not None
+
+
+def layer_number(name: str) -> int | None:
+    """The number of the decoder layer that it is in, or None."""
+    found = _DECODER_LAYER.search(name)
+    return int(found[1]) if found else None
+
+
+def from_layers(name: str) -> str:
+    """The name from ``layers.`` on: engines and checkpoints may disagree on what comes before it."""
+    found = _DECODER_LAYER.search(name)
+    return name[found.start() :].removeprefix(".") if found else name
