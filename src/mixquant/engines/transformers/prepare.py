@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -13,9 +14,16 @@ from transformers import PreTrainedModel
 from transformers.utils import logging as hf_logging
 
 from mixquant.engines.transformers.fusion import fuse
-from mixquant.engines.transformers.module import PhaseLinear, quantize_parts
+from mixquant.engines.transformers.module import (
+    PhaseLinear,
+    PrepareError,
+    phase_linears,
+    quantize_parts,
+    refuse_unfit,
+)
 from mixquant.engines.transformers.passes import watch
-from mixquant.formats import BY_NAME, native_formats
+from mixquant.engines.transformers.trial import OTHER_ROWS, why_not_its_rows
+from mixquant.formats import BY_NAME, cuda_capability, native_formats, why_not_on
 from mixquant.linear import Part
 from mixquant.phase import Range, Thresholds
 from mixquant.recipe import FUSED_PROJECTIONS, Recipe, is_router
@@ -23,11 +31,8 @@ from mixquant.summary import IGNORED, Layer, Summary
 
 Layout = tuple[tuple[Range, str, dict[str, Any]], ...]
 
+_GONE = "another module has taken its place"
 _EXPERTS = re.compile(r"(^|\.)experts(\.|$)")
-
-
-class PrepareError(ValueError):
-    """A model that cannot be prepared. The message is one line and says what to do."""
 
 
 def prepare(
@@ -62,31 +67,33 @@ def prepare(
     decoder = model.get_decoder()
     device = decoder.device
     resolved = recipe.resolved(native_formats(device))
+    _refuse_device(device, resolved)
 
-    plans: list[tuple[nn.Linear, Layout, tuple[Part, ...]]] = []
+    plans: list[tuple[str, nn.Linear, Layout, tuple[Part, ...], str | None]] = []
     layers: list[Layer] = []
     candidates = list(_linears(model, decoder))
+    strange = why_not_its_rows(model, candidates) if _quantizes(resolved) else {}
     described = f"Quantizing the prefill copy ({', '.join(_formats_used(resolved))})"
     for name, linear in hf_logging.tqdm(candidates, desc=described, leave=False):
         layout, why = _layout(name, linear, resolved, model)
+        if name in strange and any(fmt != "bf16" for _, fmt, _ in layout):
+            layout, why = (((0, len(linear.weight)), "bf16", {}),), strange[name]
         if all(fmt == "bf16" for _, fmt, _ in layout):
             layers.append(_layer(name, linear.weight.shape, Part((0, 0), "bf16", None), why))
             continue
-        if not torch.isfinite(linear.weight).all():
-            raise PrepareError(
-                f"the weight of {name} holds NaN or infinity; the checkpoint is damaged"
-            )
+        refuse_unfit(name, linear.weight)
         parts = quantize_parts(linear.weight, layout)
-        plans.append((linear, layout, parts))
-        labels = FUSED_PROJECTIONS.get(name.rpartition(".")[2], ()) if len(parts) > 1 else ()
-        for index, part in enumerate(parts):
-            label = f"{name}.{labels[index]}" if labels else name
-            shape = (part.features[1] - part.features[0], linear.weight.shape[1])
-            layers.append(_layer(label, shape, part, "the recipe" if part.weight is None else None))
+        plans.append((name, linear, layout, parts, why))
+        layers.extend(_described(name, linear.weight, layout, parts, why))
     layers.extend(_left_alone(model))
+    if OTHER_ROWS in strange.values() and not plans:
+        raise PrepareError(
+            f"the linear layers of {type(model).__name__} are not given one row for each token of a "
+            "pass, so no row's phase is known; use the model without mixquant"
+        )
 
-    for linear, layout, parts in plans:
-        PhaseLinear.adopt(linear, layout).hold(parts)
+    for name, linear, layout, parts, why in plans:
+        PhaseLinear.adopt(linear, name, layout, why).hold(parts)
     fuse(model)
     watch(
         model,
@@ -107,6 +114,8 @@ def prepare(
 def summary(model: nn.Module) -> Summary:
     """What `prepare` did to each layer: format, kernel, extra memory. Prints as a table.
 
+    Of the quantized copies as they are now: on another device, say, their kernel is another.
+
     Raises:
         PrepareError: the model is not prepared.
     """
@@ -115,7 +124,37 @@ def summary(model: nn.Module) -> Summary:
         raise PrepareError(
             f"this {type(model).__name__} is not prepared; call mixquant.prepare(model)"
         )
-    return found
+    now = {
+        line.name: line
+        for layer in phase_linears(model)
+        for line in _described(
+            layer.name, layer.weight, layer.layout, layer.parts, layer.why_precise
+        )
+    }
+    lines = []
+    for line in found.layers:
+        if line.name in now:
+            line = now[line.name]
+        elif line.format != "bf16":
+            line = _layer(line.name, line.shape, Part((0, 0), "bf16", None), _GONE)
+        lines.append(line)
+    return replace(found, layers=tuple(lines))
+
+
+def requantize(model: nn.Module) -> None:
+    """Makes every quantized copy of a prepared model again, from its weights as they are now.
+
+    Needed after a change that the model does not notice by itself: of single elements of a weight,
+    through ``weight.data``. Others it notices when the next prefill begins.
+
+    Raises:
+        PrepareError: the model is not prepared, or a weight is not in memory or holds NaN or infinity.
+    """
+    layers = phase_linears(model)
+    if not layers:
+        summary(model)  # raises, but for a model whose recipe quantizes nothing
+    for layer in layers:
+        layer.requantize()
 
 
 def as_recipe(recipe: Recipe | dict[str, Any] | str) -> Recipe:
@@ -150,6 +189,17 @@ def _check(model: PreTrainedModel) -> None:
             )
 
 
+def _refuse_device(device: torch.device, resolved: Recipe) -> None:
+    if device.type in ("cpu", "meta") or cuda_capability(device) != (0, 0):
+        return
+    for name in _formats_used(resolved):
+        if name != "bf16" and (reason := why_not_on(name, device)) is not None:
+            raise PrepareError(
+                f"{device.type} does not compute {name} ({reason}); take another format, or preset "
+                "exact for BF16"
+            )
+
+
 def _is_ours(quantizer: Any) -> bool:
     return getattr(quantizer.quantization_config, "quant_method", None) == "mixquant"
 
@@ -161,7 +211,16 @@ def _linears(model: PreTrainedModel, decoder: nn.Module) -> Iterator[tuple[str, 
     """
     inside = {id(module) for module in decoder.modules()}
     head = model.get_output_embeddings()
+    wrapper = (
+        "/"  # the last adapter's around a linear layer (PEFT's), which is named like the layer
+    )
     for name, module in model.named_modules():
+        if isinstance(getattr(module, "base_layer", None), nn.Linear):
+            wrapper = name
+        elif name == f"{wrapper}.base_layer":
+            name = wrapper
+        elif name.startswith(f"{wrapper}."):
+            continue  # the adapter's own, which is small and may be trained
         if type(module) is nn.Linear and (id(module) in inside or module is head):
             yield name, module
 
@@ -233,6 +292,19 @@ def _left_alone(model: nn.Module) -> Iterator[Layer]:
                 yield _layer(name, parameter.shape, precise, "an expert router")
 
 
+def _described(
+    name: str, weight: torch.Tensor, layout: Layout, parts: tuple[Part, ...], why: str | None
+) -> Iterator[Layer]:
+    """The lines of a layer in the summary, one for each part; ``why`` its BF16 ones are BF16."""
+    labels = FUSED_PROJECTIONS.get(name.rpartition(".")[2], ()) if len(parts) > 1 else ()
+    for index, (part, (_, fmt, _)) in enumerate(zip(parts, layout, strict=True)):
+        label = f"{name}.{labels[index]}" if labels else name
+        shape = (part.features[1] - part.features[0], weight.shape[1])
+        left = part.weight is None and fmt != "bf16"  # moved since it was laid out
+        reason = f"{fmt} cannot hold it on {weight.device.type}" if left else why
+        yield _layer(label, shape, part, reason)
+
+
 def _layer(name: str, shape: Any, part: Part, why: str | None) -> Layer:
     weight = part.weight
     return Layer(
@@ -244,6 +316,10 @@ def _layer(name: str, shape: Any, part: Part, why: str | None) -> Layer:
         nbytes=weight.nbytes if weight else 0,
         why_precise=None if weight else why,
     )
+
+
+def _quantizes(recipe: Recipe) -> bool:
+    return set(_formats_used(recipe)) != {"bf16"}
 
 
 def _formats_used(recipe: Recipe) -> list[str]:
