@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from dataclasses import replace
 from typing import Any
 
@@ -59,6 +60,7 @@ def _settle(vllm_config: Any) -> None:
     if given is None and method.recipe_in_checkpoint is not None:
         given = method.recipe_in_checkpoint
     recipe = resolve(given)
+    _check_recipe(vllm_config.model_config, recipe)
     if recipe.prefill_model is not None:
         checkpoint = opened(recipe.prefill_model).checkpoint
         model = vllm_config.model_config
@@ -145,6 +147,25 @@ def native_formats() -> tuple[frozenset[str], str]:
     if level // 10 in (10, 12):
         native.add("nvfp4")
     return frozenset(native), current_platform.get_device_name()
+
+
+def _check_recipe(model: Any, recipe: Recipe) -> None:
+    """Refuses what cannot work with a recipe that quantizes. Raises SettingsError."""
+    from vllm.platforms import current_platform
+
+    assert isinstance(recipe.format, dict)
+    if set(recipe.format.values()) == {"bf16"} and recipe.prefill_attention != "fp8":
+        return
+    if os.environ.get("VLLM_BATCH_INVARIANT", "0") != "0":
+        raise SettingsError(
+            "VLLM_BATCH_INVARIANT promises the same answer in any company, but which rows mixquant "
+            "quantizes, and in which kernel, depends on their pass; unset it, or take preset exact"
+        )
+    if current_platform.is_cuda() and getattr(model, "dtype", None) == torch.float32:
+        raise SettingsError(
+            "vLLM's quantized products on a GPU write BF16 or FP16, not float32; leave out --dtype "
+            "float32, or take preset exact"
+        )
 
 
 def _check(vllm_config: Any) -> None:
