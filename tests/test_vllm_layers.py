@@ -711,6 +711,14 @@ def test_a_reloaded_weight_is_read_where_vllm_keeps_it() -> None:
     layerwise.initialize_layerwise_reload(it.layer)
     assert it.layer.weight is not kept
     assert loading.is_loading(it.layer)
+    # Whatever is in it meanwhile, vLLM processes it when it has all of it.
+    renewed: list[Any] = []
+    it.method.renew = renewed.append  # type: ignore[method-assign]
+    model = torch.nn.ModuleDict({"layer": it.layer})
+    model.load_weights = lambda weights: None  # type: ignore[assignment]
+    loading.follow_loading(model)
+    model.load_weights([])
+    assert renewed == []
     assert loading.kept_weight(it.layer) is kept
     built.cache_clear()
 

@@ -637,7 +637,7 @@ def test_other_methods_are_left_alone(directory: Path) -> None:
 
 
 def test_batch_invariance_is_not_promised(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = SimpleNamespace(dtype=torch.bfloat16)
+    model = config_like()
     quantizes = Recipe(format="int8").resolved(frozenset({"int8"}))
     exact = Recipe(preset="exact").resolved(frozenset({"int8"}))
     settings._check_recipe(model, quantizes)
@@ -660,7 +660,7 @@ def test_float32_is_for_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
         platform = SimpleNamespace(is_cuda=lambda on_gpu=on_gpu: on_gpu)
         monkeypatch.setattr(vllm.platforms, "current_platform", platform)
         for dtype in (torch.bfloat16, torch.float16, torch.float32):
-            model = SimpleNamespace(dtype=dtype)
+            model = config_like(model={"dtype": dtype})
             settings._check_recipe(model, exact)
             if on_gpu and dtype == torch.float32:
                 with pytest.raises(SettingsError) as caught:
@@ -668,3 +668,18 @@ def test_float32_is_for_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
                 assert "--dtype float32" in said(caught.value)
             else:
                 settings._check_recipe(model, quantizes)
+
+
+def test_a_weight_transfer_that_writes_past_the_copies_is_refused() -> None:
+    quantizes = Recipe(format="int8").resolved(frozenset({"int8"}))
+    exact = Recipe(preset="exact").resolved(frozenset({"int8"}))
+    for backend in ("nccl", "ipc", "sparse_nccl", "nccl_m2n", "sharded_rdt", "one/of/their/own"):
+        config = config_like(weight_transfer_config=SimpleNamespace(backend=backend))
+        settings._check_recipe(config, exact)
+        if backend in ("nccl", "ipc"):
+            settings._check_recipe(config, quantizes)
+        else:
+            with pytest.raises(SettingsError) as caught:
+                settings._check_recipe(config, quantizes)
+            assert backend in said(caught.value)
+    settings._check_recipe(config_like(weight_transfer_config=None), quantizes)

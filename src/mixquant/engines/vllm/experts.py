@@ -21,7 +21,7 @@ from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import (
 )
 from vllm.platforms import current_platform
 
-from mixquant.engines.vllm.loading import CannotReload, begins, is_loading, load_in_turn
+from mixquant.engines.vllm.loading import CannotReload, begins, load_in_turn
 from mixquant.engines.vllm.memory import Ledger
 from mixquant.engines.vllm.products import nbytes_of
 from mixquant.formats import fp8
@@ -186,7 +186,7 @@ class PhaseExpertsMethod(UnquantizedFusedMoEMethod):  # type: ignore[misc]
 
     def renew(self, layer: Any) -> None:
         """Refuses weights that were written to where they are: they may lie as a kernel wants them."""
-        if is_loading(layer) or self.only_quantized or not self.samples:
+        if self.only_quantized or not self.samples:
             return
         if not all(map(torch.equal, self.samples, _samples(layer))):
             raise CannotReload(

@@ -19,7 +19,6 @@ from mixquant.engines.vllm.layout import Part, beside, lay_out
 from mixquant.engines.vllm.loading import (
     CannotReload,
     begins,
-    is_loading,
     kept_weight,
     load_in_turn,
     replays_graphs,
@@ -168,7 +167,7 @@ class PhaseLinearMethod(UnquantizedLinearMethod):  # type: ignore[misc]
     def renew(self, layer: Any) -> None:
         """Makes the copy again if the weight was written to where it is, which vLLM tells nobody."""
         weight = layer.weight
-        if is_loading(layer) or weight.is_meta or not weight.numel() or self.sample is None:
+        if weight.is_meta or not weight.numel() or self.sample is None:
             return
         if not torch.equal(self.sample, sample(weight)):
             self.process_weights_after_loading(layer)

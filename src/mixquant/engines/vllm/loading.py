@@ -90,10 +90,11 @@ def follow_loading(model: Any) -> None:
     @functools.wraps(load)
     def load_weights(*args: Any, **kwargs: Any) -> Any:
         loaded = load(*args, **kwargs)
-        for layer in model.modules():
-            renew = getattr(getattr(layer, "quant_method", None), "renew", None)
-            if renew is not None:
-                renew(layer)
+        methods = [(layer, getattr(layer, "quant_method", None)) for layer in model.modules()]
+        ours = [(layer, method) for layer, method in methods if hasattr(method, "renew")]
+        if not any(is_loading(layer) for layer, _ in ours):  # or vLLM will process them
+            for layer, method in ours:
+                method.renew(layer)  # type: ignore[union-attr]
         return loaded
 
     model.load_weights = load_weights

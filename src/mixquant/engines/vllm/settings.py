@@ -60,7 +60,7 @@ def _settle(vllm_config: Any) -> None:
     if given is None and method.recipe_in_checkpoint is not None:
         given = method.recipe_in_checkpoint
     recipe = resolve(given)
-    _check_recipe(vllm_config.model_config, recipe)
+    _check_recipe(vllm_config, recipe)
     if recipe.prefill_model is not None:
         checkpoint = opened(recipe.prefill_model).checkpoint
         model = vllm_config.model_config
@@ -149,7 +149,7 @@ def native_formats() -> tuple[frozenset[str], str]:
     return frozenset(native), current_platform.get_device_name()
 
 
-def _check_recipe(model: Any, recipe: Recipe) -> None:
+def _check_recipe(vllm_config: Any, recipe: Recipe) -> None:
     """Refuses what cannot work with a recipe that quantizes. Raises SettingsError."""
     from vllm.platforms import current_platform
 
@@ -161,7 +161,14 @@ def _check_recipe(model: Any, recipe: Recipe) -> None:
             "VLLM_BATCH_INVARIANT promises the same answer in any company, but which rows mixquant "
             "quantizes, and in which kernel, depends on their pass; unset it, or take preset exact"
         )
-    if current_platform.is_cuda() and getattr(model, "dtype", None) == torch.float32:
+    transfer = getattr(getattr(vllm_config, "weight_transfer_config", None), "backend", "ipc")
+    if transfer not in ("nccl", "ipc"):
+        raise SettingsError(
+            f"the weight transfer backend {transfer!r} writes weights that mixquant's copies would not "
+            "follow; take nccl or ipc, or preset exact"
+        )
+    dtype = getattr(vllm_config.model_config, "dtype", None)
+    if current_platform.is_cuda() and dtype == torch.float32:
         raise SettingsError(
             "vLLM's quantized products on a GPU write BF16 or FP16, not float32; leave out --dtype "
             "float32, or take preset exact"
