@@ -17,7 +17,16 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch._dynamo.utils import counters
 
-from mixquant.formats import BY_NAME, EMULATION, Format, Kernel, fp8, int8, native_formats
+from mixquant.formats import (
+    BY_NAME,
+    EMULATION,
+    Format,
+    Kernel,
+    fp8,
+    int8,
+    native_formats,
+    why_not_on,
+)
 from mixquant.kernels import compiled, int8_cpu
 
 CPU = torch.device("cpu")
@@ -619,3 +628,50 @@ def test_a_chain_s_own_error_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
         with pytest.raises(RuntimeError, match="size of tensor"):
             wrong(random(rows, 4), random(rows, 5))
     assert compiled.why_not_fused() is None
+
+
+# --- devices other than CPUs and NVIDIA GPUs ----------------------------------------------------
+
+
+def test_rocm_is_not_taken_for_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    """ROCm's devices are called cuda, and MI300, whose FP8 is E4M3FNUZ, has "capability 9.4"."""
+    device = torch.device("cuda", 0)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 4))
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert {fmt.kernel(device) for fmt in (fp8.FP8, int8.INT8)} == {EMULATION}
+    assert native_formats(device) == frozenset()
+    monkeypatch.setattr(torch.version, "cuda", "12.9")
+    assert fp8.FP8.kernel(device).native
+    assert int8.INT8.kernel(device).native
+
+
+@pytest.mark.parametrize("name", ["fp8", "int8", "nvfp4"])
+def test_a_device_is_tried(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The meta device stands in for one that lacks an operator: it has no numbers to give back."""
+    assert why_not_on(name, torch.device("cpu")) is None
+    reason = why_not_on(name, torch.device("meta"))
+    assert reason is not None
+    assert "\n" not in reason
+    linear, calls = type(BY_NAME[name]).linear, []
+
+    def wrong_the_second_time(fmt: Any, rows: Any, weight: Any, bias: Any, out: Tensor) -> None:
+        linear(fmt, rows, weight, bias, out)
+        calls.append(1)
+        out.mul_(len(calls))
+
+    monkeypatch.setattr(type(BY_NAME[name]), "linear", wrong_the_second_time)
+    assert why_not_on(name, torch.device("cpu")) == "its products are wrong"
+
+
+@pytest.mark.parametrize("columns", [1040, 1041, 5000])
+def test_exact_products_need_no_fp64(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """MPS has none. The largest codes, all of one sign: no sum of INT8 products is larger."""
+    codes = torch.full((3, columns), 127, dtype=torch.int8)
+    codes[1, 0] = 126
+    wanted = codes.long() @ codes.long().T
+
+    def refuse(*_: Any) -> Any:
+        raise TypeError("no FP64 on this device")
+
+    monkeypatch.setattr(Tensor, "double", refuse)
+    assert torch.equal(int8._exact_product(codes, codes).long(), wanted)

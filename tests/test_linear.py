@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mixquant.engines.transformers.module import quantize_parts
 from mixquant.formats import BY_NAME
-from mixquant.linear import Part, phase_linear
+from mixquant.linear import Part, index_of, phase_linear
 from mixquant.phase import PhasePlan, everything_quantized
 
 K = 32
@@ -266,3 +266,10 @@ def test_parts_with_other_options_do_not_share_rows() -> None:
     out = phase_linear(x, weight, None, parts, everything_quantized(20))
     wanted = row_by_row(x, weight, None, parts, "q" * 20)
     torch.testing.assert_close(out, wanted, rtol=2**-7, atol=2**-7)
+
+
+def test_row_numbers_are_on_the_device_of_the_rows() -> None:
+    """The meta device stands in for MPS or XPU, which take no index from the CPU."""
+    plan = plan_of("qqpqpp")
+    assert index_of(plan, "quantized", torch.device("meta")).device.type == "meta"
+    assert index_of(plan, "quantized", torch.device("cpu")).tolist() == [0, 1, 3]

@@ -636,6 +636,41 @@ def test_in_a_prefill_engine_every_row_takes_the_copy(
     assert not stock
 
 
+def test_an_empty_pass_in_a_prefill_engine_asks_no_kernel(
+    stock: list[tuple[Any, ...]], monolithic: list[tuple[Any, ...]]
+) -> None:
+    """Its BF16 experts are gone, and a pass without rows has none that is quantized."""
+    method = method_of()
+    method.only_quantized = True
+    x, (weights, ids) = random(0, 8), routed(0)
+    for plan in (None, everything_quantized(0)):
+        with in_force(plan):
+            assert method.apply(object(), x, weights, ids, None, None).shape == (0, 8)
+            out = method.apply_monolithic(object(), x, random(0, EXPERTS))
+            assert out.shape == (0, 8)
+    assert not stock and not monolithic and not method.quantized.calls
+
+
+def test_experts_that_were_written_to_where_they_are_are_refused(
+    bare: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        UnquantizedFusedMoEMethod,
+        "process_weights_after_loading",
+        lambda self, layer: layer.w13_weight.data.copy_(layer.w13_weight.data.flip(1)),
+    )
+    monkeypatch.setattr(experts, "_quantized_experts", lambda layer, fmt, block_scale: Copy())
+    method = PhaseExpertsMethod(SimpleNamespace(), "fp8", PREFIX, Ledger())
+    layer = with_weights(moe_config())
+    method.renew(layer)  # not loaded yet
+    method.process_weights_after_loading(layer)
+    method.renew(layer)  # as a kernel wants it, and as it was
+    layer.w2_weight.data[1] += 1
+    with pytest.raises(CannotReload, match="reload_weights") as caught:
+        method.renew(layer)
+    assert "\n" not in str(caught.value)
+
+
 def test_a_prefill_engine_asks_the_router_where_vllms_kernel_would_route(
     monolithic: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -934,6 +969,19 @@ def test_nvfp4_experts_of_other_kinds(
     x, (weights, ids) = random(11, 128), routed(11, top_k=top_k)
     out = loaded(layer)(layer, x, weights, ids.to(ids_type))
     assert_same(out, reference(layer, x, weights, ids))
+
+
+@on_cpu
+def test_what_sleep_throws_away_is_made_again_with_the_copy(cutlass: None) -> None:
+    """Level 2 discards all memory of the weights, what was made beside them included."""
+    layer, (weights, ids), x = with_weights(moe_config()), routed(5), random(5, 128)
+    copy = loaded(layer)
+    wanted = copy(layer, x, weights, ids)
+    for tensor in (*copy.w13, *copy.w2, copy.ones):
+        tensor.view(torch.uint8).zero_()
+    copy.load(layer)
+    assert torch.equal(copy(layer, x, weights, ids), wanted)
+    assert (copy.ones == 1).all()
 
 
 @on_cpu

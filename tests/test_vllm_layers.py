@@ -30,7 +30,7 @@ from vllm.model_executor.layers.linear import (
 )
 from vllm.platforms import current_platform
 
-from mixquant.engines.vllm import linear, passes
+from mixquant.engines.vllm import linear, loading, passes
 from mixquant.engines.vllm.config import MixQuantConfig
 from mixquant.engines.vllm.layout import lay_out
 from mixquant.engines.vllm.linear import PhaseLinearMethod
@@ -652,3 +652,90 @@ def test_a_kernel_that_reads_the_weight_itself_is_switched_off() -> None:
     it.layer._use_min_latency_gemm = True
     it.layer.weight.weight_loader(it.layer.weight, random(64, K), "q")
     assert it.layer._use_min_latency_gemm is False
+
+
+# --- no rows, and weights that are loaded anew ----------------------------------------------------
+
+
+@on_cpu
+@pytest.mark.parametrize("shape", [(0, K), (2, 0, K)])
+def test_an_empty_pass(shape: tuple[int, ...]) -> None:
+    prefill = Loaded("int8").layer
+    for layer, plan in (
+        (prefill, None),
+        (prefill, everything_quantized(0)),
+        (built("int8").layer, everything_quantized(0)),
+    ):
+        with in_force(plan):
+            out = layer(random(*shape))[0]
+        assert out.shape == (*shape[:-1], 128)
+        assert out.dtype == torch.bfloat16
+    built.cache_clear()
+
+
+@on_cpu
+def test_a_weight_that_was_written_to_where_it_is_has_a_new_copy() -> None:
+    """As a worker extension does that calls the model's load_weights: vLLM processes nothing then."""
+    it = built("int8", pack=False, seed=31)
+    model = torch.nn.ModuleDict({"layer": it.layer})
+    after = random(128, K, seed=99)
+
+    def load_weights(weights: Any) -> set[str]:
+        it.layer.weight.data.copy_(weights)
+        return {"layer.weight"}
+
+    model.load_weights = load_weights  # type: ignore[assignment]
+    loading.follow_loading(model)
+    x = random(20, K)
+    products = it.method.products
+    assert model.load_weights(it.weight) == {"layer.weight"}
+    assert it.method.products is products  # the same numbers
+    model.load_weights(after)
+    wanted = built("int8", pack=False, seed=99)
+    assert torch.equal(it(x, everything_quantized(20)), wanted(x, everything_quantized(20)))
+    assert torch.equal(it(x), wanted(x))
+    built.cache_clear()
+
+
+@on_cpu
+def test_graphs_that_read_the_copy_keep_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    it = built("int8", pack=False, seed=41)
+    monkeypatch.setattr(linear, "replays_graphs", lambda: True)
+    it.method.process_weights_after_loading(it.layer)  # graphs are precise
+    monkeypatch.setattr(it.method, "recipe", dataclasses.replace(it.method.recipe, everywhere=True))
+    with pytest.raises(CannotReload, match="everywhere") as caught:
+        it.method.process_weights_after_loading(it.layer)
+    assert "\n" not in str(caught.value)
+    monkeypatch.setattr(linear, "replays_graphs", lambda: False)
+    it.method.process_weights_after_loading(it.layer)
+    built.cache_clear()
+
+
+@on_cpu
+def test_a_reloaded_weight_is_read_where_vllm_keeps_it() -> None:
+    """vLLM processes a layer with new tensors, and then copies them into the old ones."""
+    from vllm.model_executor.model_loader.reload import layerwise
+
+    it = built("int8", pack=False, seed=51)
+    kept = it.layer.weight
+    assert loading.kept_weight(it.layer) is kept
+    layerwise.record_metadata_for_reloading(it.layer)
+    layerwise.initialize_layerwise_reload(it.layer)
+    assert it.layer.weight is not kept
+    assert loading.is_loading(it.layer)
+    # Whatever is in it meanwhile, vLLM processes it when it has all of it.
+    renewed: list[Any] = []
+    it.method.renew = renewed.append  # type: ignore[method-assign]
+    model = torch.nn.ModuleDict({"layer": it.layer})
+    model.load_weights = lambda weights: None  # type: ignore[assignment]
+    loading.follow_loading(model)
+    model.load_weights([])
+    assert renewed == []
+    assert loading.kept_weight(it.layer) is kept
+    built.cache_clear()
+
+
+def test_weights_in_a_kernels_format_are_refused() -> None:
+    loading.refuse_kernel_format(True)
+    with pytest.raises(CannotReload, match="is_checkpoint_format=True"):
+        loading.refuse_kernel_format(False)

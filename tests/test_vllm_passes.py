@@ -23,6 +23,7 @@ from vllm.forward_context import ForwardContext, override_forward_context
 from mixquant.engines.vllm import counters, passes
 from mixquant.engines.vllm.config import MixQuantConfig
 from mixquant.engines.vllm.counters import Counters
+from mixquant.engines.vllm.loading import CannotReload
 from mixquant.phase import PhasePlan, plan_in_force
 from mixquant.recipe import Recipe
 
@@ -495,3 +496,43 @@ def test_the_trace_has_a_line_for_each_pass(
         "quantized": [[1, 9]],
     }
     assert [line["quantized"] for line in lines[1:]] == [[], []]
+
+
+# --- weights that are loaded anew --------------------------------------------------------------------
+
+
+def test_a_reload_in_the_kernels_format_is_refused(method: MixQuantConfig) -> None:
+    class Reloading(RunnerV1):
+        def reload_weights(
+            self,
+            weights_iterator: Any = None,
+            weights_path: str | None = None,
+            is_checkpoint_format: bool = True,
+        ) -> str:
+            return "reloaded"
+
+    passes._wrap(Reloading, "_prepare_inputs", passes.note_v1, method)
+    runner = Reloading(method, Model())
+    assert runner.reload_weights(weights_path="a/path") == "reloaded"
+    for refused in (
+        lambda: runner.reload_weights([], is_checkpoint_format=False),
+        lambda: runner.reload_weights([], None, False),
+    ):
+        with pytest.raises(CannotReload, match="is_checkpoint_format=True"):
+            refused()
+    other = Reloading(SimpleNamespace(), Model())  # another method's
+    assert other.reload_weights([], None, False) == "reloaded"
+
+
+def test_the_models_own_loading_is_followed(
+    make: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, renewed = Model(), []
+    model.layer = torch.nn.Linear(2, 2)
+    model.layer.quant_method = SimpleNamespace(renew=renewed.append)
+    model.load_weights = lambda weights: {"layer.weight"}  # type: ignore[assignment]
+    runner = make(model=model)
+    runner.execute_model(Step([(0, 10, 10)]))
+    runner.execute_model(Step([(0, 10, 10)]))
+    assert model.load_weights([]) == {"layer.weight"}
+    assert renewed == [model.layer]

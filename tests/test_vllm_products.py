@@ -472,3 +472,36 @@ def test_weights_are_quantized_alike_in_pieces(fmt: str, monkeypatch: pytest.Mon
     product = ScaledProduct(fmt, weight)
     assert_rounded(multiplied(product, x, len(weight)), reference(fmt, x, weight))
     assert len(fake.outs) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_codes_of_a_checkpoint_meet_a_kernel_that_takes_the_rows(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ours in Triton takes BF16 rows only. The GPU is a stand-in: its tensors stay on the CPU."""
+    given: list[torch.dtype] = []
+
+    def noted(codes: Tensor, block_scales: Tensor, scale: Tensor, dtype: torch.dtype) -> Any:
+        given.append(dtype)
+        return Nvfp4Product
+
+    class OnGpu:
+        type = "cuda"
+
+    monkeypatch.setattr(products, "nvfp4_product", noted)
+    codes, block_scales, scale = nvfp4_codes(random(48, K), Recipe())
+
+    class Held:
+        """A tensor that goes to the stand-in."""
+
+        def __init__(self, tensor: Tensor) -> None:
+            self.tensor = tensor
+
+        def to(self, device: Any) -> Tensor:
+            return self.tensor
+
+    tensors = SimpleNamespace(
+        codes=Held(codes), block_scales=Held(block_scales), global_scale=Held(scale.reciprocal())
+    )
+    products.product_of_tensors(tensors, OnGpu(), dtype)  # type: ignore[arg-type]
+    assert given == [dtype]

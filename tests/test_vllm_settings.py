@@ -694,3 +694,55 @@ def test_other_methods_are_left_alone(directory: Path) -> None:
     config = engine_config(directory, {"fromat": "not ours to read"}, quantization=None)
     assert config.quant_config is None
     assert config.additional_config == {"mixquant": {"fromat": "not ours to read"}}
+
+
+# --- what depends on the recipe ----------------------------------------------------------------------
+
+
+def test_batch_invariance_is_not_promised(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = config_like()
+    quantizes = Recipe(format="int8").resolved(frozenset({"int8"}))
+    exact = Recipe(preset="exact").resolved(frozenset({"int8"}))
+    settings._check_recipe(model, quantizes)
+    monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
+    settings._check_recipe(model, exact)
+    with pytest.raises(SettingsError) as caught:
+        settings._check_recipe(model, quantizes)
+    assert "VLLM_BATCH_INVARIANT" in said(caught.value)
+    monkeypatch.setenv("VLLM_BATCH_INVARIANT", "0")
+    settings._check_recipe(model, quantizes)
+
+
+def test_float32_is_for_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stand-in for a GPU: the products there write BF16 or FP16."""
+    import vllm.platforms
+
+    quantizes = Recipe(format="fp8").resolved(frozenset({"fp8"}))
+    exact = Recipe(preset="exact").resolved(frozenset({"fp8"}))
+    for on_gpu in (False, True):
+        platform = SimpleNamespace(is_cuda=lambda on_gpu=on_gpu: on_gpu)
+        monkeypatch.setattr(vllm.platforms, "current_platform", platform)
+        for dtype in (torch.bfloat16, torch.float16, torch.float32):
+            model = config_like(model={"dtype": dtype})
+            settings._check_recipe(model, exact)
+            if on_gpu and dtype == torch.float32:
+                with pytest.raises(SettingsError) as caught:
+                    settings._check_recipe(model, quantizes)
+                assert "--dtype float32" in said(caught.value)
+            else:
+                settings._check_recipe(model, quantizes)
+
+
+def test_a_weight_transfer_that_writes_past_the_copies_is_refused() -> None:
+    quantizes = Recipe(format="int8").resolved(frozenset({"int8"}))
+    exact = Recipe(preset="exact").resolved(frozenset({"int8"}))
+    for backend in ("nccl", "ipc", "sparse_nccl", "nccl_m2n", "sharded_rdt", "one/of/their/own"):
+        config = config_like(weight_transfer_config=SimpleNamespace(backend=backend))
+        settings._check_recipe(config, exact)
+        if backend in ("nccl", "ipc"):
+            settings._check_recipe(config, quantizes)
+        else:
+            with pytest.raises(SettingsError) as caught:
+                settings._check_recipe(config, quantizes)
+            assert backend in said(caught.value)
+    settings._check_recipe(config_like(weight_transfer_config=None), quantizes)

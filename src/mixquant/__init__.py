@@ -13,6 +13,7 @@ from mixquant.engines.transformers import (
     Summary,
     phase,
     prepare,
+    requantize,
     summary,
 )
 from mixquant.recipe import Recipe, RecipeError
@@ -28,5 +29,6 @@ __all__ = [
     "__version__",
     "phase",
     "prepare",
+    "requantize",
     "summary",
 ]

@@ -159,7 +159,8 @@ def index_of(plan: PhasePlan, group: str, device: torch.device) -> Tensor:
         rows = torch.from_numpy(np.concatenate([np.arange(*piece) for piece in ranges]))
         if device.type == "cuda":
             # Pinned, and a new buffer for each plan, so that the copy need not be waited for.
-            rows = rows.pin_memory().to(device, non_blocking=True)
+            rows = rows.pin_memory()
+        rows = rows.to(device, non_blocking=device.type == "cuda")
         plan.memo[key] = rows
     index: Tensor = plan.memo[key]
     return index

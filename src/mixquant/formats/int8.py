@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mixquant.formats.base import EMULATION, Kernel
+from mixquant.formats.base import EMULATION, Kernel, cuda_capability
 from mixquant.kernels import int8_cpu
 from mixquant.kernels.int8_cpu import QMAX
 
@@ -82,9 +82,7 @@ class _Int8:
     def kernel(self, device: torch.device) -> Kernel:
         if device.type == "cpu" and _onednn_multiplies():
             return ONEDNN
-        if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0):
-            return INT_MM
-        return EMULATION
+        return INT_MM if cuda_capability(device) >= (8, 0) else EMULATION
 
     def quantize_weight(self, weight: Tensor, kernel: Kernel) -> Int8Weight:
         codes, scale = quantize(weight)
@@ -158,12 +156,12 @@ _EXACT_IN_FP32 = 2**24 // QMAX**2
 def _exact_product(codes: Tensor, weight_codes: Tensor) -> Tensor:
     if codes.is_cuda:  # where FP32 may mean TF32, and FP64 is exact as far as 2^53
         return codes.double() @ weight_codes.double().T
-    # On a CPU FP32 is twice as fast as FP64.
+    # On a CPU FP32 is twice as fast as FP64, which other devices may not have.
     pieces = [one.split(_EXACT_IN_FP32, dim=1) for one in (codes, weight_codes)]
     products = (columns.float() @ its.float().T for columns, its in zip(*pieces, strict=True))
     total = next(products)
     for product in products:
-        total = total.double() + product
+        total = total.to(torch.int32) + product.to(torch.int32)
     return total
 
 

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mixquant.formats.base import EMULATION, Kernel
+from mixquant.formats.base import EMULATION, Kernel, cuda_capability
 
 BlockScale = Literal["6", "4/6"]
 
@@ -440,9 +440,7 @@ def _check(x: Tensor, block_scale: str, matrix: bool = False) -> None:
 @functools.cache
 def _kernel(device: torch.device) -> Kernel:
     if (
-        device.type == "cuda"
-        and torch.version.cuda is not None
-        and torch.cuda.get_device_capability(device)[0] in (10, 12)
+        cuda_capability(device)[0] in (10, 12)
         and hasattr(F, "scaled_mm")
         and hasattr(torch, "float4_e2m1fn_x2")
     ):
@@ -466,7 +464,7 @@ def _linear_scales(block_scales: Tensor, kernel: Kernel, m: int, k: int) -> Tens
 
 def _matmul_fp32(a: Tensor, b: Tensor) -> Tensor:
     """``a @ b.T`` of BF16 matrices, in FP32, neither the sums nor the result rounded to BF16."""
-    if a.is_cuda:
+    if a.is_cuda and torch.version.cuda is not None:
         return torch.mm(a, b.t(), out_dtype=torch.float32)
     return a.float() @ b.float().t()
 

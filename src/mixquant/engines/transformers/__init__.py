@@ -1,7 +1,8 @@
 """The Transformers engine: embedded, in process."""
 
+from mixquant.engines.transformers.module import PrepareError
 from mixquant.engines.transformers.passes import everything_in_prefill_format, phase
-from mixquant.engines.transformers.prepare import PrepareError, prepare, summary
+from mixquant.engines.transformers.prepare import prepare, requantize, summary
 from mixquant.engines.transformers.quantizer import MixQuantConfig
 from mixquant.summary import Layer, Summary
 
@@ -13,5 +14,6 @@ __all__ = [
     "everything_in_prefill_format",
     "phase",
     "prepare",
+    "requantize",
     "summary",
 ]

@@ -16,7 +16,11 @@ from torch import Tensor, nn
 
 from mixquant.engines.source import statements_of_forward
 from mixquant.engines.transformers.methods import put_in_front
-from mixquant.engines.transformers.module import PhaseLinear, precise_and_eager
+from mixquant.engines.transformers.module import (
+    PhaseLinear,
+    precise_and_eager,
+    without_gradient,
+)
 from mixquant.formats.int8 import INT8, ONEDNN, Int8Rows, Int8Weight, onednn_product
 from mixquant.kernels import int8_cpu
 from mixquant.linear import by_phase, quantize_once, remember_quantized, select
@@ -134,8 +138,9 @@ def _phase_norm(original: Callable[..., Tensor], norm: Any, x: Tensor) -> Tensor
         flat = x.reshape(plan.rows, x.shape[-1])
         y, codes, scale = int8_cpu.rms_norm_quantize(flat, norm.weight, norm.variance_epsilon)
         y = y.view(x.shape)
-        quantized = (select(part, plan, "quantized") for part in (codes, scale))
-        remember_quantized(y, plan, "int8", ONEDNN, Int8Rows(*quantized))
+        rows = Int8Rows(*(select(part, plan, "quantized") for part in (codes, scale)))
+    y = without_gradient(y, x, norm.weight)
+    remember_quantized(y, plan, "int8", ONEDNN, rows)
     return y
 
 
@@ -163,4 +168,6 @@ def _phase_gated_mlp(original: Callable[..., Tensor], mlp: Any, x: Tensor) -> Te
         INT8.linear(inner, down, None, out)
 
     with torch.no_grad():
-        return by_phase(x, down.shape[0], plan, precise, quantized)
+        out = by_phase(x, down.shape[0], plan, precise, quantized)
+    linears = (mlp.gate_proj, mlp.up_proj, mlp.down_proj)
+    return without_gradient(out, x, *(linear.weight for linear in linears))

@@ -22,6 +22,7 @@ from torch import nn
 from transformers.generation.configuration_utils import GenerationMode
 
 from mixquant.engines.transformers.methods import put_in_front
+from mixquant.engines.transformers.module import PrepareError, renew
 from mixquant.phase import (
     PhasePlan,
     Thresholds,
@@ -41,8 +42,8 @@ class Prompts:
     @classmethod
     def from_mask(cls, mask: torch.Tensor) -> Prompts:
         """The prompts of an attention mask ``[sequences, columns]``."""
-        leading = (mask != 0).cumsum(dim=1) == 0
-        return cls(mask.shape[1], leading.sum(dim=1).cpu().numpy())
+        leading = (mask != 0).cpu().cumsum(dim=1) == 0  # not every device can
+        return cls(mask.shape[1], leading.sum(dim=1).numpy())
 
 
 @dataclass
@@ -219,17 +220,42 @@ def _untraced_plan(
 ) -> PhasePlan | None:
     if signature is not None:
         kwargs = {**dict(zip(signature.parameters, args, strict=False)), **kwargs}
-    return _plan(model, kwargs)
+    plan = _plan(model, kwargs)
+    if plan is not None:
+        checkpointing = model.training and getattr(model, "is_gradient_checkpointing", False)
+        if checkpointing and torch.is_grad_enabled():
+            raise PrepareError(
+                "a quantized prefill has no gradients, and gradient checkpointing would compute it a "
+                "second time in BF16; run it under torch.no_grad()"
+            )
+        if not (_everything(model) and _is_step(kwargs)):
+            renew(model)
+    return plan
+
+
+def _everything(model: nn.Module) -> bool:
+    return _quantize_everything.get() or bool(model.mixquant_everywhere)
+
+
+def _is_step(kwargs: dict[str, Any]) -> bool:
+    """Whether a pass reads one token behind others, as decode does."""
+    inputs, cache = _inputs(kwargs), kwargs.get("past_key_values")
+    if inputs is None or inputs.shape[1] != 1 or cache is None:
+        return False
+    return int(cache.get_seq_length()) > 0
+
+
+def _inputs(kwargs: dict[str, Any]) -> Any:
+    inputs = kwargs.get("input_ids")
+    return kwargs.get("inputs_embeds") if inputs is None else inputs
 
 
 def _plan(model: nn.Module, kwargs: dict[str, Any]) -> PhasePlan | None:
-    inputs = kwargs.get("input_ids")
-    if inputs is None:
-        inputs = kwargs.get("inputs_embeds")
+    inputs = _inputs(kwargs)
     if inputs is None:
         return None
     sequences, columns = inputs.shape[:2]
-    if _quantize_everything.get() or model.mixquant_everywhere:
+    if _everything(model):
         return everything_quantized(sequences * columns)
     generation = _current.get()
     if generation is None or (generation.model is not None and generation.model() is not model):

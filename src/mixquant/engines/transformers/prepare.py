@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -15,10 +16,17 @@ from transformers.utils import logging as hf_logging
 
 from mixquant.engines.source import statements_of_forward
 from mixquant.engines.transformers.fusion import fuse
-from mixquant.engines.transformers.module import PhaseLinear, quantize_parts
+from mixquant.engines.transformers.module import (
+    PhaseLinear,
+    PrepareError,
+    phase_linears,
+    quantize_parts,
+    refuse_unfit,
+)
 from mixquant.engines.transformers.passes import watch
 from mixquant.engines.transformers.stored import is_other_linear, why_not_plain
-from mixquant.formats import BY_NAME, native_formats
+from mixquant.engines.transformers.trial import OTHER_ROWS, why_not_its_rows
+from mixquant.formats import BY_NAME, cuda_capability, native_formats, why_not_on
 from mixquant.linear import Part
 from mixquant.phase import Range, Thresholds
 from mixquant.recipe import FUSED_PROJECTIONS, Recipe, is_router
@@ -28,6 +36,7 @@ logger = logging.getLogger(__name__)
 
 Layout = tuple[tuple[Range, str, dict[str, Any]], ...]
 
+_GONE = "another module has taken its place"
 _EXPERTS = re.compile(r"(^|\.)experts(\.|$)")
 
 # What a module's forward does with a fused layer whose projections lie one behind the other.
@@ -44,10 +53,6 @@ _ONE_BEHIND_THE_OTHER: dict[str, tuple[str, ...]] = {
         "gate, up_states = up_states.chunk(2, dim=-1)",
     ),
 }
-
-
-class PrepareError(ValueError):
-    """A model that cannot be prepared. The message is one line and says what to do."""
 
 
 def prepare(
@@ -88,33 +93,35 @@ def prepare(
     device = decoder.device
     resolved = recipe.resolved(native_formats(device))
     _check_linears(model, decoder, resolved)
+    _refuse_device(device, resolved)
 
-    plans: list[tuple[nn.Linear, Layout, tuple[Part, ...]]] = []
+    plans: list[tuple[str, nn.Linear, Layout, tuple[Part, ...], str | None]] = []
     layers: list[Layer] = []
     candidates = list(_linears(model, decoder))
+    strange = why_not_its_rows(model, candidates) if _quantizes(resolved) else {}
     described = f"Quantizing the prefill copy ({', '.join(_formats_used(resolved))})"
     for name, linear in hf_logging.tqdm(candidates, desc=described, leave=False):
         layout, why = _layout(name, linear, resolved, model)
+        if name in strange and any(fmt != "bf16" for _, fmt, _ in layout):
+            layout, why = (((0, len(linear.weight)), "bf16", {}),), strange[name]
         if all(fmt == "bf16" for _, fmt, _ in layout):
             layers.append(_layer(name, linear.weight.shape, Part((0, 0), "bf16", None), why))
             continue
-        if not torch.isfinite(linear.weight).all():
-            raise PrepareError(
-                f"the weight of {name} holds NaN or infinity; the checkpoint is damaged"
-            )
+        refuse_unfit(name, linear.weight)
         parts = quantize_parts(linear.weight, layout)
-        plans.append((linear, layout, parts))
-        labels = FUSED_PROJECTIONS.get(name.rpartition(".")[2], ()) if len(parts) > 1 else ()
-        for index, part in enumerate(parts):
-            label = f"{name}.{labels[index]}" if labels else name
-            shape = (part.features[1] - part.features[0], linear.weight.shape[1])
-            layers.append(_layer(label, shape, part, THE_RECIPE if part.weight is None else None))
+        plans.append((name, linear, layout, parts, why))
+        layers.extend(_described(name, linear.weight, layout, parts, why))
     layers.extend(_left_alone(model, decoder))
+    if OTHER_ROWS in strange.values() and not plans:
+        raise PrepareError(
+            f"the linear layers of {type(model).__name__} are not given one row for each token of a "
+            "pass, so no row's phase is known; use the model without mixquant"
+        )
     made = Summary(resolved, tuple(layers))
     _warn(model, recipe, made)
 
-    for linear, layout, parts in plans:
-        PhaseLinear.adopt(linear, layout).hold(parts)
+    for name, linear, layout, parts, why in plans:
+        PhaseLinear.adopt(linear, name, layout, why).hold(parts)
     fuse(model)
     watch(
         model,
@@ -135,6 +142,8 @@ def prepare(
 def summary(model: nn.Module) -> Summary:
     """What `prepare` did to each layer: format, kernel, extra memory. Prints as a table.
 
+    Of the quantized copies as they are now: on another device, say, their kernel is another.
+
     Raises:
         PrepareError: the model is not prepared.
     """
@@ -143,7 +152,37 @@ def summary(model: nn.Module) -> Summary:
         raise PrepareError(
             f"this {type(model).__name__} is not prepared; call mixquant.prepare(model)"
         )
-    return found
+    now = {
+        line.name: line
+        for layer in phase_linears(model)
+        for line in _described(
+            layer.name, layer.weight, layer.layout, layer.parts, layer.why_precise
+        )
+    }
+    lines = []
+    for line in found.layers:
+        if line.name in now:
+            line = now[line.name]
+        elif line.format != "bf16":
+            line = _layer(line.name, line.shape, Part((0, 0), "bf16", None), _GONE)
+        lines.append(line)
+    return replace(found, layers=tuple(lines))
+
+
+def requantize(model: nn.Module) -> None:
+    """Makes every quantized copy of a prepared model again, from its weights as they are now.
+
+    Needed after a change that the model does not notice by itself: of single elements of a weight,
+    through ``weight.data``. Others it notices when the next prefill begins.
+
+    Raises:
+        PrepareError: the model is not prepared, or a weight is not in memory or holds NaN or infinity.
+    """
+    layers = phase_linears(model)
+    if not layers:
+        summary(model)  # raises, but for a model whose recipe quantizes nothing
+    for layer in layers:
+        layer.requantize()
 
 
 def as_recipe(recipe: Recipe | dict[str, Any] | str) -> Recipe:
@@ -195,6 +234,17 @@ def _check_linears(model: PreTrainedModel, decoder: nn.Module, resolved: Recipe)
         )
 
 
+def _refuse_device(device: torch.device, resolved: Recipe) -> None:
+    if device.type in ("cpu", "meta") or cuda_capability(device) != (0, 0):
+        return
+    for name in _formats_used(resolved):
+        if name != "bf16" and (reason := why_not_on(name, device)) is not None:
+            raise PrepareError(
+                f"{device.type} does not compute {name} ({reason}); take another format, or preset "
+                "exact for BF16"
+            )
+
+
 def _token_modules(model: PreTrainedModel, decoder: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """What token rows go through: the text decoder and the output head.
 
@@ -208,7 +258,15 @@ def _token_modules(model: PreTrainedModel, decoder: nn.Module) -> Iterator[tuple
 
 
 def _linears(model: PreTrainedModel, decoder: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
+    # The last adapter's around a linear layer (PEFT's), which is named like the layer.
+    wrapper = "/"
     for name, module in _token_modules(model, decoder):
+        if isinstance(getattr(module, "base_layer", None), nn.Linear):
+            wrapper = name
+        elif name == f"{wrapper}.base_layer":
+            name = wrapper
+        elif name.startswith(f"{wrapper}."):
+            continue  # the adapter's own, which is small and may be trained
         if type(module) is nn.Linear:
             yield name, module
 
@@ -298,6 +356,19 @@ def _left_alone(model: PreTrainedModel, decoder: nn.Module) -> Iterator[Layer]:
                 yield _layer(name, parameter.shape, precise, "an expert router")
 
 
+def _described(
+    name: str, weight: torch.Tensor, layout: Layout, parts: tuple[Part, ...], why: str | None
+) -> Iterator[Layer]:
+    """The lines of a layer in the summary, one for each part; ``why`` its BF16 ones are BF16."""
+    labels = FUSED_PROJECTIONS.get(name.rpartition(".")[2], ()) if len(parts) > 1 else ()
+    for index, (part, (_, fmt, _)) in enumerate(zip(parts, layout, strict=True)):
+        label = f"{name}.{labels[index]}" if labels else name
+        shape = (part.features[1] - part.features[0], weight.shape[1])
+        left = part.weight is None and fmt != "bf16"  # moved since it was laid out
+        reason = f"{fmt} cannot hold it on {weight.device.type}" if left else why
+        yield _layer(label, shape, part, reason)
+
+
 def _layer(name: str, shape: Any, part: Part, why: str | None) -> Layer:
     weight = part.weight
     return Layer(
@@ -309,6 +380,10 @@ def _layer(name: str, shape: Any, part: Part, why: str | None) -> Layer:
         nbytes=weight.nbytes if weight else 0,
         why_precise=None if weight else why,
     )
+
+
+def _quantizes(recipe: Recipe) -> bool:
+    return set(_formats_used(recipe)) != {"bf16"}
 
 
 def _formats_used(recipe: Recipe) -> list[str]:

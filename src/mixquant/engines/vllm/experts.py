@@ -21,7 +21,7 @@ from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import (
 )
 from vllm.platforms import current_platform
 
-from mixquant.engines.vllm.loading import begins, load_in_turn
+from mixquant.engines.vllm.loading import CannotReload, begins, load_in_turn
 from mixquant.engines.vllm.memory import Ledger
 from mixquant.engines.vllm.products import nbytes_of
 from mixquant.engines.vllm.second_checkpoint import opened
@@ -31,6 +31,7 @@ from mixquant.linear import put, select
 from mixquant.phase import PhasePlan, everything_quantized, plan_in_force
 from mixquant.prefill_checkpoint import Fp8Tensors
 from mixquant.recipe import Recipe
+from mixquant.sample import sample
 from mixquant.summary import IGNORED, THE_RECIPE, Layer
 
 # Of a pass's rows, so many may be precise for it to be cheaper to push all of them through the
@@ -151,6 +152,7 @@ class PhaseExpertsMethod(UnquantizedFusedMoEMethod):  # type: ignore[misc]
         self.only_quantized = only_quantized
         self.prefill_model = prefill_model
         self.freed = 0  # bytes
+        self.samples: list[Tensor] = []  # of the weights that the copy was made of, as they lie now
         self._warm = False
 
     @property
@@ -187,11 +189,22 @@ class PhaseExpertsMethod(UnquantizedFusedMoEMethod):  # type: ignore[misc]
             self._take(layer, self.quantized)
         # Also where no row will take what it sets up: vLLM asks it how a layer of experts is run.
         super().process_weights_after_loading(layer)
+        self.samples = _samples(layer)
         if self.only_quantized:
             for name in ("w13_weight", "w2_weight"):
                 weight = getattr(layer, name)
                 nothing = torch.empty(len(weight), 0, 0, dtype=weight.dtype, device=weight.device)
                 setattr(layer, name, torch.nn.Parameter(nothing, requires_grad=False))
+
+    def renew(self, layer: Any) -> None:
+        """Refuses weights that were written to where they are: they may lie as a kernel wants them."""
+        if self.only_quantized or not self.samples:
+            return
+        if not all(map(torch.equal, self.samples, _samples(layer))):
+            raise CannotReload(
+                f"the experts {self.prefix} were written to and not processed, so that their copy is "
+                "of old ones; load weights by vLLM's reload_weights"
+            )
 
     def apply(
         self,
@@ -203,6 +216,8 @@ class PhaseExpertsMethod(UnquantizedFusedMoEMethod):  # type: ignore[misc]
         shared_experts_input: Tensor | None,
     ) -> Tensor:
         stock = super().apply
+        if self.only_quantized and not len(x):
+            return torch.empty_like(x)
         plan = self._plan(x, lambda: (topk_weights, topk_ids), layer)
         if plan is None:
             return stock(layer, x, topk_weights, topk_ids, shared_experts, shared_experts_input)
@@ -232,6 +247,8 @@ class PhaseExpertsMethod(UnquantizedFusedMoEMethod):  # type: ignore[misc]
             )
             return routed
 
+        if self.only_quantized and not len(x):
+            return torch.empty_like(x)
         plan = self._plan(x, route, layer)
         if plan is None:
             return stock(layer, x, router_logits, input_ids)
@@ -289,6 +306,10 @@ class PhaseExpertsMethod(UnquantizedFusedMoEMethod):  # type: ignore[misc]
         for rows in _WARM_ROWS:
             if rows < x.shape[0]:
                 self._experts(layer, x[:rows], weights[:rows], ids[:rows])
+
+
+def _samples(layer: Any) -> list[Tensor]:
+    return [sample(weight.flatten(0, -2)).clone() for weight in (layer.w13_weight, layer.w2_weight)]
 
 
 _warmed: set[tuple[Any, ...]] = set()

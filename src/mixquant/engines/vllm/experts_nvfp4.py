@@ -60,6 +60,7 @@ class Nvfp4Experts:
         return None
 
     def load(self, layer: Any) -> None:
+        self.ones.fill_(1.0)  # level 2 of sleep throws it away with the weights
         for weight, (codes, scales, alphas) in (
             (layer.w13_weight, self.w13),
             (layer.w2_weight, self.w2),

@@ -16,7 +16,13 @@ from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 from mixquant.engines.vllm.fp8_layer import Fp8Layer, multiply
 from mixquant.engines.vllm.fp8_layer import why_not as why_no_fp8_layer
 from mixquant.engines.vllm.layout import Part, beside, lay_out
-from mixquant.engines.vllm.loading import begins, load_in_turn
+from mixquant.engines.vllm.loading import (
+    CannotReload,
+    begins,
+    kept_weight,
+    load_in_turn,
+    replays_graphs,
+)
 from mixquant.engines.vllm.memory import Ledger
 from mixquant.engines.vllm.products import (
     PreciseProduct,
@@ -30,6 +36,7 @@ from mixquant.engines.vllm.second_checkpoint import joined, opened, shard
 from mixquant.linear import put, select
 from mixquant.phase import PhasePlan, Range, everything_quantized, plan_in_force
 from mixquant.recipe import Recipe
+from mixquant.sample import sample
 from mixquant.summary import Layer
 
 _ADVICE = (
@@ -79,6 +86,7 @@ class PhaseLinearMethod(UnquantizedLinearMethod):  # type: ignore[misc]
         self.parts: tuple[Part, ...] = ()
         self.products: tuple[tuple[Range, Product | None], ...] = ()
         self.only_quantized = False  # nothing is left of the BF16 weight
+        self.sample: Tensor | None = None  # of the weight that the copy was made of
 
     def create_weights(
         self,
@@ -140,6 +148,11 @@ class PhaseLinearMethod(UnquantizedLinearMethod):  # type: ignore[misc]
             if hasattr(layer, "_use_min_latency_gemm"):  # DeepSeek's, which reads the weight itself
                 layer._use_min_latency_gemm = False  # type: ignore[assignment]
         else:
+            if self._read_by_graphs():
+                raise CannotReload(
+                    "with the recipe's 'everywhere' captured CUDA graphs read the copies that are "
+                    "there: restart the engine to load weights, or start it with --enforce-eager"
+                )
             # Before super's: it may pack the weight and leave nothing behind.
             self._make_products(layer)
             super().process_weights_after_loading(layer)
@@ -150,6 +163,19 @@ class PhaseLinearMethod(UnquantizedLinearMethod):  # type: ignore[misc]
                 number = next(_numbers)
                 layer.mixquant_number = torch.tensor(number, device="cpu")
                 _layers[number] = layer
+
+    def renew(self, layer: Any) -> None:
+        """Makes the copy again if the weight was written to where it is, which vLLM tells nobody."""
+        weight = layer.weight
+        if weight.is_meta or not weight.numel() or self.sample is None:
+            return
+        if not torch.equal(self.sample, sample(weight)):
+            self.process_weights_after_loading(layer)
+
+    def _read_by_graphs(self) -> bool:
+        """Whether there is a copy that CUDA graphs were captured with."""
+        held = any(product is not None for _, product in self.products)
+        return held and self.recipe.everywhere and replays_graphs()
 
     def apply(self, layer: torch.nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
         if not self.products or not hasattr(layer, "mixquant_number"):
@@ -217,6 +243,7 @@ class PhaseLinearMethod(UnquantizedLinearMethod):  # type: ignore[misc]
 
     def _make_products(self, layer: torch.nn.Module) -> None:
         with torch.no_grad():
+            self.sample = sample(layer.weight).clone()  # type: ignore[arg-type]
             self.products = tuple(
                 (part.features, self._product(layer, part)) for part in self.parts
             )
@@ -233,7 +260,7 @@ class PhaseLinearMethod(UnquantizedLinearMethod):  # type: ignore[misc]
         ):
             if self.fp8 is None:
                 self.fp8 = Fp8Layer(self.shape)
-            self.fp8.hold(layer.weight, product)
+            self.fp8.hold(kept_weight(layer), product)
 
     def _product(self, layer: Any, part: Part) -> Product | None:
         start, stop = part.features
@@ -246,7 +273,7 @@ class PhaseLinearMethod(UnquantizedLinearMethod):  # type: ignore[misc]
             shard(source.layer(beside(self.prefix, name)), layer, name, rows, self.shape[1])
             for name, rows in part.projections
         ]
-        return product_of_tensors(joined(shards), layer.weight.device)
+        return product_of_tensors(joined(shards), layer.weight.device, self.dtype)
 
 
 # A layer is known to the operator by a number in a CPU tensor: a name, or a plain integer, would be
@@ -283,6 +310,8 @@ def _phase_linear(x: Tensor, bias: Tensor | None, number: Tensor, features: int)
     layer: Any = _layers[int(number)]
     method: PhaseLinearMethod = layer.mixquant_method
     rows = x.numel() // x.shape[-1]
+    if rows == 0:  # an empty pass; a prefill engine has no BF16 weight for it
+        return x.new_empty(*x.shape[:-1], features)
     plan = _plan_of(method, rows)
     if plan is None:
         return method.precise(layer, x, bias)
@@ -311,6 +340,8 @@ def _phase_add_norm_linear(
     method: PhaseLinearMethod = layer.mixquant_method
     width = x.shape[-1]
     rows = x.numel() // width
+    if rows == 0:
+        return x.new_empty(*x.shape[:-1], features), torch.empty_like(residual)
     plan = _plan_of(method, rows)
     total = torch.empty_like(residual, memory_format=torch.contiguous_format)
     flat, added, into = x, residual, total

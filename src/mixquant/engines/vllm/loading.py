@@ -1,11 +1,13 @@
-"""Loading for a prefill engine: one layer at a time, so that BF16 weights are never all there.
+"""Loading: what a prefill engine does a layer at a time, and weights that are loaded anew.
 
-vLLM has this for its own quantization of BF16 checkpoints: a layer's parameters begin on the meta
-device, and when the last of its tensors has been read they are made, filled and processed at once.
+In a prefill engine BF16 weights are never all there. vLLM has this for its own quantization of BF16
+checkpoints: a layer's parameters begin on the meta device, and when the last of its tensors has been
+read they are made, filled and processed at once.
 """
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -15,7 +17,7 @@ _DONE = "_already_called_process_weights_after_loading"
 
 
 class CannotReload(RuntimeError):
-    """Weights that are loaded into a running prefill engine. The message is one line."""
+    """Weights that a running engine cannot load. The message is one line."""
 
 
 def load_in_turn(method: Any, layer: torch.nn.Module) -> None:
@@ -45,3 +47,63 @@ def begins(layer: Any, *, loaded_before: bool) -> bool:
         )
     setattr(layer, _DONE, True)
     return True
+
+
+def is_loading(layer: torch.nn.Module) -> bool:
+    """Whether vLLM is loading a layer anew and will process it when it has all of it."""
+    from vllm.model_executor.model_loader.reload.layerwise import LAYERWISE_INFO
+
+    info = LAYERWISE_INFO.get(layer)
+    return info is not None and info.can_load()
+
+
+def kept_weight(layer: Any) -> Any:
+    """The weight that a layer will have: loaded anew, its values are copied into the old tensor."""
+    from vllm.model_executor.model_loader.reload.layerwise import LAYERWISE_INFO
+
+    info = LAYERWISE_INFO.get(layer)
+    parameters = info.kernel_tensors[0] if info is not None and info.kernel_tensors else {}
+    return parameters.get("weight", layer.weight)
+
+
+def replays_graphs() -> bool:
+    """Whether this engine replays CUDA graphs, which keep the addresses that they were captured with."""
+    from vllm.config import get_current_vllm_config_or_none
+
+    config = get_current_vllm_config_or_none()
+    eager = (
+        config is not None and config.model_config is not None and config.model_config.enforce_eager
+    )
+    return torch.cuda.is_available() and not eager
+
+
+def follow_loading(model: Any) -> None:
+    """Has the copies made again whose weights are written to where they are.
+
+    vLLM's own reload processes each layer; a worker extension that calls ``model.load_weights`` (as for
+    reinforcement learning) processes none.
+    """
+    load = getattr(model, "load_weights", None)
+    if load is None:
+        return
+
+    @functools.wraps(load)
+    def load_weights(*args: Any, **kwargs: Any) -> Any:
+        loaded = load(*args, **kwargs)
+        methods = [(layer, getattr(layer, "quant_method", None)) for layer in model.modules()]
+        ours = [(layer, method) for layer, method in methods if hasattr(method, "renew")]
+        if not any(is_loading(layer) for layer, _ in ours):  # or vLLM will process them
+            for layer, method in ours:
+                method.renew(layer)  # type: ignore[union-attr]
+        return loaded
+
+    model.load_weights = load_weights
+
+
+def refuse_kernel_format(is_checkpoint_format: bool) -> None:
+    """Raises CannotReload for weights that vLLM would write over its own, layer by layer unprocessed."""
+    if not is_checkpoint_format:
+        raise CannotReload(
+            "mixquant makes its copies of weights in the checkpoint's format; reload them with "
+            "is_checkpoint_format=True"
+        )

@@ -10,6 +10,7 @@ dummy passes, which are not prepared.
 from __future__ import annotations
 
 import functools
+import inspect
 import json
 import os
 import sys
@@ -23,6 +24,7 @@ from mixquant.engines.vllm import fp8_layer
 from mixquant.engines.vllm.attention import PrefillAttention, follow_attention
 from mixquant.engines.vllm.counters import Counters, multiprocess
 from mixquant.engines.vllm.fusion import follow_activations, follow_norms
+from mixquant.engines.vllm.loading import follow_loading, refuse_kernel_format
 from mixquant.phase import PhasePlan, Thresholds, everything_quantized, in_force, plan_pass
 
 V1 = "vllm.v1.worker.gpu_model_runner"
@@ -86,6 +88,7 @@ class Follower:
             everywhere = self.recipe.everywhere or self.recipe.role == "prefill"
             self._everywhere = everywhere and not self._precise
             fp8_layer.warm_up([one for one in layers if one is not None], torch.device("cuda"))
+            follow_loading(model)
             model.register_forward_pre_hook(self._begin, with_kwargs=True)
             model.register_forward_hook(self._end, always_call=True)
 
@@ -206,18 +209,33 @@ def _wrap(runner_class: Any, prepare: str, note: Any, method: Any) -> None:
         finally:
             follower.profiling = False
 
+    reloading = getattr(runner_class, "reload_weights", None)
+    if reloading is not None:
+
+        @functools.wraps(reloading)
+        def reload_weights(self: Any, *args: Any, **kwargs: Any) -> Any:
+            if _is_ours(self):
+                given = inspect.signature(reloading).bind(self, *args, **kwargs).arguments
+                refuse_kernel_format(given.get("is_checkpoint_format", True))
+            return reloading(self, *args, **kwargs)
+
+        runner_class.reload_weights = reload_weights
     setattr(runner_class, prepare, prepare_inputs)
     runner_class.execute_model = execute_model
     runner_class.profile_run = profile_run
 
 
-def _follower(runner: Any) -> Follower | None:
-    """The runner's follower, watching its present model; None if another method quantizes it."""
+def _is_ours(runner: Any) -> bool:
     from mixquant.engines.vllm.config import MixQuantConfig
 
-    method = runner.vllm_config.quant_config
-    if not isinstance(method, MixQuantConfig):
+    return isinstance(runner.vllm_config.quant_config, MixQuantConfig)
+
+
+def _follower(runner: Any) -> Follower | None:
+    """The runner's follower, watching its present model; None if another method quantizes it."""
+    if not _is_ours(runner):
         return None
+    method = runner.vllm_config.quant_config
     follower: Follower | None = runner.__dict__.get("mixquant_follower")
     if follower is None:
         follower = runner.mixquant_follower = Follower(runner, method)

@@ -75,8 +75,10 @@ def product_of(fmt: str, weight: Tensor, recipe: Recipe) -> Product:
     return OneDnnProduct(weight)
 
 
-def product_of_tensors(tensors: Fp8Tensors | Nvfp4Tensors, device: torch.device) -> Product:
-    """The same for a weight that a checkpoint holds quantized."""
+def product_of_tensors(
+    tensors: Fp8Tensors | Nvfp4Tensors, device: torch.device, dtype: torch.dtype
+) -> Product:
+    """The same for a weight that a checkpoint holds quantized; ``dtype`` is the rows'."""
     if isinstance(tensors, Fp8Tensors):
         codes, scale = tensors.codes.to(device), tensors.scale.to(device)
         if device.type == "cuda" and not _emulated("fp8"):
@@ -86,7 +88,7 @@ def product_of_tensors(tensors: Fp8Tensors | Nvfp4Tensors, device: torch.device)
     codes, block_scales = tensors.codes.to(device), tensors.block_scales.to(device)
     tensor_scale = tensors.global_scale.to(device).reciprocal()
     if device.type == "cuda":
-        return nvfp4_product(codes, block_scales, tensor_scale, torch.bfloat16)
+        return nvfp4_product(codes, block_scales, tensor_scale, dtype)
     emulated = nvfp4_format.emulated_weight(codes, block_scales, tensor_scale)
     return EmulatedProduct.of_weight("nvfp4", emulated)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import functools
+import os
 from dataclasses import fields, replace
 from typing import Any
 
@@ -60,6 +61,7 @@ def _settle(vllm_config: Any) -> None:
     if given is None and method.recipe_in_checkpoint is not None:
         given = method.recipe_in_checkpoint
     recipe = resolve(given)
+    _check_recipe(vllm_config, recipe)
     if not (
         isinstance(given, dict) and "version" in given
     ):  # else it was said where it was resolved
@@ -168,6 +170,32 @@ def native_formats() -> tuple[frozenset[str], str]:
     if level // 10 in (10, 12):
         native.add("nvfp4")
     return frozenset(native), current_platform.get_device_name()
+
+
+def _check_recipe(vllm_config: Any, recipe: Recipe) -> None:
+    """Refuses what cannot work with a recipe that quantizes. Raises SettingsError."""
+    from vllm.platforms import current_platform
+
+    assert isinstance(recipe.format, dict)
+    if set(recipe.format.values()) == {"bf16"} and recipe.prefill_attention != "fp8":
+        return
+    if os.environ.get("VLLM_BATCH_INVARIANT", "0") != "0":
+        raise SettingsError(
+            "VLLM_BATCH_INVARIANT promises the same answer in any company, but which rows mixquant "
+            "quantizes, and in which kernel, depends on their pass; unset it, or take preset exact"
+        )
+    transfer = getattr(getattr(vllm_config, "weight_transfer_config", None), "backend", "ipc")
+    if transfer not in ("nccl", "ipc"):
+        raise SettingsError(
+            f"the weight transfer backend {transfer!r} writes weights that mixquant's copies would not "
+            "follow; take nccl or ipc, or preset exact"
+        )
+    dtype = getattr(vllm_config.model_config, "dtype", None)
+    if current_platform.is_cuda() and dtype == torch.float32:
+        raise SettingsError(
+            "vLLM's quantized products on a GPU write BF16 or FP16, not float32; leave out --dtype "
+            "float32, or take preset exact"
+        )
 
 
 def _check(vllm_config: Any) -> None:
