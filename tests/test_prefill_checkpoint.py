@@ -347,7 +347,7 @@ class TestCheckAgainst:
     )
     def test_other_architecture(self, main: Path, second: Callable[..., Path], key: str) -> None:
         checkpoint = PrefillCheckpoint.open(second())
-        with pytest.raises(CheckpointError, match=f"its {key} is .* the main model's other"):
+        with pytest.raises(CheckpointError, match=f"its {key} is .* the main model's 'other'"):
             checkpoint.check_against({**_config(main), key: "other"})
 
     def test_nested_configuration(self, main: Path, second: Callable[..., Path]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import re
 import shlex
 import signal
@@ -17,6 +16,7 @@ from typing import Any
 
 from mixquant import results
 from mixquant.engines.vllm.server import arguments_for, serving
+from mixquant.reading import parse_json
 from mixquant.recipe import Recipe
 
 DEFAULTS = ("bf16", "quantized", "mixquant")
@@ -142,7 +142,7 @@ def served_models(
     try:
         request = urllib.request.Request(f"{url}/v1/models", headers=headers)
         with urllib.request.urlopen(request, timeout=timeout) as answer:
-            models = json.load(answer)["data"]
+            models = parse_json(answer.read())["data"]
         return {str(model["id"]): model.get("max_model_len") for model in models}
     except urllib.error.HTTPError as error:
         wanted = "; it wants another key" if error.code in (401, 403) else ""

@@ -75,7 +75,7 @@ def quantize(
             not installed or fails, or a pattern of `ignore` matches no layer.
         ModelError: the model cannot be had or is quantized already.
     """
-    out = Path(out).expanduser()
+    out = Path(os.path.expanduser(out))
     if scheme not in _SCHEMES:
         raise QuantizeError(f"unknown format {scheme!r}; expected {' or '.join(_SCHEMES)}")
     if samples < 1:
@@ -122,13 +122,13 @@ def quantize(
 
 
 def _check_out(out: Path) -> None:
-    if out.exists() or out.is_symlink():
-        if not out.is_dir() or out.is_symlink():
+    if os.path.lexists(out):
+        if not os.path.isdir(out) or os.path.islink(out):
             raise QuantizeError(f"cannot write {out}: it is there and is no directory")
         if any(out.iterdir()):
             raise QuantizeError(f"cannot write {out}: the directory is not empty")
     parent = out.absolute().parent
-    if not parent.is_dir():
+    if not os.path.isdir(parent):
         raise QuantizeError(f"cannot write {out}: there is no directory {parent}")
     if not os.access(parent, os.W_OK | os.X_OK):
         raise QuantizeError(f"cannot write {out}: {parent} is not writable")

@@ -16,6 +16,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from mixquant.reading import ReadingError, parse_json
+
 BUILTIN = "builtin"
 
 
@@ -103,11 +105,9 @@ def parse(text: str, source: str) -> list[Session]:
             continue
         where = f"{source}, line {number}"
         try:
-            values = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise TraceError(f"{where} is not JSON: {error.msg} at column {error.colno}") from None
-        except RecursionError:
-            raise TraceError(f"{where} is nested too deeply") from None
+            values = parse_json(line)
+        except ReadingError as error:
+            raise TraceError(f"{where} is not JSON: {error}") from None
         try:
             session = Session.model_validate(values)
         except ValidationError as error:

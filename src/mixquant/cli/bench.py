@@ -23,8 +23,16 @@ from mixquant.cli.console import (
     say,
     write_whole,
 )
-from mixquant.cli.options import FormatOption, Model, RecipeOption, chosen_recipe, saved_recipe
+from mixquant.cli.options import (
+    LARGEST_SEED,
+    FormatOption,
+    Model,
+    RecipeOption,
+    chosen_recipe,
+    saved_recipe,
+)
 from mixquant.models import Checkpoint, find, load_tokenizer
+from mixquant.reading import shown
 from mixquant.results import Environment
 
 if TYPE_CHECKING:
@@ -127,6 +135,7 @@ def bench(
         typer.Option(
             "--seed",
             min=0,
+            max=LARGEST_SEED,
             help="Of the prompts. The same one twice finds them in a running server's prefix cache.",
             show_default="a new one",
         ),
@@ -251,7 +260,7 @@ def _numbers(option: str, text: str | None, default: tuple[int, ...]) -> tuple[i
         numbers = [0]
     if numbers[0] < 1:
         raise InputError(
-            f"{option} {text!r}: expected numbers from 1, separated by commas, or none"
+            f"{option} {shown(text)}: expected numbers from 1, separated by commas, or none"
         )
     return tuple(numbers)
 

@@ -17,6 +17,7 @@ from pydantic import (
     model_validator,
 )
 
+from mixquant.reading import ReadingError, parse_yaml, shown
 from mixquant.recipe import Recipe, RecipeError
 
 # Options of vLLM that the description itself decides.
@@ -217,7 +218,7 @@ class Deployment(BaseModel):
         unknown = [key for key in values if key not in cls.model_fields]
         if unknown:
             raise ServeError(
-                f"{source}unknown key {unknown[0]!r}; the keys are {', '.join(cls.model_fields)}"
+                f"{source}unknown key {shown(unknown[0])}; the keys are {', '.join(cls.model_fields)}"
             )
         try:
             return cls.model_validate(values)
@@ -227,7 +228,7 @@ class Deployment(BaseModel):
             if first["type"] == "missing":
                 raise ServeError(f"{source}{where} is missing") from None
             message = first["msg"].removeprefix("Value error, ")
-            got = f", got {values.get(where)!r}" if where else ""
+            got = f", got {shown(values.get(where))}" if where else ""
             raise ServeError(f"{source}{where + ': ' if where else ''}{message}{got}") from None
 
     def to_values(self) -> dict[str, Any]:
@@ -241,18 +242,16 @@ def read(path: Path) -> dict[str, Any]:
     Raises:
         ServeError: it cannot be read, or is no mapping of text to values.
     """
-    import yaml
-
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = parse_yaml(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ServeError(f"cannot read {path}: {error.strerror or error}") from None
     except UnicodeDecodeError:
         raise ServeError(f"cannot read {path}: it is not UTF-8 text") from None
-    except yaml.YAMLError as error:
-        raise ServeError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    except ReadingError as error:
+        raise ServeError(f"{path} is not YAML: {error}") from None
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
-        raise ServeError(f"{path}: expected a mapping such as 'model: NAME', got {values!r:.100}")
+        raise ServeError(f"{path}: expected a mapping such as 'model: NAME', got {shown(values)}")
     return values
 
 

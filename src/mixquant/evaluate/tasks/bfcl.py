@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib.util
 import itertools
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -203,7 +204,7 @@ async def _score_turns(entry: dict[str, Any], turns: Any) -> tuple[bool, str]:
 
 
 def _files(source: Path) -> Iterator[tuple[str, Path]]:
-    if source.is_dir():
+    if os.path.isdir(source):
         found = [
             (category, path)
             for category in WEIGHTS
