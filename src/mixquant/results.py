@@ -170,6 +170,9 @@ class Score(_Part):
     seeds: Count
     failed: Count  # requests that got no answer in the end; they count as wrong
     unjudged: Count = 0  # answers that no judge gave a verdict on; they do not count
+    unextracted: Count = (
+        0  # answers that hold nothing to score: no letter, no call; they count as wrong
+    )
 
 
 class Difference(_Part):

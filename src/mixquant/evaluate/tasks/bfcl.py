@@ -125,7 +125,8 @@ class BfclV4(Task):
             else:
                 calls = decoded(answer.get("tool_calls") or [])
                 if not calls:
-                    return Verdict(0.0, "made no call, or none whose arguments are an object")
+                    why = "made no call, or none whose arguments are an object"
+                    return Verdict(0.0, why, extracted=False)
                 right, why = await isolated(backend.calls_are_right, entry, calls)
         except IsolationError as error:
             return Verdict(0.0, f"the calls could not be checked: {error}")
