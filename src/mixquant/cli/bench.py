@@ -3,25 +3,24 @@
 from __future__ import annotations
 
 import secrets
-import shutil
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from mixquant import Recipe
+from mixquant import Recipe, scratch
 from mixquant.cli.console import (
     InputError,
     check_writable,
     out,
     progress_bar,
     say,
-    write_whole,
+    write_results,
+    write_so_far,
 )
 from mixquant.cli.options import (
     LARGEST_SEED,
@@ -239,11 +238,14 @@ def bench(
                 done.append(arm)
                 found += figures
                 if json_file is not None:  # now: the next arm may fail, or take an hour
-                    write_whole(json_file, to_json(result(done)))
+                    write_so_far(json_file, to_json(result(done)))
     finally:
-        for table in tables(found):
-            out.print(table)
-            out.print()
+        with ExitStack() as then:
+            if json_file is not None and done:
+                then.callback(write_results, json_file, to_json(result(done)))
+            for table in tables(found):
+                out.print(table)
+                out.print()
         if done and len(done) < len(compared):
             kept = f", and {json_file} holds them" if json_file is not None else ""
             say(f"finished: {', '.join(arm.name for arm in done)}{kept}")
@@ -300,13 +302,16 @@ def _logs(directory: Path | None) -> Iterator[Path]:
         check_writable(directory / "any.log")
         yield directory
         return
-    own = Path(tempfile.mkdtemp(prefix="mixquant-bench-"))
+    own = scratch.make("bench")
     try:
         yield own
     except KeyboardInterrupt:
-        shutil.rmtree(own)
+        scratch.remove(own)
         raise
-    shutil.rmtree(own)
+    except BaseException:
+        scratch.keep(own)
+        raise
+    scratch.remove(own)
 
 
 def _environment(elsewhere: bool) -> Environment:

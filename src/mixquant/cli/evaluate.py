@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -21,7 +21,15 @@ from rich.progress import (
 )
 
 from mixquant import Recipe
-from mixquant.cli.console import InputError, check_writable, err, out, print_error, say, write_whole
+from mixquant.cli.console import (
+    InputError,
+    check_writable,
+    err,
+    out,
+    print_error,
+    say,
+    write_results,
+)
 from mixquant.cli.options import (
     MOST,
     FormatOption,
@@ -207,11 +215,12 @@ def evaluate(
     except RunError as error:
         print_error(str(error))
         raise typer.Exit(1) from None
-    for file in (out_dir / RESULTS, json_file):
-        if file is not None:
-            write_whole(file, to_json(result))
-    for table in tables(result):
-        out.print(table)
+    with ExitStack() as then:  # each of these is done whatever becomes of those before it
+        for file in (json_file, out_dir / RESULTS):
+            if file is not None:
+                then.callback(write_results, file, to_json(result))
+        for table in tables(result):
+            out.print(table)
     if problems:
         for problem in problems:
             say(problem)
