@@ -76,13 +76,12 @@ def changed(document: Any, *, most: int = 2) -> st.SearchStrategy[Any]:
     def change(draw: st.DrawFn) -> Any:
         result = copy.deepcopy(document)
         for _ in range(draw(st.integers(1, most))):
-            places = list(_places(result))
-            where, key = draw(st.sampled_from(places))
+            where, key = draw(st.sampled_from(list(places(result))))
             if draw(st.booleans()) or not isinstance(where, dict):
-                where[key] = draw(values)
+                where[key] = copy.deepcopy(draw(values))
             else:
                 del where[key]
-            if not list(_places(result)):
+            if not list(places(result)):
                 break
         return result
 
@@ -104,7 +103,7 @@ def texts(document: Any) -> st.SearchStrategy[str]:
     return changed(document).map(json.dumps) | broken()
 
 
-def _places(value: Any) -> Any:
+def places(value: Any) -> Any:
     """The parts of a document, each as its container and its key there."""
     pairs: Any = []
     if isinstance(value, dict):
@@ -113,7 +112,7 @@ def _places(value: Any) -> Any:
         pairs = list(enumerate(value))
     for key, part in pairs:
         yield value, key
-        yield from _places(part)
+        yield from places(part)
 
 
 def is_one_line(message: str) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any, ClassVar
@@ -12,7 +13,7 @@ import sample_results
 import torch
 import yaml
 from hostile import FUZZ, is_one_line
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
@@ -30,6 +31,7 @@ from mixquant.models import ModelError
 from mixquant.prefill_checkpoint import CheckpointError, PrefillCheckpoint
 from mixquant.recipe import Recipe, RecipeError
 from mixquant.report import page
+from mixquant.report.page import _section
 from mixquant.serve.description import Deployment, ServeError, read
 
 RECIPE: dict[str, Any] = {
@@ -149,17 +151,64 @@ SAMPLES = [
         sample_results.comparison,
     )
 ]
+FIGURES = st.sampled_from([0, 0.0, -1.5, 1e-320, 1e-9, 1e15, 1e30, -1e30, 2**53, 10**15])
 
 
-@FUZZ
-@given(st.sampled_from(SAMPLES).flatmap(hostile.texts))
-def test_results(tmp_path: Path, text: str) -> None:
-    file = tmp_path / "results.json"
-    file.write_text(text)
-    try:
-        page([("results.json", results.read(file))])
-    except results.ResultsError as error:
-        assert is_one_line(str(error))
+class TestResults:
+    @FUZZ
+    @given(st.sampled_from(SAMPLES).flatmap(hostile.texts))
+    def test_text(self, tmp_path: Path, text: str) -> None:
+        """Up to the figures and tables of a page; drawing its plots takes too long for so many."""
+        file = tmp_path / "results.json"
+        file.write_text(text)
+        try:
+            _section(results.read(file))
+        except results.ResultsError as error:
+            assert is_one_line(str(error))
+
+    @settings(FUZZ, max_examples=8)
+    @given(st.data())
+    def test_page(self, tmp_path: Path, data: st.DataObject) -> None:
+        """With every figure of a kind odd: all rates zero, say."""
+        sample = copy.deepcopy(data.draw(st.sampled_from(SAMPLES)))
+        places = [
+            (where, key)
+            for where, key in hostile.places(sample)
+            if isinstance(where, dict) and type(where[key]) in (int, float)
+        ]
+        odd = data.draw(st.sampled_from(sorted({key for _, key in places})))
+        value = data.draw(FIGURES)
+        for where, key in places:
+            if key == odd:
+                where[key] = value
+        file = tmp_path / "results.json"
+        file.write_text(json.dumps(sample))
+        try:
+            assert page([("results.json", results.read(file))])
+        except results.ResultsError as error:
+            assert is_one_line(str(error))
+
+    @pytest.mark.parametrize("value", [1e31, -1e308, 10**400])
+    def test_figures_beyond_measure_are_refused_by_name(self, tmp_path: Path, value: float) -> None:
+        sample = copy.deepcopy(SAMPLES[0])
+        sample["results"][3]["value"] = value
+        file = tmp_path / "results.json"
+        file.write_text(json.dumps(sample))
+        with pytest.raises(
+            results.ResultsError, match=r"field 'results\.3\.value' is beyond 1e\+30"
+        ):
+            results.read(file)
+
+    def test_rates_of_zero_have_no_ratio(self) -> None:
+        """Rather than a division by zero, or infinity."""
+        whole = sample_results.comparison()
+        arms = tuple(
+            arm.model_copy(update={"prefill_tokens_per_s": 0.0, "tpot_s": 0.0})
+            for arm in whole.arms
+        )
+        section = _section(whole.model_copy(update={"arms": arms}))
+        assert not any("speed against" in figure.meaning for figure in section.key_figures)
+        assert [row[-1] for row in section.panels[0].table.rows] == ["–", "–", "–"]
 
 
 DEPLOYMENT: dict[str, Any] = {
