@@ -367,7 +367,7 @@ def _without(field: str) -> dict[str, Any]:
     ("name", "text", "message"),
     [
         ("math500", json.dumps(MATH) + "\n{", r"data\.jsonl, line 2: not JSON"),
-        ("math500", "[1, 2", r"data\.jsonl, line 1: not JSON"),
+        ("math500", "[1, 2", r"data\.jsonl: not JSON: line 1, column 6"),
         ("math500", json.dumps([MATH, 3]), r"record 2: expected an object, found int"),
         ("math500", json.dumps(_without("answer")), r"line 1: field 'answer': Field required"),
         ("math500", json.dumps({**MATH, "problem": ""}), r"line 1: field 'problem'"),
