@@ -106,7 +106,7 @@ def refused(
             "deeper than 100",
         ),
         (["generate", "smollm2", "x", "--recipe", f'{{"precise_tail": {LONG}}}'], "4,300 digits"),
-        (["generate", "smollm2", "x", "--recipe", '{"precise_tail": 1e999}'], "inf"),
+        (["generate", "smollm2", "x", "--recipe", '{"precise_tail": 1e999}'], "holds Infinity"),
         (
             ["generate", "smollm2", "x", "--recipe", '{"precise_tail": 3000000000}'],
             "'precise_tail'",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import json
 from pathlib import Path
 from typing import Any, ClassVar
@@ -18,6 +19,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from mixquant import models, results
+from mixquant.arms import ArmError, served_models
 from mixquant.bench.trace import TraceError, parse
 from mixquant.evaluate.answer_file import AnswerFile, AnswerFileError, Entry
 from mixquant.evaluate.chat import Usage
@@ -236,6 +238,23 @@ class TestDeployment:
             assert Deployment.from_values(deployment.to_values()) == deployment
         except ServeError as error:
             assert is_one_line(str(error))
+
+
+MODELS = {"object": "list", "data": [{"id": "m", "max_model_len": 4096}, {"id": "lora"}]}
+
+
+@FUZZ
+@given(hostile.texts(MODELS))
+def test_a_server_s_models(text: str) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        answer = io.BytesIO(text.encode(errors="surrogatepass"))
+        patch.setattr("urllib.request.urlopen", lambda *_, **__: answer)
+        try:
+            served = served_models("http://127.0.0.1:1")
+        except ArmError as error:
+            assert is_one_line(str(error))
+        else:
+            assert all(tokens is None or tokens > 0 for tokens in served.values())
 
 
 SESSION = {

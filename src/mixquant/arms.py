@@ -143,7 +143,7 @@ def served_models(
         request = urllib.request.Request(f"{url}/v1/models", headers=headers)
         with urllib.request.urlopen(request, timeout=timeout) as answer:
             models = parse_json(answer.read())["data"]
-        return {str(model["id"]): model.get("max_model_len") for model in models}
+        return {str(model["id"]): _context(model.get("max_model_len")) for model in models}
     except urllib.error.HTTPError as error:
         wanted = "; it wants another key" if error.code in (401, 403) else ""
         raise ArmError(f"{url}/v1/models answers {error.code} {error.reason}{wanted}") from None
@@ -152,6 +152,10 @@ def served_models(
         raise ArmError(f"no server answers at {url}: {reason}") from None
     except (ValueError, KeyError, TypeError, AttributeError):
         raise ArmError(f"{url} is no OpenAI-compatible server: it lists no models") from None
+
+
+def _context(tokens: Any) -> int | None:
+    return tokens if type(tokens) is int and tokens > 0 else None
 
 
 def served_name(served: Mapping[str, Any], wanted: str, url: str) -> str:

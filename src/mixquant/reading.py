@@ -45,7 +45,7 @@ def parse_json(text: str | bytes, *, infinite: bool = False) -> Any:
         raise ReadingError(_TOO_LONG) from None
     for one in _parts(value):
         if isinstance(one, float) and not infinite and not math.isfinite(one):
-            raise ReadingError(f"it holds {one}, which is no number in JSON")
+            raise ReadingError(f"it holds {json.dumps(one)}, which is no number in JSON")
     return value
 
 
