@@ -154,7 +154,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--kv-cache-bytes", type=int, default=6 * 10**9)
     parser.add_argument("--json", type=Path, help="where the results go")
-    parser.add_argument("--logs", type=Path, default=Path(tempfile.gettempdir(), "disaggregated"))
+    parser.add_argument("--logs", type=Path, help="default: a new folder")
     options = parser.parse_args()
     if options.show:
         rows = Bench.model_validate_json(options.show.read_text()).results
@@ -164,6 +164,7 @@ def main() -> None:
     batches = tuple(int(number) for number in options.batches.split(",") if number)
     plan = Plan(tuple(options.lengths), batches, (), (), 2048, 64, seed=0)
     asked = points(plan, models.load_tokenizer(models.find(options.model)))
+    options.logs = options.logs or Path(tempfile.mkdtemp(prefix="disaggregated-"))
     options.logs.mkdir(parents=True, exist_ok=True)
     found: list[Measurement] = []
     with (

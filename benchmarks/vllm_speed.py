@@ -17,6 +17,7 @@ import argparse
 import json
 import os
 import random
+import secrets
 import shlex
 import statistics
 import subprocess
@@ -51,7 +52,7 @@ ARMS: dict[str, dict[str, Any]] = {
 PROFILED = {"bf16": 200_000, "fp8": 100_000, "mixquant": 200_000}  # prompts of up to so many tokens
 KV_CACHE_BYTES = 20 * 10**9  # 135,000 tokens of Qwen3-8B
 NEW_TOKENS = 128
-FILLED = Path(tempfile.gettempdir(), f"vllm-speed-{os.getpid()}-filled")
+FILLED = Path(tempfile.gettempdir(), f"vllm-speed-{secrets.token_hex(8)}-filled")
 CROWD_TOKENS = 4096
 
 

@@ -49,7 +49,7 @@ def text_of(tokens: tuple[int, ...]) -> str:
     [
         ("{", "is not JSON"),
         ('{"session": "a", "messages": [], "session": "b"}', "the key 'session' stands twice"),
-        ("[" * 100_000, "nested too deeply"),
+        ("[" * 100_000, "nested deeper than 100 levels"),
         ("[]", "line 2: Input should be"),
         (json.dumps(changed(session="")), "line 2, field 'session'"),
         (json.dumps(changed(session=7)), "line 2, field 'session'"),
@@ -75,7 +75,7 @@ def text_of(tokens: tuple[int, ...]) -> str:
         ),
         (json.dumps(changed(messages=[GOOD["messages"][0]] * 2)), "there is no turn to replay"),
         (json.dumps(changed(session="first")), "field 'session': 'first' occurs twice"),
-        (json.dumps(changed(session="\ud800")), "line 2, field 'session'"),
+        (json.dumps(changed(session="\ud800")), "line 2 is not JSON: it holds half a"),
     ],
 )
 def test_a_wrong_line_is_refused_with_its_number_and_field(line: str, says: str) -> None:

@@ -14,6 +14,8 @@ import pytest
 
 from mixquant import cli
 
+LONG = "9" * 5_000
+
 COMMAND = [sys.executable, "-m", "mixquant.cli"]
 
 
@@ -74,6 +76,42 @@ def refused(
         (["compare", "smollm2", "--report", "/"], "it is a directory"),
         (["compare", "smollm2", "--prompt-file", "/no/file"], "cannot read"),
         (["compare", "smollm2", "--max-new-tokens", "-3"], "--max-new-tokens"),
+        (["compare", "smollm2", "--json", "x" * 300], "File name too long"),
+        (["generate", "smollm2", "x", "--seed", "5000000000"], "--seed"),
+        (["generate", "smollm2", "x", "--seed", LONG], "--seed"),
+        (["generate", "smollm2", "x", "--max-new-tokens", "9" * 20], "--max-new-tokens"),
+        (["generate", "smollm2", "x", "--temperature", "1e-300"], "neither 0 nor from 0.01"),
+        (["generate", "smollm2", "x", "--temperature", "nan"], "--temperature"),
+        (["chat", "smollm2", "--temperature", "inf"], "neither 0 nor from 0.01"),
+        (["evaluate", "smollm2", "--benchmark", "gsm8k", "--top-p", "nan"], "--top-p"),
+        (
+            ["evaluate", "smollm2", "--benchmark", "gsm8k", "--timeout", "inf"],
+            "not a finite number",
+        ),
+        (["evaluate", "smollm2", "--benchmark", "gsm8k", "--temperature", "nan"], "--temperature"),
+        (["bench", "smollm2", "--seed", "5000000000"], "--seed"),
+        (["bench", "smollm2", "--lengths", LONG], "--lengths"),
+        (["generate", "smollm2", "caf\udce9"], "'caf\\udce9' is not UTF-8 text"),
+        (["generate", "smollm2", "x", "--prompt-file", "\udcff"], "is not UTF-8 text"),
+        (["chat", "smollm2", "--system", "\udcff"], "is not UTF-8 text"),
+        (["generate", "m" * 5_000, "x"], "is no model"),
+        (["generate", "m/" * 2_500, "x"], "is no model"),
+        (["quantize", "m" * 5_000, "out"], "is no model"),
+        (["generate", "~no-such-user/model", "x"], "is no model"),
+        (["generate", "\0", "x"], "is no model"),
+        (["evaluate", "smollm2", "--benchmark", "gsm8k", "--data", "x" * 5_000], "cannot read"),
+        (["report", "x" * 5_000], "cannot read"),
+        (
+            ["generate", "smollm2", "x", "--recipe", '{"ignore": ' + "[" * 100_000],
+            "deeper than 100",
+        ),
+        (["generate", "smollm2", "x", "--recipe", f'{{"precise_tail": {LONG}}}'], "4,300 digits"),
+        (["generate", "smollm2", "x", "--recipe", '{"precise_tail": 1e999}'], "holds Infinity"),
+        (
+            ["generate", "smollm2", "x", "--recipe", '{"precise_tail": 3000000000}'],
+            "'precise_tail'",
+        ),
+        (["generate", "smollm2", "x", "--recipe", '{"ignore": ["\\ud800"]}'], "half a character"),
     ],
 )
 def test_bad_input(refused, arguments: list[str], says: str) -> None:  # type: ignore[no-untyped-def]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import re
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import sample_results
 import torch
 from chat_stub import Body, Drop, Refuse, Stub, question, serving, until
 from fake_vllm import solve
@@ -462,3 +464,40 @@ def test_unjudged_answers_are_counted_apart() -> None:
     assert found == [("judged/x", 1.0, 0, 1), ("judged/y", 0.0, 1, 1)]
     assert [name for name, *_ in answered.failed("arm")] == ["c"]
     assert [name for name, *_ in answered.unjudged("arm")] == ["b", "d"]
+
+
+def test_answers_in_which_nothing_was_found_are_counted_and_their_rate_is_shown() -> None:
+    from rich.console import Console
+
+    from mixquant.evaluate.answer_file import AnswerFile, Entry
+    from mixquant.evaluate.chat import Usage
+    from mixquant.evaluate.score_table import tables
+    from mixquant.evaluate.scoring import scores_of
+    from mixquant.evaluate.tasks import Item
+    from mixquant.evaluate.tasks.longbench import LongBenchV2
+    from mixquant.report.evaluation import section
+
+    benchmark = LongBenchV2()
+    items = [Item(name, (), "A", group="short") for name in "abcd"]
+    file = AnswerFile(Path("nowhere"), {})
+    for item, text in zip(items, ("Option A", "B", "I cannot say.", ""), strict=True):
+        verdict = asyncio.run(benchmark.score(item, {"text": text}))
+        file.entries[item.id, 0] = Entry({"text": text}, Usage(), verdict=verdict)
+    file.entries["d", 0] = Entry(None, Usage(), error="HTTP 500")  # failed, which is another thing
+    score, _ = scores_of(Answered(benchmark, items, 1, {"bf16": file}, None), "bf16")
+    assert score is not None
+    assert (score.score, score.failed, score.unextracted) == (0.25, 1, 1)
+
+    found = sample_results.evaluation().model_copy(update={"scores": (score,), "recoveries": ()})
+    console = Console(width=120)
+    with console.capture() as shown:
+        console.print(*tables(found))
+    assert "none in 25.0%" in shown.get()
+    assert "no letter, number or call was found" in " ".join(shown.get().split())
+    (failed, unextracted) = section(found).notes
+    assert "1 of 4 requests got no answer" in failed
+    assert "in 1 of 4 answers (25.0 %) no letter, number or call was found" in unextracted
+    whole = sample_results.evaluation()
+    with console.capture() as shown:
+        console.print(*tables(whole))
+    assert "one in" not in shown.get()

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from mixquant import models
-from mixquant.models import ModelError, find
+from mixquant.models import ModelError, find, one_line
 
 
 @pytest.fixture
@@ -66,6 +66,20 @@ class TestFind:
             ("{", "its config.json"),
             ("[]", "names no model_type"),
             ("{}", "names no model_type"),
+            ('{"model_type": []}', "names no model_type"),
+            ('{"model_type": ["llama"]}', "names no model_type"),
+            ('{"a":' * 100_000, "nested deeper than 100 levels"),
+            ('{"model_type": %s}' % ("9" * 5_000), "more than 4,300 digits"),
+            (
+                '{"model_type": "x", "text_config": {"quantization_config": {"quant_method": "awq"}}}',
+                r"quantized already \(awq\)",
+            ),
+            (
+                '{"model_type": "x", "quantization_config": {"quant_method": "mixquant"},'
+                ' "text_config": {"quantization_config": {"quant_method": "awq"}}}',
+                r"quantized already \(awq\)",
+            ),
+            ('{"model_type": "x", "quantization_config": "fp8"}', "quantized already"),
             (b"\xff\xfe", "its config.json"),
             (
                 '{"model_type": "llama", "quantization_config": {"quant_method": "gptq"}}',
@@ -99,6 +113,26 @@ class TestFind:
         assert found.context == 64
         assert found.recipe == {"format": "int8"}
         assert found.source == str(tmp_path)
+
+    @pytest.mark.parametrize("tokens", [True, -5, 0, "many", 2.5, None, [4]])
+    def test_a_context_that_is_no_number_of_tokens(self, tmp_path: Path, tokens: object) -> None:
+        config = {"model_type": "x", "max_position_embeddings": tokens}
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        assert find(str(tmp_path)).context is None
+
+    def test_infinity_as_mamba_has_it(self, tmp_path: Path) -> None:
+        (tmp_path / "config.json").write_text('{"model_type": "x", "limit": [0.0, Infinity]}')
+        assert find(str(tmp_path)).config["limit"] == [0.0, float("inf")]
+
+
+def test_the_reason_of_an_error_is_kept_where_it_stands_in_a_later_line() -> None:
+    error = ValueError("Validation error for field 'hidden_size':\n    TypeError: expected int\n")
+    assert one_line(error) == "Validation error for field 'hidden_size': TypeError: expected int"
+    assert one_line(ValueError()) == "ValueError"
+    long = one_line(ValueError("It failed.\n" + "at x\n" * 1_000 + "No disk space left"))
+    assert len(long) < 520
+    assert long.startswith("It failed. at x")
+    assert long.endswith("No disk space left")
 
 
 class TestConversion:

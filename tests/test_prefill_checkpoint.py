@@ -270,12 +270,61 @@ class TestOpen:
             ({"sparsity_config": {"format": "sparse-24-bitmask"}}, "sparse weights"),
             ({"transform_config": {"config_groups": {"R1": {}}}}, "rotated weights"),
             ({"config_groups": {}}, "does not name"),
+            ({"config_groups": None}, "does not name"),
+            ({"config_groups": {"W4A16": ["Linear"]}}, "weights in the scheme 'W4A16'"),
+            ({"config_groups": {"FP8": ["Linear"]}}, "stored as nvfp4, which its config.json does"),
+            ({"config_groups": ["Linear"]}, "quantization_config: config_groups: "),
+            ({"config_groups": {"a": "FP8"}}, "config_groups.a: "),
+            ({"config_groups": {"a": {"weights": "FP8"}}}, "config_groups.a.weights: "),
+            ({"config_groups": {"a": {"weights": {"num_bits": []}}}}, "a.weights.num_bits: "),
+            ({"sparsity_config": "dense"}, "sparsity_config: "),
+            ({"sparsity_config": {"format": ["dense"]}}, "sparsity_config.format: "),
+            ({"transform_config": "none"}, "transform_config: "),
+            ({"quant_method": ["x"]}, "is quantized by "),
         ],
     )
     def test_unsupported_configuration(
         self, second: Callable[..., Path], quantization: dict[str, Any], says: str
     ) -> None:
         assert says in _refused(second(quantization=quantization))
+
+    @pytest.mark.parametrize(
+        ("fmt", "scheme"),
+        [("nvfp4", "NVFP4"), ("nvfp4", "NVFP4A16"), ("fp8", "FP8"), ("fp8", "FP8_DYNAMIC")],
+    )
+    def test_groups_named_by_their_scheme(
+        self, second: Callable[..., Path], fmt: str, scheme: str
+    ) -> None:
+        directory = second(fmt, quantization={"config_groups": {scheme: ["Linear"]}})
+        assert set(PrefillCheckpoint.open(directory).formats.values()) == {fmt}
+
+    def test_quantization_within_the_text_s_configuration(
+        self, second: Callable[..., Path]
+    ) -> None:
+        directory = second()
+        config = _config(directory)
+        nested = {"quantization_config": config.pop("quantization_config")}
+        (directory / "config.json").write_text(json.dumps(config | {"text_config": nested}))
+        assert set(PrefillCheckpoint.open(directory).formats.values()) == {"nvfp4"}
+
+    @pytest.mark.parametrize(
+        ("index", "says"),
+        [
+            ({"weight_map": {"x": 5}}, "weight_map.x: "),
+            ({"weight_map": ["x"]}, "weight_map: "),
+            ({}, "weight_map: Field required"),
+            ({"weight_map": {"x": "\0"}}, "cannot read "),
+            ({"weight_map": {"x": "x" * 5_000}}, "cannot read "),
+        ],
+    )
+    def test_broken_index(
+        self, second: Callable[..., Path], index: dict[str, Any], says: str
+    ) -> None:
+        directory = second()
+        (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+        refused = _refused(directory)
+        assert says in refused
+        assert len(refused) < 1_000
 
     def test_kv_cache_scheme(self, second: Callable[..., Path], main: Path) -> None:
         def change(tensors: Tensors) -> None:
@@ -347,7 +396,7 @@ class TestCheckAgainst:
     )
     def test_other_architecture(self, main: Path, second: Callable[..., Path], key: str) -> None:
         checkpoint = PrefillCheckpoint.open(second())
-        with pytest.raises(CheckpointError, match=f"its {key} is .* the main model's other"):
+        with pytest.raises(CheckpointError, match=f"its {key} is .* the main model's 'other'"):
             checkpoint.check_against({**_config(main), key: "other"})
 
     def test_nested_configuration(self, main: Path, second: Callable[..., Path]) -> None:

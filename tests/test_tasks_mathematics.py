@@ -98,6 +98,24 @@ SAME = [
     (r"\text{(C)}", "(C)"),
     (r"\text{June 20}", "June 20"),
     ("even", r"\text{even}"),
+    ("-18", "–18"),
+    ("-18", "−18"),
+    ("-18", "－18"),
+    (r"-\frac{1}{2}", "–1/2"),
+    ("18", "１８"),
+    ("0.5", "０．５"),
+    ("1500", "1.5e3"),
+    ("1500", "1.5E+3"),
+    ("0.0015", "1.5e-3"),
+    ("1500", "1.5 x 10^3"),
+    ("1500", "1.5×10^{3}"),
+    ("18", "18 dollars"),
+    ("18", "$18 dollars."),
+    ("18", "18 eggs per day"),
+    ("18", "18 km/h"),
+    ("18", "USD 18"),
+    ("18", "€18"),
+    ("18 dollars", "18"),
 ]
 
 DIFFERENT = [
@@ -146,6 +164,14 @@ DIFFERENT = [
     ("even", "odd"),
     ("5", ""),
     ("5", r"\text{none}"),
+    ("18", "–18"),
+    ("2", "10–8"),
+    ("5", "5 million"),
+    ("2", "2 pi"),
+    ("3", "3 x"),
+    ("1.5", "1.5e3"),
+    ("18", "18 and 20"),
+    ("18", "19 dollars"),
 ]
 
 # reference, a whole answer, whether it is right
@@ -162,6 +188,13 @@ ANSWERS = [
     ("42", "", False),
     ("42", r"\boxed{}", False),
     ("42", r"\boxed{42", False),
+    ("-42", "It falls to –42 degrees.", True),
+    ("-42", "It falls to −42.", True),
+    ("42", "一共 ４２", True),
+    ("1500", "That is 1.5e3 metres.", True),
+    ("1500", "That is 1.5 × 10^3 metres.", True),
+    ("42", r"She makes \$42.", True),
+    ("42", "She makes 42 dollars – more than before.", True),
 ]
 
 HOSTILE = [
@@ -213,6 +246,17 @@ def test_the_answer_is_what_stands_in_the_last_box_or_ends_the_prose() -> None:
     scores = _scores([(wanted, text) for wanted, text, _ in ANSWERS])
     wrong = [case for case, score in zip(ANSWERS, scores, strict=True) if (score == 1.0) != case[2]]
     assert wrong == []
+
+
+def test_answers_in_which_nothing_was_found_say_so() -> None:
+    texts = {r"\boxed{7}": True, "It is 7.": True, "No idea.": False, "": False, r"\boxed{}": False}
+    benchmark = task("gsm8k")
+
+    async def all_of_them() -> list[bool]:
+        scored = (benchmark.score(_item("42"), {"text": text}) for text in texts)
+        return [verdict.extracted for verdict in await asyncio.gather(*scored)]
+
+    assert asyncio.run(all_of_them()) == list(texts.values())
 
 
 def test_hostile_answers_are_wrong_and_right_ones_after_them_right(
@@ -323,9 +367,9 @@ def _without(field: str) -> dict[str, Any]:
     ("name", "text", "message"),
     [
         ("math500", json.dumps(MATH) + "\n{", r"data\.jsonl, line 2: not JSON"),
-        ("math500", '{"problem": "1", "problem": "2"}', r"line 1: the key 'problem' stands twice"),
-        ("math500", '[{"a": {"b": 1, "b": 1}}]', r"data\.jsonl: the key 'b' stands twice"),
-        ("math500", "[1, 2", r"data\.jsonl, line 1: not JSON"),
+        ("math500", '{"problem": "1", "problem": "2"}', r"the key 'problem' stands twice"),
+        ("math500", '[{"a": {"b": 1, "b": 1}}]', r"the key 'b' stands twice"),
+        ("math500", "[1, 2", r"data\.jsonl: not JSON: line 1, column 6"),
         ("math500", json.dumps([MATH, 3]), r"record 2: expected an object, found int"),
         ("math500", json.dumps(_without("answer")), r"line 1: field 'answer': Field required"),
         ("math500", json.dumps({**MATH, "problem": ""}), r"line 1: field 'problem'"),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import re
 import shlex
 import signal
@@ -17,6 +16,7 @@ from typing import Any
 
 from mixquant import results
 from mixquant.engines.vllm.server import arguments_for, serving, stands_for
+from mixquant.reading import parse_json
 from mixquant.recipe import Recipe
 
 DEFAULTS = ("bf16", "quantized", "mixquant")
@@ -150,8 +150,8 @@ def served_models(
     try:
         request = urllib.request.Request(f"{url}/v1/models", headers=headers)
         with urllib.request.urlopen(request, timeout=timeout) as answer:
-            models = json.load(answer)["data"]
-        return {str(model["id"]): model.get("max_model_len") for model in models}
+            models = parse_json(answer.read())["data"]
+        return {str(model["id"]): _context(model.get("max_model_len")) for model in models}
     except urllib.error.HTTPError as error:
         wanted = "; it wants another key" if error.code in (401, 403) else ""
         raise ArmError(f"{url}/v1/models answers {error.code} {error.reason}{wanted}") from None
@@ -160,6 +160,10 @@ def served_models(
         raise ArmError(f"no server answers at {url}: {reason}") from None
     except (ValueError, KeyError, TypeError, AttributeError):
         raise ArmError(f"{url} is no OpenAI-compatible server: it lists no models") from None
+
+
+def _context(tokens: Any) -> int | None:
+    return tokens if type(tokens) is int and tokens > 0 else None
 
 
 def served_name(served: Mapping[str, Any], wanted: str, url: str) -> str:

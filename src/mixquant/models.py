@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import errno
 import importlib.util
-import json
 import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from mixquant.reading import ReadingError, parse_json, shown
 
 SMOLLM2 = "smollm2"
 
@@ -21,7 +22,8 @@ _SMOLLM2_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _SMOLLM2_BYTES = 300_000_000  # the converted model: 135 M weights of two bytes, and the tokenizer
 # Raised when a converted model is to look different, so that older ones are not used any more.
 _CONVERSION = 1
-HUB_NAME = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
+HUB_NAME = re.compile(r"(?=.{1,200}\Z)\w[\w.-]*(/[\w.-]+)?")
+_LONGEST_REASON = 500  # characters
 
 
 class ModelError(ValueError):
@@ -48,7 +50,8 @@ class Checkpoint:
         """How many tokens it reads and writes at most, if its configuration says so."""
         text = self.config.get("text_config")
         for config in (text if isinstance(text, dict) else {}, self.config):
-            if isinstance(tokens := config.get("max_position_embeddings"), int):
+            tokens = config.get("max_position_embeddings")
+            if type(tokens) is int and tokens > 0:
                 return tokens
         return None
 
@@ -56,7 +59,7 @@ class Checkpoint:
 def cache_dir() -> Path:
     """Where converted models are kept: ``MIXQUANT_CACHE``, or the user's cache directory."""
     if own := os.environ.get("MIXQUANT_CACHE"):
-        return Path(own).expanduser()
+        return Path(os.path.expanduser(own))
     import platformdirs
 
     return Path(platformdirs.user_cache_dir("mixquant"))
@@ -74,32 +77,43 @@ def find(model: str, say: Callable[[str], None] = lambda message: None) -> Check
     Raises:
         ModelError: there is no such model, or it is quantized already.
     """
-    directory = smollm2(say) if model == SMOLLM2 else Path(model).expanduser()
-    if model and directory.is_dir():
+    # os.path's functions, here and elsewhere: pathlib's raise for a name that is too long, or of a
+    # user that there is none of.
+    directory = smollm2(say) if model == SMOLLM2 else Path(os.path.expanduser(model))
+    if model and os.path.isdir(directory):
         source, config_file = str(directory), directory / "config.json"
-        if not config_file.is_file():
+        if not os.path.isfile(config_file):
             raise ModelError(f"{model} is no model: the directory holds no config.json")
-    elif directory.is_file():
+    elif os.path.isfile(directory):
         raise ModelError(f"{model} is no model but a file; give the directory with its config.json")
     elif HUB_NAME.fullmatch(model):
         source, config_file = _on_hub(model)
     else:
-        raise ModelError(f"{model!r} is no model: there is no such directory")
+        raise ModelError(f"{shown(model)} is no model: there is no such directory")
 
     try:
-        config = json.loads(config_file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        config = parse_json(config_file.read_text(encoding="utf-8"), foreign=True)
+    except (OSError, UnicodeDecodeError, ReadingError) as error:
         raise ModelError(f"{model} is no model: its config.json: {one_line(error)}") from error
-    if not isinstance(config, dict) or not config.get("model_type"):
+    kind = config.get("model_type") if isinstance(config, dict) else None
+    if not kind or not isinstance(kind, str):
         raise ModelError(f"{model} is no model: its config.json names no model_type")
-    other = config.get("quantization_config") or config.get("compression_config")
-    method = other.get("quant_method") if isinstance(other, dict) else None
-    if other and method != "mixquant":
-        raise ModelError(
-            f"{model} is quantized already ({method or 'unknown method'}); "
-            "mixquant needs the BF16 checkpoint"
-        )
+    for other in quantizations(config):
+        method = other.get("quant_method") if isinstance(other, dict) else None
+        if method != "mixquant":
+            named = shown(method).strip("'") if method else "unknown method"
+            raise ModelError(
+                f"{model} is quantized already ({named}); mixquant needs the BF16 checkpoint"
+            )
     return Checkpoint(model, source, config)
+
+
+def quantizations(config: Mapping[str, Any]) -> list[Any]:
+    """What a config.json says of how its weights are quantized, in each of the places for it."""
+    text = config.get("text_config")
+    places = (config, text if isinstance(text, dict) else {})
+    keys = ("quantization_config", "compression_config")
+    return [place[key] for place in places for key in keys if place.get(key)]
 
 
 def load_tokenizer(checkpoint: Checkpoint) -> Any:
@@ -292,5 +306,10 @@ def _cannot_load(checkpoint: Checkpoint, what: str, error: Exception) -> ModelEr
 
 
 def one_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0].strip() if lines else type(error).__name__
+    """What an error says, in one line. Of a long one the middle is left out: some begin with the
+    reason, some end with it."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    if len(text) <= _LONGEST_REASON:
+        return text
+    half = _LONGEST_REASON // 2
+    return f"{text[:half].rstrip()} ... {text[-half:].lstrip()}"

@@ -8,20 +8,22 @@ right only if both are one model, so `PrefillCheckpoint.check_against` compares 
 
 from __future__ import annotations
 
-import json
 import math
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from mixquant.formats import fp8, nvfp4
 from mixquant.layer_names import is_drafter
-from mixquant.models import HUB_NAME, ModelError, one_line
+from mixquant.models import HUB_NAME, ModelError, one_line, quantizations
+from mixquant.reading import ReadingError, parse_json, shown
 
 FormatName = Literal["nvfp4", "fp8"]
 
@@ -48,6 +50,15 @@ _WHOLE_UP_TO = 2**16  # elements; larger tensors are compared by a sample of the
 # How far, relatively, quantized rows may lie from the main model's. Rounding gives 0.10 and 0.03,
 # methods that move weights (GPTQ) somewhat more; weights of another model or rotated ones, over 1.
 _LARGEST_ERROR: dict[FormatName, float] = {"nvfp4": 0.25, "fp8": 0.1}
+
+
+# What compressed-tensors lets stand in a group's place, with its targets: the name of a scheme.
+_SCHEMES: dict[str, FormatName] = {
+    "NVFP4": "nvfp4",
+    "NVFP4A16": "nvfp4",
+    "FP8": "fp8",
+    "FP8_DYNAMIC": "fp8",
+}
 
 
 class CheckpointError(ModelError):
@@ -123,6 +134,51 @@ class Fp8Tensors:
     def dequantize(self) -> Tensor:
         """The FP32 matrix ``[N, K]``."""
         return fp8.dequantize(self.codes, self.scale)
+
+
+class _Part(BaseModel):
+    """A part of config.json, as far as it is read here."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+
+class _Weights(_Part):
+    type: str | None = None
+    num_bits: int | None = None
+    strategy: str | None = None
+    group_size: int | None = None
+    block_structure: str | list[int] | None = None
+    symmetric: bool = True
+    dynamic: bool | str | None = False
+    actorder: bool | str | None = None
+
+
+class _Group(_Part):
+    weights: _Weights | None = None  # None: of attention, whose cache may be quantized as it likes
+    named: str | None = None  # by the name of a scheme instead
+
+
+class _Sparsity(_Part):
+    format: str = "dense"
+
+
+class _Quantization(_Part):
+    """compressed-tensors' description of a checkpoint."""
+
+    config_groups: dict[str, _Group] | None = None
+    sparsity_config: _Sparsity | None = None
+    transform_config: dict[str, Any] | None = None
+
+    @field_validator("config_groups", mode="before")
+    @classmethod
+    def _named(cls, groups: Any) -> Any:
+        """In a group's place may stand its targets alone; its key then names the scheme."""
+        if not isinstance(groups, dict):
+            return groups
+        return {
+            name: {"named": name} if isinstance(group, list) else group
+            for name, group in groups.items()
+        }
 
 
 class PrefillCheckpoint:
@@ -220,7 +276,9 @@ class PrefillCheckpoint:
         other = _text_config(main)
         for key in _ARCHITECTURE:
             if None not in (own.get(key), other.get(key)) and own[key] != other[key]:
-                raise self._misfit(f"its {key} is {own[key]}, the main model's {other[key]}")
+                raise self._misfit(
+                    f"its {key} is {shown(own[key])}, the main model's {shown(other[key])}"
+                )
         if main_dir is not None:
             self._check_tensors(_Tensors(str(main_dir), Path(main_dir)))
 
@@ -304,6 +362,10 @@ class PrefillCheckpoint:
         return CheckpointError(f"{self.source} does not fit the main model: {why}")
 
 
+class _Index(_Part):
+    weight_map: dict[str, str]  # of a tensor, the file
+
+
 class _Tensors:
     """The tensors of a directory's safetensors files, by name. A file is opened when it is asked.
 
@@ -343,8 +405,12 @@ class _Tensors:
         if index.is_file():
             # Only what it names: some repositories hold the same weights a second time.
             try:
-                names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-            except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+                names = set(
+                    _Index.model_validate(parse_json(index.read_bytes())).weight_map.values()
+                )
+            except ValidationError as error:
+                raise self._unreadable(index, ReadingError(_first(error))) from None
+            except (OSError, ReadingError) as error:
                 raise self._unreadable(index, error) from error
             return [directory / name for name in sorted(names)]
         if (single := directory / "model.safetensors").is_file():
@@ -357,12 +423,12 @@ class _Tensors:
         if file not in self._handles:
             try:
                 self._handles[file] = safe_open(file, framework="pt")
-            except (OSError, SafetensorError) as error:
+            except (OSError, ValueError, SafetensorError) as error:  # ValueError: a NUL in the name
                 raise self._unreadable(file, error) from error
         return self._handles[file]
 
     def _unreadable(self, file: Path, error: Exception) -> CheckpointError:
-        return CheckpointError(f"cannot read {file.name} of {self.source}: {one_line(error)}")
+        return CheckpointError(f"cannot read {file.name[:100]} of {self.source}: {one_line(error)}")
 
 
 def directory_of(source: str, revision: str | None = None) -> Path:
@@ -371,11 +437,11 @@ def directory_of(source: str, revision: str | None = None) -> Path:
     Raises:
         CheckpointError: there is neither.
     """
-    path = Path(source).expanduser()
-    if source and path.is_dir():
+    path = Path(os.path.expanduser(source))
+    if source and os.path.isdir(path):
         return path
-    if path.exists() or not HUB_NAME.fullmatch(source):
-        raise CheckpointError(f"{source!r} is no checkpoint: there is no such directory")
+    if os.path.exists(path) or not HUB_NAME.fullmatch(source):
+        raise CheckpointError(f"{shown(source)} is no checkpoint: there is no such directory")
     from huggingface_hub import HfApi, snapshot_download
 
     wanted: dict[str, Any] = {"revision": revision, "allow_patterns": ["*.json", "*.safetensors"]}
@@ -395,10 +461,10 @@ def directory_of(source: str, revision: str | None = None) -> Path:
 
 def _read_config(source: str, directory: Path) -> dict[str, Any]:
     try:
-        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+        config = parse_json((directory / "config.json").read_bytes(), foreign=True)
     except FileNotFoundError:
         raise CheckpointError(f"{source} is no checkpoint: it holds no config.json") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ReadingError) as error:
         raise CheckpointError(
             f"{source} is no checkpoint: its config.json: {one_line(error)}"
         ) from error
@@ -413,10 +479,11 @@ def _formats_of_groups(source: str, config: Mapping[str, Any]) -> set[FormatName
     Raises:
         CheckpointError: not a compressed-tensors checkpoint, or a scheme that cannot serve here.
     """
-    quantization = config.get("quantization_config")
-    method = quantization.get("quant_method") if isinstance(quantization, dict) else None
-    if method != "compressed-tensors" or not isinstance(quantization, dict):
-        kind = f"quantized by {method}" if method else "not quantized"
+    given = next(iter(quantizations(config)), None)
+    method = given.get("quant_method") if isinstance(given, dict) else None
+    if method != "compressed-tensors":
+        named = shown(method).strip("'") if method else "an unknown method"
+        kind = f"quantized by {named}" if given else "not quantized"
         raise CheckpointError(
             f"{source} is {kind}; a compressed-tensors checkpoint in NVFP4 or FP8 is needed "
             "(mixquant quantize writes one)"
@@ -428,51 +495,64 @@ def _formats_of_groups(source: str, config: Mapping[str, Any]) -> set[FormatName
             "can serve prefill"
         )
 
-    sparsity = quantization.get("sparsity_config") or {}
-    if sparsity.get("format", "dense") != "dense":
-        raise unsupported(f"sparse weights ({sparsity['format']})")
-    if quantization.get("transform_config"):
+    try:
+        quantization = _Quantization.model_validate(given)
+    except ValidationError as error:
+        raise CheckpointError(
+            f"{source}: its config.json: quantization_config: {_first(error)}"
+        ) from None
+    sparsity = quantization.sparsity_config
+    if sparsity is not None and sparsity.format != "dense":
+        raise unsupported(f"sparse weights ({shown(sparsity.format)})")
+    if quantization.transform_config:
         raise unsupported("rotated weights (transform_config)")
-    groups = quantization.get("config_groups")
     formats: set[FormatName] = set()
-    for group in groups.values() if isinstance(groups, dict) else ():
-        weights = group.get("weights") if isinstance(group, dict) else None
-        if not weights:
-            continue  # of attention, whose cache may be quantized as it likes
-        fmt = _format_of(weights)
+    for group in (quantization.config_groups or {}).values():
+        if group.weights is not None:
+            fmt, what = _format_of(group.weights), _describe(group.weights)
+        elif group.named is not None:
+            fmt, what = _SCHEMES.get(group.named), f"weights in the scheme {shown(group.named)}"
+        else:
+            continue
         if fmt is None:
-            raise unsupported(_describe(weights))
+            raise unsupported(what)
         formats.add(fmt)
     return formats
 
 
-def _format_of(weights: Mapping[str, Any]) -> FormatName | None:
+def _first(error: ValidationError) -> str:
+    """The first of the errors: which field, what was expected, and what is there."""
+    first = error.errors(include_url=False)[0]
+    where = ".".join(str(part) for part in first["loc"])
+    return f"{where[:200]}: {first['msg']}, got {shown(first['input'])}"
+
+
+def _format_of(weights: _Weights) -> FormatName | None:
     """The format of a group's weights, or None if it is none of ours."""
-    kind = (weights.get("type"), weights.get("num_bits"))
-    strategy = weights.get("strategy")
-    reordered = weights.get("actorder") in ("group", "dynamic")  # GPTQ's, of columns
-    if not weights.get("symmetric", True) or weights.get("dynamic") or reordered:
+    kind = (weights.type, weights.num_bits)
+    reordered = weights.actorder in ("group", "dynamic", True)  # GPTQ's, of columns
+    if not weights.symmetric or weights.dynamic or reordered:
         return None
-    if kind == ("float", 4) and strategy == "tensor_group":
-        return "nvfp4" if weights.get("group_size") == nvfp4.BLOCK else None
-    if kind == ("float", 8) and strategy in ("channel", "tensor"):
+    if kind == ("float", 4) and weights.strategy == "tensor_group":
+        return "nvfp4" if weights.group_size == nvfp4.BLOCK else None
+    if kind == ("float", 8) and weights.strategy in ("channel", "tensor"):
         return "fp8"
     return None
 
 
-def _describe(weights: Mapping[str, Any]) -> str:
+def _describe(weights: _Weights) -> str:
     """``int4 weights (group of 128)``, and the like."""
-    kind = "float" if weights.get("type") == "float" else "int"
-    details = [str(weights.get("strategy"))]
-    if (size := weights.get("group_size")) not in (None, -1):
-        details[0] += f" of {size}"
-    if (blocks := weights.get("block_structure")) is not None:
-        details[0] += f" of {blocks}"
-    if not weights.get("symmetric", True):
+    kind = "float" if weights.type == "float" else "int"
+    details = [str(weights.strategy)]
+    if weights.group_size not in (None, -1):
+        details[0] += f" of {weights.group_size}"
+    if weights.block_structure is not None:
+        details[0] += f" of {weights.block_structure}"
+    if not weights.symmetric:
         details.append("asymmetric")
-    if weights.get("actorder"):
-        details.append(f"actorder {weights['actorder']}")
-    return f"{kind}{weights.get('num_bits')} weights ({', '.join(details)})"
+    if weights.actorder:
+        details.append(f"actorder {weights.actorder}")
+    return f"{kind}{weights.num_bits} weights ({', '.join(details)})"[:200]
 
 
 def _quantized_layers(tensors: _Tensors) -> Iterator[tuple[str, FormatName]]:

@@ -7,6 +7,7 @@ second checkpoint of a recipe (``prefill_model``), from which the prefill copy o
 from __future__ import annotations
 
 import contextlib
+import glob
 import importlib.util
 import os
 import shutil
@@ -16,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from mixquant import models
+from mixquant import models, scratch
 from mixquant.models import ModelError
 from mixquant.recipe import Recipe, is_router
 
@@ -75,7 +76,7 @@ def quantize(
             not installed or fails, or a pattern of `ignore` matches no layer.
         ModelError: the model cannot be had or is quantized already.
     """
-    out = Path(out).expanduser()
+    out = Path(os.path.expanduser(out))
     if scheme not in _SCHEMES:
         raise QuantizeError(f"unknown format {scheme!r}; expected {' or '.join(_SCHEMES)}")
     if samples < 1:
@@ -96,8 +97,10 @@ def quantize(
 
     # Not tempfile's, which are for the owner alone: another user may be the one who serves it.
     partial = out.absolute().parent / f".{out.name}.{uuid.uuid4().hex[:8]}.partial"
+    scratch.sweep(partial.parent, f".{glob.escape(out.name)}.*.partial")
     try:
         partial.mkdir()
+        scratch.own(partial)
         if checkpoint.config.get("quantization_config"):
             # llm-compressor reads the model's config.json and would take a recipe of ours in it for
             # the sign of a quantized model: show it one without.
@@ -109,6 +112,7 @@ def quantize(
         for file in filter(Path.is_file, partial.rglob("*")):
             models.sync(file)  # or a power failure leaves a renamed directory of empty files
             file.chmod(0o666 & ~_umask())
+        scratch.keep(partial)
         partial.rename(out)
     except ModelError:
         raise
@@ -116,19 +120,19 @@ def quantize(
         why = "no disk space left" if models.is_out_of_space(error) else _describe(error)
         raise QuantizeError(f"cannot quantize {model} into {out}: {why}") from error
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        scratch.remove(partial)
     progress("Done", 1.0)
     return out
 
 
 def _check_out(out: Path) -> None:
-    if out.exists() or out.is_symlink():
-        if not out.is_dir() or out.is_symlink():
+    if os.path.lexists(out):
+        if not os.path.isdir(out) or os.path.islink(out):
             raise QuantizeError(f"cannot write {out}: it is there and is no directory")
         if any(out.iterdir()):
             raise QuantizeError(f"cannot write {out}: the directory is not empty")
     parent = out.absolute().parent
-    if not parent.is_dir():
+    if not os.path.isdir(parent):
         raise QuantizeError(f"cannot write {out}: there is no directory {parent}")
     if not os.access(parent, os.W_OK | os.X_OK):
         raise QuantizeError(f"cannot write {out}: {parent} is not writable")

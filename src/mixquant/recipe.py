@@ -13,11 +13,14 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
-from mixquant import strict_json
+from mixquant.reading import ReadingError, parse_json, shown
 
 FormatName = Literal["nvfp4", "fp8", "int8", "bf16"]
 PresetName = Literal["fast", "balanced", "exact"]
 RoleName = Literal["both", "prefill", "decode"]
+
+# More than any context holds, and what engines' integers take.
+Tokens = Annotated[int, Field(ge=0, lt=2**31, strict=True)]
 
 FORMATS: tuple[FormatName, ...] = ("nvfp4", "fp8", "int8", "bf16")
 PRESETS: tuple[PresetName, ...] = ("fast", "balanced", "exact")
@@ -97,9 +100,9 @@ class Recipe:
 
     preset: PresetName = "balanced"
     format: FormatName | Literal["auto"] | dict[str, FormatName] = "auto"
-    min_prefill_tokens: Annotated[int, Field(ge=0, strict=True)] = 128
-    precise_head: Annotated[int, Field(ge=0, strict=True)] | None = None
-    precise_tail: Annotated[int, Field(ge=0, strict=True)] = 1
+    min_prefill_tokens: Tokens = 128
+    precise_head: Tokens | None = None
+    precise_tail: Tokens = 1
     block_scale: Literal["6", "4/6"] = "6"
     ignore: tuple[str, ...] = ("lm_head",)
     emulate: Annotated[bool, Field(strict=True)] = False
@@ -117,16 +120,16 @@ class Recipe:
         """
         if not isinstance(values, Mapping):
             raise RecipeError(
-                f"a recipe is a JSON object with the keys {_known_keys()}, not {values!r}"
+                f"a recipe is a JSON object with the keys {_known_keys()}, not {shown(values)}"
             )
         unknown = [key for key in values if key not in {f.name for f in fields(cls)}]
         if unknown:
             raise RecipeError(
-                f"unknown recipe key {unknown[0]!r}; the keys of a recipe are {_known_keys()}"
+                f"unknown recipe key {shown(unknown[0])}; the keys of a recipe are {_known_keys()}"
             )
         if isinstance(values.get("format"), str) and values["format"] not in (*FORMATS, "auto"):
             raise RecipeError(
-                f"unknown format {values['format']!r}; "
+                f"unknown format {shown(values['format'])}; "
                 f"expected auto, {', '.join(FORMATS)}, or a mapping from projections to formats"
             )
         try:
@@ -135,7 +138,7 @@ class Recipe:
             first = error.errors()[0]
             where = ".".join(str(part) for part in first["loc"][:1])
             raise RecipeError(
-                f"recipe key {where!r}: {first['msg']}, got {values.get(where)!r}"
+                f"recipe key {where!r}: {first['msg']}, got {shown(values.get(where))}"
             ) from None
 
     @classmethod
@@ -146,11 +149,9 @@ class Recipe:
             RecipeError: no JSON, not that of a recipe, or a key that stands twice.
         """
         try:
-            values = strict_json.loads(text)
-        except json.JSONDecodeError as error:
+            values = parse_json(text)
+        except ReadingError as error:
             raise RecipeError(f"the recipe is not JSON: {error}") from None
-        except strict_json.DuplicateKeyError as error:
-            raise RecipeError(f"the recipe: {error}") from None
         return cls.from_dict(values)
 
     @classmethod

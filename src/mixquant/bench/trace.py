@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from mixquant import strict_json
+from mixquant.reading import ReadingError, parse_json
 
 BUILTIN = "builtin"
 
@@ -105,13 +105,9 @@ def parse(text: str, source: str) -> list[Session]:
             continue
         where = f"{source}, line {number}"
         try:
-            values = strict_json.loads(line)
-        except json.JSONDecodeError as error:
-            raise TraceError(f"{where} is not JSON: {error.msg} at column {error.colno}") from None
-        except strict_json.DuplicateKeyError as error:
-            raise TraceError(f"{where}: {error}") from None
-        except RecursionError:
-            raise TraceError(f"{where} is nested too deeply") from None
+            values = parse_json(line)
+        except ReadingError as error:
+            raise TraceError(f"{where} is not JSON: {error}") from None
         try:
             session = Session.model_validate(values)
         except ValidationError as error:

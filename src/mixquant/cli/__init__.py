@@ -77,6 +77,16 @@ def _options(
     pass
 
 
+def _check_text(arguments: Sequence[str]) -> None:
+    """Bytes that are no text come as halves of characters, which no tokenizer and no file takes."""
+    for argument in arguments:
+        try:
+            argument.encode()
+        except UnicodeEncodeError:
+            shown = argument.encode(errors="backslashreplace").decode()
+            raise InputError(f"the argument '{shown[:100]}' is not UTF-8 text") from None
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns its exit code.
 
@@ -91,6 +101,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if arguments is None:
         arguments = sys.argv[1:]
     try:
+        _check_text(arguments)
         code = app(
             args=list(arguments) or ["--help"],
             prog_name="mixquant",

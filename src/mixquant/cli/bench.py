@@ -3,28 +3,35 @@
 from __future__ import annotations
 
 import secrets
-import shutil
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from mixquant import Recipe
+from mixquant import Recipe, scratch
 from mixquant.cli.console import (
     InputError,
     check_writable,
     out,
     progress_bar,
     say,
-    write_whole,
+    write_results,
+    write_so_far,
 )
-from mixquant.cli.options import FormatOption, Model, RecipeOption, chosen_recipe, saved_recipe
+from mixquant.cli.options import (
+    LARGEST_SEED,
+    FormatOption,
+    Model,
+    RecipeOption,
+    chosen_recipe,
+    saved_recipe,
+)
 from mixquant.models import Checkpoint, find, load_tokenizer
+from mixquant.reading import shown
 from mixquant.results import Environment
 
 if TYPE_CHECKING:
@@ -127,6 +134,7 @@ def bench(
         typer.Option(
             "--seed",
             min=0,
+            max=LARGEST_SEED,
             help="Of the prompts. The same one twice finds them in a running server's prefix cache.",
             show_default="a new one",
         ),
@@ -230,11 +238,14 @@ def bench(
                 done.append(arm)
                 found += figures
                 if json_file is not None:  # now: the next arm may fail, or take an hour
-                    write_whole(json_file, to_json(result(done)))
+                    write_so_far(json_file, to_json(result(done)))
     finally:
-        for table in tables(found):
-            out.print(table)
-            out.print()
+        with ExitStack() as then:
+            if json_file is not None and done:
+                then.callback(write_results, json_file, to_json(result(done)))
+            for table in tables(found):
+                out.print(table)
+                out.print()
         if done and len(done) < len(compared):
             kept = f", and {json_file} holds them" if json_file is not None else ""
             say(f"finished: {', '.join(arm.name for arm in done)}{kept}")
@@ -251,7 +262,7 @@ def _numbers(option: str, text: str | None, default: tuple[int, ...]) -> tuple[i
         numbers = [0]
     if numbers[0] < 1:
         raise InputError(
-            f"{option} {text!r}: expected numbers from 1, separated by commas, or none"
+            f"{option} {shown(text)}: expected numbers from 1, separated by commas, or none"
         )
     return tuple(numbers)
 
@@ -291,13 +302,16 @@ def _logs(directory: Path | None) -> Iterator[Path]:
         check_writable(directory / "any.log")
         yield directory
         return
-    own = Path(tempfile.mkdtemp(prefix="mixquant-bench-"))
+    own = scratch.make("bench")
     try:
         yield own
     except KeyboardInterrupt:
-        shutil.rmtree(own)
+        scratch.remove(own)
         raise
-    shutil.rmtree(own)
+    except BaseException:
+        scratch.keep(own)
+        raise
+    scratch.remove(own)
 
 
 def _environment(elsewhere: bool) -> Environment:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -14,6 +15,7 @@ from mixquant.cli.console import (
     progress_bar,
     read_text,
     say,
+    write_results,
     write_whole,
 )
 from mixquant.cli.options import (
@@ -25,6 +27,9 @@ from mixquant.cli.options import (
     saved_recipe,
 )
 from mixquant.models import find, load_tokenizer
+
+if TYPE_CHECKING:
+    from mixquant.results import Comparison
 
 
 def compare(
@@ -65,7 +70,6 @@ def compare(
     from mixquant.evaluate.compare import compare as run
     from mixquant.evaluate.report import answers, table
     from mixquant.evaluate.workload import agent_workload
-    from mixquant.report import page
     from mixquant.results import to_json
 
     logging.disable_progress_bar()  # ours tells the same
@@ -82,13 +86,20 @@ def compare(
             command=context.obj,
             progress=progress,
         )
-    if json_file is not None:
-        write_whole(json_file, to_json(result))
-    out.print(table(result))
-    out.print(answers(result))
-    if report_file is not None:
-        write_whole(report_file, page([(None, result)]))
-        say(f"The same with plots: {report_file.absolute()}")
+    with ExitStack() as then:  # each of these is done whatever becomes of those before it
+        if report_file is not None:
+            then.callback(_write_report, report_file, result)
+        if json_file is not None:
+            then.callback(write_results, json_file, to_json(result))
+        out.print(table(result))
+        out.print(answers(result))
+
+
+def _write_report(file: Path, result: Comparison) -> None:
+    from mixquant.report import page
+
+    write_whole(file, page([(None, result)]))
+    say(f"The same with plots: {file.absolute()}")
 
 
 def _arms(text: str) -> list[str]:

@@ -6,7 +6,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from rich.console import Console
@@ -56,17 +56,57 @@ def read_text(path: Path) -> str:
 
 def check_writable(path: Path) -> None:
     """Before the long work, not after it."""
-    if path.is_dir():
+    if os.path.isdir(path):
         raise InputError(f"cannot write {path}: it is a directory")
     try:
-        with tempfile.NamedTemporaryFile(dir=path.absolute().parent, prefix=".mixquant-"):
-            pass
+        with suppress(FileNotFoundError):
+            path.lstat()  # fails if the name is too long
+        if not _is_special(path):
+            with tempfile.NamedTemporaryFile(dir=path.absolute().parent, prefix=".mixquant-"):
+                pass
     except OSError as error:
         raise InputError(f"cannot write {path}: {error.strerror or error}") from None
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Writes a file such that it is there in full or not at all."""
+    """Writes a file such that it is there in full or not at all; a device or a pipe, as it is."""
+    try:
+        if _is_special(path):
+            path.write_text(text, encoding="utf-8")
+        else:
+            _replace(path, text)
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror or error}") from None
+
+
+def write_results(path: Path, text: str) -> None:
+    """`write_whole` of what took long: if it fails, the text is kept where there is room for it."""
+    try:
+        write_whole(path, text)
+    except InputError as error:
+        try:
+            handle, kept = tempfile.mkstemp(prefix="mixquant-", suffix=path.suffix)
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
+                file.write(text)
+        except OSError:
+            raise error from None
+        raise InputError(f"{error}; it is kept in {kept}") from None
+
+
+def write_so_far(path: Path, text: str) -> None:
+    """`write_whole` of what is not finished: if it fails, that is said, and the work goes on."""
+    try:
+        write_whole(path, text)
+    except InputError as error:
+        say(str(error))
+
+
+def _is_special(path: Path) -> bool:
+    """Whether it is there and is no file, so that a file must not take its place."""
+    return os.path.exists(path) and not os.path.isfile(path)
+
+
+def _replace(path: Path, text: str) -> None:
     handle, name = tempfile.mkstemp(dir=path.absolute().parent, prefix=".mixquant-")
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
@@ -75,8 +115,6 @@ def write_whole(path: Path, text: str) -> None:
         os.umask(umask)
         os.chmod(name, 0o666 & ~umask)  # mkstemp's are for the owner alone
         os.replace(name, path)
-    except BaseException as error:
+    except BaseException:
         os.unlink(name)
-        if isinstance(error, OSError):
-            raise InputError(f"cannot write {path}: {error.strerror or error}") from None
         raise

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -21,8 +21,25 @@ from rich.progress import (
 )
 
 from mixquant import Recipe
-from mixquant.cli.console import InputError, check_writable, err, out, print_error, say, write_whole
-from mixquant.cli.options import FormatOption, Model, RecipeOption, chosen_recipe, saved_recipe
+from mixquant.cli.console import (
+    InputError,
+    check_writable,
+    err,
+    out,
+    print_error,
+    say,
+    write_results,
+)
+from mixquant.cli.options import (
+    MOST,
+    FormatOption,
+    Model,
+    RecipeOption,
+    chosen_recipe,
+    finite,
+    saved_recipe,
+    temperature_option,
+)
 from mixquant.models import find
 
 if TYPE_CHECKING:
@@ -81,12 +98,16 @@ def evaluate(
         typer.Option("--limit", min=1, metavar="N", help="Only so many items of each benchmark."),
     ] = None,
     temperature: Annotated[
-        float | None, typer.Option("--temperature", min=0.0, show_default="0.6")
+        float | None,
+        typer.Option("--temperature", min=0.0, callback=temperature_option, show_default="0.6"),
     ] = None,
     top_p: Annotated[
-        float | None, typer.Option("--top-p", min=0.0, max=1.0, show_default="0.95")
+        float | None,
+        typer.Option("--top-p", min=0.0, max=1.0, callback=finite, show_default="0.95"),
     ] = None,
-    top_k: Annotated[int | None, typer.Option("--top-k", min=-1, show_default="20")] = None,
+    top_k: Annotated[
+        int | None, typer.Option("--top-k", min=-1, max=MOST, show_default="20")
+    ] = None,
     max_tokens: Annotated[
         int | None,
         typer.Option(
@@ -124,7 +145,10 @@ def evaluate(
         int, typer.Option("--retries", min=0, metavar="N", help="Of a request that fails.")
     ] = 8,
     timeout: Annotated[
-        float, typer.Option("--timeout", min=0.1, metavar="SECONDS", help="Of one request.")
+        float,
+        typer.Option(
+            "--timeout", min=0.1, callback=finite, metavar="SECONDS", help="Of one request."
+        ),
     ] = 3600,
     out_dir: Annotated[
         Path,
@@ -191,11 +215,12 @@ def evaluate(
     except RunError as error:
         print_error(str(error))
         raise typer.Exit(1) from None
-    for file in (out_dir / RESULTS, json_file):
-        if file is not None:
-            write_whole(file, to_json(result))
-    for table in tables(result):
-        out.print(table)
+    with ExitStack() as then:  # each of these is done whatever becomes of those before it
+        for file in (json_file, out_dir / RESULTS):
+            if file is not None:
+                then.callback(write_results, file, to_json(result))
+        for table in tables(result):
+            out.print(table)
     if problems:
         for problem in problems:
             say(problem)
@@ -264,12 +289,12 @@ def _data(given: list[str], benchmarks: list[str]) -> dict[str, Path]:
     for text in given:
         name, named, file = text.partition("=")
         if not named or name not in benchmarks:
-            if len(benchmarks) > 1 or (named and not Path(text).exists()):
+            if len(benchmarks) > 1 or (named and not os.path.exists(text)):
                 raise InputError(
                     f"--data {text!r}: expected NAME=FILE with one of {', '.join(benchmarks)}"
                 )
             name, file = benchmarks[0], text
         if name in files:
             raise InputError(f"--data names two files for {name}")
-        files[name] = Path(file).expanduser()
+        files[name] = Path(os.path.expanduser(file))
     return files

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import shlex
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
@@ -20,7 +21,8 @@ from mixquant.cli.console import (
     progress_bar,
     read_text,
     say,
-    write_whole,
+    write_results,
+    write_so_far,
 )
 from mixquant.cli.options import FormatOption, Model, chosen_recipe, saved_recipe
 from mixquant.models import find, load_tokenizer
@@ -143,7 +145,7 @@ def fidelity(
     def keep(so_far: Fidelity) -> None:
         finished.append(so_far)
         if json_file is not None:
-            write_whole(json_file, to_json(so_far))
+            write_so_far(json_file, to_json(so_far))
 
     try:
         with progress_bar() as progress:
@@ -162,9 +164,11 @@ def fidelity(
             )
     finally:  # an arm that fails takes none of those before it along
         if finished:
-            out.print(*tables(finished[-1]), sep="")
-            if json_file is not None:
-                say(f"Written to {json_file.absolute()}")
+            with ExitStack() as then:
+                if json_file is not None:
+                    then.callback(say, f"Written to {json_file.absolute()}")
+                    then.callback(write_results, json_file, to_json(finished[-1]))
+                out.print(*tables(finished[-1]), sep="")
 
 
 def _names(sources: Sequence[str | None]) -> list[str]:

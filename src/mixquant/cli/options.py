@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated
 
@@ -34,13 +35,40 @@ FormatOption = Annotated[
         show_default="auto",
     ),
 ]
+LARGEST_SEED = 2**32 - 1  # NumPy's
+MOST = 2**31 - 1  # of what engines count in 32 bits
 NewTokens = Annotated[
-    int, typer.Option("--max-new-tokens", min=1, metavar="N", help="Longest answer, in tokens.")
+    int,
+    typer.Option(
+        "--max-new-tokens", min=1, max=MOST, metavar="N", help="Longest answer, in tokens."
+    ),
 ]
+
+
+def finite(value: float | None) -> float | None:
+    """For options with bounds, between which NaN is, too."""
+    if value is not None and not math.isfinite(value):
+        raise typer.BadParameter(f"{value} is not a finite number")
+    return value
+
+
+def temperature_option(value: float | None) -> float | None:
+    """0, or one that logits can be divided by: from 0.01 on, vLLM's own smallest."""
+    if value and not 0.01 <= value <= 100:  # not NaN, either
+        raise typer.BadParameter(f"{value} is neither 0 nor from 0.01 to 100")
+    return value
+
+
 Temperature = Annotated[
-    float, typer.Option("--temperature", min=0.0, help="Of sampling; 0 takes the likeliest token.")
+    float,
+    typer.Option(
+        "--temperature",
+        min=0.0,
+        callback=temperature_option,
+        help="Of sampling; 0 takes the likeliest token.",
+    ),
 ]
-Seed = Annotated[int, typer.Option("--seed", min=0, help="Of sampling.")]
+Seed = Annotated[int, typer.Option("--seed", min=0, max=LARGEST_SEED, help="Of sampling.")]
 PromptFile = Annotated[
     Path | None, typer.Option("--prompt-file", metavar="FILE", help="UTF-8 text to read.")
 ]

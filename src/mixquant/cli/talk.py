@@ -75,13 +75,15 @@ def chat(
     One line of standard input is one message. /reset forgets the conversation, /exit, the end of
     the input and Ctrl-C end it.
     """
-    from mixquant.conversation import opening
+    from mixquant.conversation import opening, reply
 
     chosen = chosen_recipe(recipe, format)
     checkpoint = find(model, say)
     tokenizer = load_tokenizer(checkpoint)
-    opening(tokenizer, [{"role": "user", "content": "?"}])  # fails now if there is no template
     before = [] if system is None else [{"role": "system", "content": system}]
+    # Now, rather than at the first or second turn, if the template cannot say that.
+    opening(tokenizer, [*before, {"role": "user", "content": "?"}])
+    reply(tokenizer, "?")
     speaker = _Speaker(checkpoint, tokenizer, chosen, max_new_tokens, temperature, seed)
     if sys.stdin.isatty():
         err.print("[dim]/reset forgets the conversation, /exit ends it[/dim]")
@@ -177,12 +179,12 @@ class _Speaker:
 
 def _next_message() -> str | None:
     try:
-        if sys.stdin.isatty():
-            return out.input("[bold]> [/bold]").strip()
-        line = sys.stdin.readline()
+        typed = sys.stdin.isatty()
+        line = f"{out.input('[bold]> [/bold]')}\n" if typed else sys.stdin.readline()
+        line.encode()  # in some locales Python lets pass what is no text
     except EOFError:
         return None
-    except UnicodeDecodeError:
+    except UnicodeError:
         raise InputError("standard input is not UTF-8 text") from None
     return line.strip() if line else None
 

@@ -15,8 +15,11 @@ from io import RawIOBase
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel, ConfigDict, ValidationError
+
 from mixquant.evaluate.chat import Usage
 from mixquant.evaluate.tasks import Answer, Verdict
+from mixquant.reading import shown
 
 VERSION = 1
 
@@ -36,6 +39,20 @@ class Entry:
     error: str | None = None  # why there is no answer, or no verdict
     verdict: Verdict | None = None
     judge: str | None = None  # who gave the verdict, if a model did
+
+
+class _Line(BaseModel):
+    """One line after the first; without ``usage``, what it says is of the answer before."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    item: str
+    seed: int
+    answer: dict[str, Any] | None = None
+    usage: Usage | None = None
+    error: Any
+    verdict: Verdict | None = None
+    judge: str | None = None
 
 
 class AnswerFile:
@@ -126,28 +143,27 @@ class AnswerFile:
             )
         for number, line in enumerate(lines, 2):
             try:
-                self._take(line)
-            except (KeyError, TypeError):
+                self._take(_Line.model_validate(line))
+            except (KeyError, ValidationError):
                 raise AnswerFileError(f"{self.path} is damaged: line {number}") from None
 
     def _whole_lines(self, data: bytes) -> Iterator[dict[str, Any]]:
         self._length = data.rfind(b"\n") + 1
         for number, line in enumerate(data[: self._length].split(b"\n")[:-1], 1):
-            try:
+            try:  # not `parse_json`, which refuses what a model may have written: half a character
                 values = json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 values = None
             if not isinstance(values, dict):
                 raise AnswerFileError(f"{self.path} is damaged: line {number} is no JSON object")
             yield values
 
-    def _take(self, line: Mapping[str, Any]) -> None:
-        key = (str(line["item"]), int(line["seed"]))
-        new = "answer" in line
-        entry = Entry(line["answer"], Usage(**line["usage"])) if new else self.entries[key]
-        entry = replace(entry, error=line["error"])
-        if "verdict" in line:
-            entry = replace(entry, verdict=Verdict(**line["verdict"]), judge=line["judge"])
+    def _take(self, line: _Line) -> None:
+        key = (line.item, line.seed)
+        entry = self.entries[key] if line.usage is None else Entry(line.answer, line.usage)
+        entry = replace(entry, error=line.error)
+        if line.verdict is not None:
+            entry = replace(entry, verdict=line.verdict, judge=line.judge)
         self.entries[key] = entry
 
 
@@ -165,5 +181,8 @@ def first_difference(before: Any, now: Any, name: str = "") -> str | None:
 
 
 def _short(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False)
+    try:
+        text = json.dumps(value, ensure_ascii=False)
+    except RecursionError:
+        return shown(value)
     return text if len(text) <= 100 else f"{text[:97]}..."

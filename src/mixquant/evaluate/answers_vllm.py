@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import shutil
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -16,6 +14,7 @@ from typing import Any
 
 from safetensors.torch import load_file
 
+from mixquant import scratch
 from mixquant.arms import terminated_like_interrupted
 from mixquant.engines.vllm.server import end, reason
 from mixquant.evaluate.answers import Answers, EngineError, Progress, Run
@@ -71,7 +70,7 @@ class VLLM:
             "prompts": [one.prompts[text] for one, text in prompts],
             "answers": [one.continuations[text] for one, text in prompts],
         }
-        folder = Path(tempfile.mkdtemp(prefix="mixquant-fidelity-"))
+        folder = scratch.make("fidelity")
         (folder / "spec.json").write_text(json.dumps(spec))
         try:
             with terminated_like_interrupted(), _process(folder) as process:
@@ -79,6 +78,7 @@ class VLLM:
         except BaseException:
             for large in folder.glob("*.safetensors"):
                 large.unlink()  # the log stays
+            scratch.keep(folder)
             raise
         about = json.loads((folder / "about.json").read_text())
         numbers = iter(range(len(prompts)))
@@ -92,7 +92,7 @@ class VLLM:
             ),
             head=None,
         )
-        shutil.rmtree(folder, ignore_errors=True)
+        scratch.remove(folder)
         return run
 
     def _options(

@@ -64,6 +64,6 @@ def _experts_per_token(config: Mapping[str, Any]) -> int | None:
     text = config.get("text_config")
     for values in (text if isinstance(text, dict) else {}, config):
         for name in _EXPERTS_PER_TOKEN:
-            if isinstance(count := values.get(name), int):
+            if isinstance(count := values.get(name), int) and count > 0:
                 return count
     return None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -69,7 +70,7 @@ def chosen_tasks(options: Options) -> list[Task]:
     for name, file in options.data.items():
         if name not in names:
             raise EvaluationError(f"--data is for {name!r}, which is not among the benchmarks")
-        if not file.exists():
+        if not os.path.exists(file):
             raise EvaluationError(f"cannot read {file}: no such file")
     for task in tasks:
         if task.needs_judge and options.judge is None:

@@ -91,10 +91,11 @@ class _Run:
         self._judge_is_gone = False
 
     async def do(self, concurrency: int) -> None:
-        jobs = iter(self._work.missing(self._judge.model if self._judge else None))
+        missing = self._work.missing(self._judge.model if self._judge else None)
+        jobs = iter(missing)
         try:
             async with asyncio.TaskGroup() as group:
-                for _ in range(concurrency):
+                for _ in range(min(concurrency, len(missing))):
                     group.create_task(self._worker(jobs))
         except BaseExceptionGroup as errors:
             raise errors.exceptions[0] from None

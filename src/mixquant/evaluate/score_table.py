@@ -9,6 +9,11 @@ from rich.table import Table
 
 from mixquant.results import Evaluation, Recovery, Score
 
+_UNEXTRACTED = (
+    " None in: the share of answers in which no letter, number or call was found; they count "
+    "as wrong."
+)
+
 
 def tables(result: Evaluation) -> list[Table]:
     """The scores as the paper has them; and, if there are several arms, what sets them apart."""
@@ -24,7 +29,7 @@ def _scores(result: Evaluation) -> Table:
         title=f"{result.model}: scores in percent",
         title_justify="left",
         caption="Below each score the interval that holds 95 %, over items. Failed requests count "
-        "as wrong.",
+        "as wrong." + _UNEXTRACTED * any(score.unextracted for score in result.scores),
         caption_justify="left",
         box=box.SIMPLE_HEAD,
     )
@@ -51,7 +56,11 @@ def _cell(score: Score | None) -> str:
     if score is None:
         return "-"
     interval = f"{100 * score.low:.1f} - {100 * score.high:.1f}"
-    return f"{100 * score.score:.1f}\n[dim]{interval}[/dim]"
+    cell = f"{100 * score.score:.1f}\n[dim]{interval}[/dim]"
+    if score.unextracted:
+        share = score.unextracted / (score.items * score.seeds)
+        cell += f"\n[dim]none in {share:.1%}[/dim]"
+    return cell
 
 
 def _means(scores: Sequence[Score], arms: Sequence[str]) -> list[float]:

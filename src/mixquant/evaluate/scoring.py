@@ -48,6 +48,19 @@ class Answered:
             if (entry := entries.get((item.id, seed))) is not None and entry.answer is None
         ]
 
+    def unextracted(self, arm: str) -> list[tuple[str, int]]:
+        """Item and seed of each answer in which nothing was found that could be scored."""
+        entries = self.files[arm].entries
+        return [
+            (item.id, seed)
+            for item in self.items
+            for seed in range(self.seeds)
+            if (entry := entries.get((item.id, seed))) is not None
+            and entry.verdict is not None
+            and entry.judge in (None, self.judge)
+            and not entry.verdict.extracted
+        ]
+
     def unjudged(self, arm: str) -> list[tuple[str, int, str]]:
         """Item, seed and reason of each answer that has no verdict."""
         scores = self.scores(arm)
@@ -145,4 +158,5 @@ def _score(
         seeds=benchmark.seeds,
         failed=sum(item in ids for item, *_ in benchmark.failed(arm)),
         unjudged=int(np.isnan(scores).sum()),
+        unextracted=sum(item in ids for item, _ in benchmark.unextracted(arm)),
     )

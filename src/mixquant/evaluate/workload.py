@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mixquant.conversation import Message, opening, render, reply
-from mixquant.models import ModelError
+from mixquant.conversation import Message, TemplateError, opening, render, reply
 
 # In tokens of the model's own tokenizer, over all turns. The document is cut to reach it.
 PROMPT_TOKENS = 3200
@@ -77,8 +76,9 @@ def agent_workload(tokenizer: Any, text: str | None = None) -> Workload:
             documentation, cut so that the prompts of all turns come close to `PROMPT_TOKENS`.
 
     Raises:
-        ModelError: the tokenizer has no chat template.
+        ModelError: the tokenizer has no chat template, or one that leaves out what was said before.
     """
+    reply(tokenizer, "?", **_TEMPLATE_OPTIONS)  # fails now if earlier answers are left out
     if text is not None:
         description = "the given text as a tool result, three questions over three turns"
         return _workload(tokenizer, description, "input.txt", text, _QUESTIONS_ON_ANY_TEXT)
@@ -144,9 +144,7 @@ def _first_turn(tokenizer: Any, question: str, path: str, document: str) -> list
     for way in ways[:-1]:
         try:
             text = render(tokenizer, way, **_TEMPLATE_OPTIONS)
-        except ModelError:
-            raise
-        except Exception:  # templates refuse roles by raising whatever they like
+        except TemplateError:  # of a role that it does not know, or drops
             continue
         if all(part.strip() in text for part in (_SYSTEM, question, document)):
             return way

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 
-from mixquant.report.derived import BASELINE
+from mixquant.report.derived import BASELINE, ratio
 from mixquant.report.parts import KeyFigure, Panel, Section, Table
 from mixquant.report.plots import Bar, bars
 from mixquant.report.style import looks
@@ -58,15 +58,15 @@ def _key_figures(comparison: Comparison) -> tuple[KeyFigure, ...]:
     quantized = arms.get("quantized")
     figures = []
     if base is not None:
-        gain = main.prefill_tokens_per_s / base.prefill_tokens_per_s
-        figures.append(KeyFigure(times(gain), f"mixquant's speed against {BASELINE}: prefill"))
-        if main.tpot_s and base.tpot_s:
-            ratio = base.tpot_s / main.tpot_s
-            figures.append(
-                KeyFigure(
-                    times(ratio), f"mixquant's speed against {BASELINE}: time per output token"
-                )
-            )
+        gains = {
+            "prefill": ratio(main.prefill_tokens_per_s, base.prefill_tokens_per_s),
+            "time per output token": ratio(base.tpot_s or 0.0, main.tpot_s or 0.0),
+        }
+        figures += [
+            KeyFigure(times(gain), f"mixquant's speed against {BASELINE}: {what}")
+            for what, gain in gains.items()
+            if gain
+        ]
     against = f", {number(quantized.kl_mean)} with both phases quantized" if quantized else ""
     figures.append(
         KeyFigure(number(main.kl_mean), f"mixquant: nats per token from {BASELINE}{against}")
@@ -123,7 +123,8 @@ def _gain(arm: ComparedArm, arms: Sequence[ComparedArm]) -> str:
     base = next((other for other in arms if other.name == BASELINE), None)
     if base is None or arm is base:
         return ""
-    return f", {times(arm.prefill_tokens_per_s / base.prefill_tokens_per_s)}"
+    gain = ratio(arm.prefill_tokens_per_s, base.prefill_tokens_per_s)
+    return "" if gain is None else f", {times(gain)}"
 
 
 def _bars(

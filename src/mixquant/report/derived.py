@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from mixquant.results import Measurement
 
 BASELINE = "bf16"
+_LARGEST_RATIO = 1e9
 
 
 @dataclass(frozen=True)
@@ -42,8 +43,8 @@ def speedups(measurements: Iterable[Measurement], baseline: str = BASELINE) -> t
         reference = base.get(_condition(own))
         if own.arm == baseline or reference is None or own.unit == "share":
             continue
-        ratio = _ratio(own.value, reference.value, own.unit)
-        if ratio is None:
+        quotient = _ratio(own.value, reference.value, own.unit)
+        if quotient is None:
             continue
         bounds = sorted(
             bound
@@ -51,7 +52,7 @@ def speedups(measurements: Iterable[Measurement], baseline: str = BASELINE) -> t
             if a is not None and b is not None and (bound := _ratio(a, b, own.unit)) is not None
         )
         low, high = bounds if len(bounds) == 2 else (None, None)
-        found.append(Speedup(own.arm, own, ratio, low, high))
+        found.append(Speedup(own.arm, own, quotient, low, high))
     return tuple(found)
 
 
@@ -62,8 +63,12 @@ def _condition(m: Measurement) -> tuple[str, str, int, int, str]:
 
 
 def _ratio(own: float, reference: float, unit: str) -> float | None:
-    above, below = (own, reference) if higher_is_better(unit) else (reference, own)
-    return above / below if below > 0 else None
+    return ratio(own, reference) if higher_is_better(unit) else ratio(reference, own)
+
+
+def ratio(above: float, below: float) -> float | None:
+    """The quotient, or None if it says nothing: of a figure that is zero, or next to it."""
+    return above / below if below > 0 and above / below < _LARGEST_RATIO else None
 
 
 def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:

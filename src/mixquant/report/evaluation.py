@@ -21,14 +21,21 @@ def section(evaluation: Evaluation) -> Section:
     """What an evaluation file shows. Shares become percent, differences percentage points."""
     arms = arms_of([arm.name for arm in evaluation.arms] + [s.arm for s in evaluation.scores])
     looked = looks([*arms, *(d.arm for d in evaluation.differences)])
-    failed = [s for s in evaluation.scores if s.failed]
     return Section(
         title="Benchmark scores",
         key_figures=_key_figures(evaluation, arms),
         notes=tuple(
             f"{s.benchmark}, {s.arm}: {count(s.failed)} of {count(s.items * s.seeds)} requests got "
             "no answer in the end; they count as wrong."
-            for s in failed
+            for s in evaluation.scores
+            if s.failed
+        )
+        + tuple(
+            f"{s.benchmark}, {s.arm}: in {count(s.unextracted)} of {count(s.items * s.seeds)} answers "
+            f"({percent(s.unextracted / (s.items * s.seeds))}) no letter, number or call was found; "
+            "they count as wrong."
+            for s in evaluation.scores
+            if s.unextracted and s.items * s.seeds
         ),
         panels=(
             *_scores(evaluation, arms, looked),

@@ -6,7 +6,6 @@ import math
 import os
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from mixquant import __version__
@@ -33,7 +32,7 @@ def in_containers(deployment: Deployment, place: Callable[[str], Place]) -> list
         ServeError: a checkpoint is a directory without a path that holds elsewhere, too.
     """
     for name in _checkpoints(deployment):
-        if not os.path.isabs(name) and Path(name).is_dir():
+        if not os.path.isabs(name) and os.path.isdir(name):
             raise ServeError(f"{name} is a directory: in containers it needs its absolute path")
     return [
         replace(process, environment={"XDG_CACHE_HOME": CACHE, **process.environment})

@@ -19,6 +19,7 @@ from pydantic import (
 )
 
 from mixquant.engines.vllm.server import stands_for
+from mixquant.reading import ReadingError, parse_yaml, shown
 from mixquant.recipe import Recipe, RecipeError
 
 # Options of vLLM that the description itself decides.
@@ -248,7 +249,7 @@ class Deployment(BaseModel):
         unknown = [key for key in values if key not in cls.model_fields]
         if unknown:
             raise ServeError(
-                f"{source}unknown key {unknown[0]!r}; the keys are {', '.join(cls.model_fields)}"
+                f"{source}unknown key {shown(unknown[0])}; the keys are {', '.join(cls.model_fields)}"
             )
         try:
             return cls.model_validate(values)
@@ -258,7 +259,7 @@ class Deployment(BaseModel):
             if first["type"] == "missing":
                 raise ServeError(f"{source}{where} is missing") from None
             message = first["msg"].removeprefix("Value error, ")
-            got = f", got {values.get(where)!r}" if where else ""
+            got = f", got {shown(values.get(where))}" if where else ""
             raise ServeError(f"{source}{where + ': ' if where else ''}{message}{got}") from None
 
     def to_values(self) -> dict[str, Any]:
@@ -272,48 +273,17 @@ def read(path: Path) -> dict[str, Any]:
     Raises:
         ServeError: it cannot be read, is no mapping of text to values, or has a key twice.
     """
-    import yaml
-
     try:
-        loader = yaml.SafeLoader(path.read_text(encoding="utf-8"))
-        document = loader.get_single_node()
-        if (twice := _key_twice(document)) is not None:
-            raise ServeError(
-                f"{path}, line {twice.start_mark.line + 1}: {twice.value!r} stands twice"
-            )
-        values = None if document is None else loader.construct_document(document)
+        values = parse_yaml(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ServeError(f"cannot read {path}: {error.strerror or error}") from None
     except UnicodeDecodeError:
         raise ServeError(f"cannot read {path}: it is not UTF-8 text") from None
-    except yaml.YAMLError as error:
-        raise ServeError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    except ReadingError as error:
+        raise ServeError(f"{path} is not YAML: {error}") from None
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
-        raise ServeError(f"{path}: expected a mapping such as 'model: NAME', got {values!r:.100}")
+        raise ServeError(f"{path}: expected a mapping such as 'model: NAME', got {shown(values)}")
     return values
-
-
-def _key_twice(document: Any) -> Any:
-    """The node of the first key that stands twice in one mapping of a YAML document, or None."""
-    import yaml
-
-    waiting, seen = [document], set()
-    while waiting:
-        node = waiting.pop()
-        if node is None or id(node) in seen:
-            continue
-        seen.add(id(node))
-        if isinstance(node, yaml.SequenceNode):
-            waiting += reversed(node.value)
-        elif isinstance(node, yaml.MappingNode):
-            keys = set()
-            for key, value in node.value:
-                if isinstance(key, yaml.ScalarNode):
-                    if (key.tag, key.value) in keys:
-                        return key
-                    keys.add((key.tag, key.value))
-                waiting += [value, key]
-    return None
 
 
 def api_key(deployment: Deployment) -> str | None:

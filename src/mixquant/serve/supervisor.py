@@ -6,14 +6,13 @@ import asyncio
 import contextlib
 import os
 import secrets
-import shutil
 import signal
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from mixquant import scratch
 from mixquant.engines.vllm.server import TIED, reason
 from mixquant.serve.commands import ENGINE_ROLES, Process
 from mixquant.serve.description import Deployment, ServeError
@@ -132,7 +131,7 @@ class Supervisor:
         self.say = say
         self.progress = progress
         # Sockets are made there, whose paths have to be short.
-        self.scratch = Path(tempfile.mkdtemp(prefix="mixquant-"))
+        self.scratch = scratch.make("serve")
         values = {"engine-key": secrets.token_urlsafe(32), "api-key": api_key or ""}
         self.supervised = [
             Supervised(
@@ -316,7 +315,7 @@ class Supervisor:
         )
         for one in self.supervised:
             self._clear_memory(one)
-        shutil.rmtree(self.scratch, ignore_errors=True)
+        scratch.remove(self.scratch)
 
 
 async def status_of(url: str) -> int | None:

@@ -12,12 +12,14 @@ from __future__ import annotations
 
 import atexit
 import os
-import tempfile
 from collections.abc import Iterator
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from mixquant import scratch
 
 ROWS = (
     ("prefill", "quantized"),
@@ -60,15 +62,14 @@ class Counters:
         """
         if multiprocess():
             return None
-        handle, path = tempfile.mkstemp(prefix="mixquant-counters-")
-        with os.fdopen(handle, "wb") as file:
-            file.write(bytes(8 * _WIDTH * ranks))
+        folder = scratch.make("counters")
+        path = str(folder / "table")
+        Path(path).write_bytes(bytes(8 * _WIDTH * ranks))
         owner = os.getpid()
 
         def remove() -> None:
             if os.getpid() == owner:
-                with suppress(OSError):
-                    os.unlink(path)
+                scratch.remove(folder)
 
         atexit.register(remove)
         _export(path)

@@ -7,16 +7,15 @@ import importlib.util
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+from mixquant import scratch
 from mixquant.ports import free_ports
 from mixquant.recipe import Recipe
 
@@ -96,14 +95,14 @@ def serving(
     command = [sys.executable, "-c", TIED, *COMMAND, "--model", model, "--served-model-name", name]
     command += ["--host", "127.0.0.1", "--port", str(port), *arguments]
     # vLLM makes sockets there, whose paths have to be short.
-    scratch = tempfile.mkdtemp(prefix="mixquant-")
+    folder = scratch.make("server")
     with log.open("wb") as file:
         process = subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
             stdout=file,
             stderr=subprocess.STDOUT,
-            env={**os.environ, "TMPDIR": scratch},
+            env={**os.environ, "TMPDIR": str(folder)},
             start_new_session=True,
         )
     answers = False
@@ -114,7 +113,7 @@ def serving(
     finally:
         # While vLLM starts it has no request to finish, and SIGTERM does not end it.
         end(process, patience=30 if answers else 0)
-        shutil.rmtree(scratch, ignore_errors=True)
+        scratch.remove(folder)
 
 
 def _wait(

@@ -51,6 +51,7 @@ class Verdict:
 
     score: float  # 0 to 1
     detail: str = ""  # why, for who reads the answers' file
+    extracted: bool = True  # False: nothing was found in the answer that could be right or wrong
 
 
 class Chat(Protocol):

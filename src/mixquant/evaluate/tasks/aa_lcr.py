@@ -96,7 +96,7 @@ class AaLcr(Task):
     async def score(self, item: Item, answer: Answer, judge: Chat | None = None) -> Verdict:
         text = strip_thinking(str(answer.get("text") or ""))
         if not text:
-            return Verdict(0.0, "no answer beside thinking")
+            return Verdict(0.0, "no answer beside thinking", extracted=False)
         prompt = _JUDGE.format(
             question=item.reference["question"], official=item.reference["answer"], candidate=text
         )

@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib.util
 import itertools
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -124,7 +125,8 @@ class BfclV4(Task):
             else:
                 calls = decoded(answer.get("tool_calls") or [])
                 if not calls:
-                    return Verdict(0.0, "made no call, or none whose arguments are an object")
+                    why = "made no call, or none whose arguments are an object"
+                    return Verdict(0.0, why, extracted=False)
                 right, why = await isolated(backend.calls_are_right, entry, calls)
         except IsolationError as error:
             return Verdict(0.0, f"the calls could not be checked: {error}")
@@ -203,7 +205,7 @@ async def _score_turns(entry: dict[str, Any], turns: Any) -> tuple[bool, str]:
 
 
 def _files(source: Path) -> Iterator[tuple[str, Path]]:
-    if source.is_dir():
+    if os.path.isdir(source):
         found = [
             (category, path)
             for category in WEIGHTS

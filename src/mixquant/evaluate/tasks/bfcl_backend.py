@@ -15,11 +15,11 @@ import io
 import json
 import keyword
 import os
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
+
+from mixquant.models import cache_dir
 
 Call = Mapping[str, Any]  # name, arguments: an object
 
@@ -161,8 +161,7 @@ def _module(name: str) -> ModuleType:
     from mixquant.evaluate.tasks.stand_ins import stand_ins
 
     # Where the package makes folders for its results when it is imported; by default, beside itself.
-    root = Path(tempfile.gettempdir()) / f"mixquant-bfcl-{os.getuid()}"
-    os.environ["BFCL_PROJECT_ROOT"] = str(root)
+    os.environ["BFCL_PROJECT_ROOT"] = str(cache_dir() / "bfcl-eval")
     with stand_ins(
         "bfcl_eval.constants.model_config",
         "bfcl_eval.model_handler.parser.java_parser",

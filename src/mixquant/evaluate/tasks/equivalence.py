@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import logging
 import re
+from decimal import Decimal
 from typing import Any
+
+from mixquant.evaluate.tasks.extraction import ascii_forms
 
 # From here on an answer is not one: AIME's, MATH's and GSM8K's have tens of characters.
 LONGEST_ANSWER = 1000
@@ -19,6 +22,22 @@ _TEXT = re.compile(
     r"\\(?:text|textbf|textit|textrm|mathrm|mbox|mathbf|operatorname)\s*\{([^{}]*)\}"
 )
 _MIXED = re.compile(r"(?<![\d.,/])(\d{1,6}) (\d{1,6})/(\d{1,6})(?![\d.,/])")
+# A dash that a sign was meant with: nothing before it that could be subtracted from.
+_SIGN = re.compile(r"(?<![\w.)}\]])[–—](?=[$€£]?\\?\$?\.?\d)")
+_SCIENTIFIC = re.compile(
+    r"(?<![\w.])(\d{1,30}(?:\.\d{1,30})?)"
+    r"(?:[eE]|\s?(?:×|x|\*|\\times|\\cdot)\s?10\^)\{?([+-]?\d{1,2})\}?(?![\w.]*\d|\w)"
+)
+# A number with its unit in words: a word of one letter may be a variable.
+_WITH_UNIT = re.compile(
+    r"(?:USD\s?|EUR\s?|GBP\s?|[€£¥]\s?)?([-+]?(?:\d[\d,]*)?\.?\d+)\s?"
+    r"(?:[€£¥]|[A-Za-z]{2,}(?:[ /][A-Za-z]+)*)?(?:\^\{?[23]\}?)?"
+)
+_NO_UNITS = re.compile(
+    r"\b(?:hundred|thousand|[mbtr]+illion|dozen|half|percent|pi|sqrt|sin|cos|tan|log|ln|exp|mod|"
+    r"and|or|to|of|over|plus|minus|times)\b",
+    re.IGNORECASE,
+)
 _REPEATING = re.compile(r"(?<![\d.])(\d{0,9})\.(\d{0,9})\\overline\s*\{?(\d{1,9})\}?")
 
 
@@ -31,9 +50,11 @@ def equivalent(reference: str, answer: str) -> bool:
     return _same(_parse(_box(reference)), _parse(_box(answer)))
 
 
-def concludes(reference: str, text: str) -> bool:
-    """Whether an answer in prose, without a box, ends with what the reference says."""
-    return _same(_parse(_box(reference)), _parse(text[-_TAIL:]))
+def concludes(reference: str, text: str) -> bool | None:
+    """Whether an answer in prose, without a box, ends with what the reference says; None if it holds
+    no expression at all."""
+    found = _parse(_typed(text[-_TAIL:]).replace("\\$", "$"))
+    return _same(_parse(_box(reference)), found) if found else None
 
 
 def _same(reference: list[Any], answer: list[Any]) -> bool:
@@ -58,9 +79,24 @@ def _box(answer: str) -> str:
     return f"\\boxed{{{_respelled(answer)}}}"
 
 
+def _typed(text: str) -> str:
+    """The text as it would be typed in ASCII: minus signs, digits, powers of ten written out."""
+    text = _SIGN.sub("-", ascii_forms(text).replace("−", "-").replace("﹣", "-"))
+    return _SCIENTIFIC.sub(lambda m: format(Decimal(f"{m[1]}e{m[2]}"), "f"), text)
+
+
+def _without_unit(answer: str) -> str:
+    match = _WITH_UNIT.fullmatch(answer)
+    return answer if match is None or _NO_UNITS.search(answer) else match[1]
+
+
 def _respelled(answer: str) -> str:
-    answer = answer.strip().strip("$").strip()
-    answer = answer.removesuffix(".").replace("°", r"^\circ").replace(r"\varnothing", r"\emptyset")
+    answer = _typed(answer).strip().strip("$").strip()
+    answer = (
+        _without_unit(answer.removesuffix("."))
+        .replace("°", r"^\circ")
+        .replace(r"\varnothing", r"\emptyset")
+    )
     answer = _MIXED.sub(r"\1\\frac{\2}{\3}", answer)
     return _REPEATING.sub(_fraction, answer)
 

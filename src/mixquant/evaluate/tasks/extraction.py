@@ -9,22 +9,37 @@ import re
 
 _BRACES = re.compile(r"(\\(?:boxed|fbox)[ \t\n]*\{)|\\.|(\{)|\}", re.DOTALL)
 
-# A letter as answers set it: bare, in brackets, bold or in LaTeX, and not the beginning of a word.
-# Small letters count only in brackets: "the answer is a matter of taste".
-_SETTING = r"(?:[\s\"'*_$(\[{]|\\[a-z]*)*"
-_LETTER = (
-    rf"{_SETTING}(?:(?:option|choice)\b{_SETTING})?(?:([A-D])(?![\w'’-])|(?<=[(\[])([a-d])[)\]])"
-)
+# What writers of Chinese and Japanese type: ！ to ～ are ASCII's, each as wide as a character of theirs.
+_FULL_WIDTH = {wide: wide - 0xFEE0 for wide in range(0xFF01, 0xFF5F)} | {0x3000: " "}
+
+# A letter as answers set it: bare, in brackets, in quotes, bold or in LaTeX, and not the beginning of
+# a word. Small letters count only in brackets: "the answer is a matter of taste".
+_OPEN = r"\"'“”‘’„«»‹›「『`*_$(\[{"
+_CLOSE = r"\"'“”‘’«»‹›」』`*_$)\]}"
+_SETTING = rf"(?:[\s{_OPEN}]|\\[a-z]*)*"
+_WORD = r"(?i:option|choice|选项)"
+_BARE = r"([A-D])(?![\w'’-])"
+_LETTER = rf"{_SETTING}(?:{_WORD}(?![a-z]){_SETTING})?(?:{_BARE}|(?<=[(\[])([a-d])[)\]])"
 _CHOICES = [
     # The format that was asked for, then what else announces an answer.
     re.compile(rf"(?i:correct\s+answer\s+is)\s*:?{_LETTER}"),
     re.compile(
-        r"(?i:\banswer|\bcorrect\s+(?:option|choice)|答案)[*_]*\s*"
-        rf"(?i:is|would\s+be|should\s+be|must\s+be|:|：|是|为)\s*:?{_LETTER}"
+        r"(?i:\banswer|\bcorrect\s+(?:option|choice)|\b(?:my|final)\s+choice|答案)[*_]*\s*"
+        rf"(?i:is|would\s+be|should\s+be|must\s+be|:|是|为)\s*:?{_LETTER}"
     ),
     re.compile(rf"\\boxed[ \t]*\{{{_LETTER}"),
-    re.compile(r"^[ \t\"'*_$(\[{]*([A-D])[ \t\"'*_$)\]}.:,]*$()", re.MULTILINE),
-    re.compile(r"\A[\s*_(\[]*([A-D])[)\].:]()"),
+    re.compile(
+        rf"(?:\b(?i:I\s+(?:would\s+)?(?:choose|pick|select|go\s+with))|选择?)\s*:?{_LETTER}"
+    ),
+    re.compile(
+        rf"(?<![\w'’-]){_BARE}[{_CLOSE}]*\s+(?i:is\s+(?:the\s+)?(?:correct|right|best))\b()"
+    ),
+    re.compile(
+        rf"^[ \t{_OPEN}]*(?:(?:{_WORD}|(?i:answer))[ \t{_OPEN}:]*)?([A-D])[ \t{_CLOSE}.:,。]*$()",
+        re.MULTILINE,
+    ),
+    re.compile(rf"\A[\s{_OPEN}]*([A-D])[)\].:]()"),
+    re.compile(rf"\A[\s{_OPEN}]*{_WORD}[ \t{_OPEN}]*{_BARE}()"),
 ]
 
 
@@ -47,6 +62,11 @@ def strip_thinking(text: str) -> str:
     return "".join(kept).rpartition("</think>")[2].strip()
 
 
+def ascii_forms(text: str) -> str:
+    """The text with full-width letters, digits and signs as ASCII has them."""
+    return text.translate(_FULL_WIDTH)
+
+
 def last_boxed(text: str) -> str | None:
     r"""What stands in the last ``\boxed{...}`` that is closed; None if there is none."""
     found = None
@@ -67,8 +87,10 @@ def chosen_letter(text: str) -> str | None:
     """The letter, A to D, that an answer to a multiple-choice question settles on; None if none.
 
     Looked for in this order, the last occurrence of each: "correct answer is (X)", "answer: X" and
-    the like, a box, a line that is only a letter; then a letter that opens the text, as in "B. ...".
+    the like, a box, "I choose X", "X is correct", a line that is only a letter or "Option X"; then
+    what opens the text, as in "B. ..." or "Option B, since ...". Full-width forms are read, too.
     """
+    text = ascii_forms(text)
     for pattern in _CHOICES:
         found = pattern.findall(text)
         if found:

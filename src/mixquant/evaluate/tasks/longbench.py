@@ -74,7 +74,11 @@ class LongBenchV2(Task):
     async def score(self, item: Item, answer: Answer, judge: Chat | None = None) -> Verdict:
         letter = chosen_letter(strip_thinking(str(answer.get("text") or "")))
         found = f"chose {letter}" if letter else "chose no letter"
-        return Verdict(float(letter == item.reference), f"{found}, expected {item.reference}")
+        return Verdict(
+            float(letter == item.reference),
+            f"{found}, expected {item.reference}",
+            extracted=letter is not None,
+        )
 
 
 def _prompt(record: _Question, document: str) -> str:

@@ -128,7 +128,7 @@ class LongMemEval(Task):
     async def score(self, item: Item, answer: Answer, judge: Chat | None = None) -> Verdict:
         text = strip_thinking(str(answer.get("text") or ""))
         if not text:
-            return Verdict(0.0, "no answer beside thinking")
+            return Verdict(0.0, "no answer beside thinking", extracted=False)
         prompt = _judge_prompt(item.id, item.reference, text)
         return await judged(judge, prompt, {"yes": 1.0, "no": 0.0}, max_tokens=4096)
 

@@ -94,7 +94,11 @@ class _Mathematics(Task):
         except IsolationError as error:
             return Verdict(0.0, f"the answer could not be compared: {error}")
         found = f"answered {boxed[:100]!r}" if boxed is not None else "no box"
-        return Verdict(float(right), f"{found}, expected {item.reference!r}")
+        return Verdict(
+            float(bool(right)),
+            f"{found}, expected {item.reference!r}",
+            extracted=bool(boxed) if boxed is not None else right is not None,
+        )
 
 
 class Math500(_Mathematics):

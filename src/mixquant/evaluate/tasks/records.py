@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import csv
 import io
-import json
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from mixquant import strict_json
 from mixquant.evaluate.tasks import TaskError
+from mixquant.reading import ReadingError, parse_json
 
 
 class Record(BaseModel):
@@ -107,7 +107,7 @@ def _checked(values: Any, schema: type[R], place: str) -> R:
 
 def _raw(path: Path) -> Iterator[tuple[str, Any]]:
     """Records and where they stand, for messages."""
-    if path.is_dir():
+    if os.path.isdir(path):
         raise TaskError(f"cannot read {path}: it is a directory, expected a file")
     if path.suffix == ".parquet":
         yield from _parquet(path)
@@ -119,12 +119,15 @@ def _raw(path: Path) -> Iterator[tuple[str, Any]]:
     except UnicodeDecodeError:
         raise TaskError(f"cannot read {path}: it is not UTF-8 text") from None
     if path.suffix == ".csv":
-        reader = csv.DictReader(io.StringIO(text))
-        columns = reader.fieldnames or ()
-        if twice := [name for name in columns if columns.count(name) > 1]:
-            raise TaskError(f"{path}: the column {twice[0]!r} stands twice")
-        for row in reader:
-            yield f"{path}, line {reader.line_num}", row
+        reader = csv.DictReader(io.StringIO(text), strict=True)
+        try:
+            columns = reader.fieldnames or ()
+            if twice := [name for name in columns if columns.count(name) > 1]:
+                raise TaskError(f"{path}: the column {twice[0]!r} stands twice")
+            for row in reader:
+                yield f"{path}, line {reader.line_num}", row
+        except csv.Error as error:  # a field of over 128 KiB, an open quote
+            raise TaskError(f"{path}, line {reader.line_num}: not CSV: {error}") from None
     elif text.lstrip().startswith("["):
         yield from _array(path, text)
     else:
@@ -133,22 +136,16 @@ def _raw(path: Path) -> Iterator[tuple[str, Any]]:
             if line.strip():
                 place = f"{path}, line {number}"
                 try:
-                    yield place, strict_json.loads(line)
-                except strict_json.DuplicateKeyError as error:
-                    raise TaskError(f"{place}: {error}") from None
-                except (ValueError, RecursionError) as error:
+                    yield place, parse_json(line)
+                except ReadingError as error:
                     raise TaskError(f"{place}: not JSON: {error}") from None
 
 
 def _array(path: Path, text: str) -> Iterator[tuple[str, Any]]:
     try:
-        values = strict_json.loads(text)
-    except strict_json.DuplicateKeyError as error:
-        raise TaskError(f"{path}: {error}") from None
-    except json.JSONDecodeError as error:
-        raise TaskError(f"{path}, line {error.lineno}: not JSON: {error.msg}") from None
-    except RecursionError:
-        raise TaskError(f"{path}: JSON that is nested too deeply") from None
+        values = parse_json(text)
+    except ReadingError as error:
+        raise TaskError(f"{path}: not JSON: {error}") from None
     for number, value in enumerate(values, 1):
         yield f"{path}, record {number}", value
 
