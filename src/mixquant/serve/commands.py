@@ -19,6 +19,8 @@ from mixquant.serve.description import Deployment
 Role = Literal["colocated", "prefill", "decode", "router", "front"]
 Secret = Literal["api-key", "engine-key"]  # what clients show; what engines ask of the router
 
+UNSET = ("auto", "none")  # of parsers, where there is none to name
+
 ENGINE_ROLES: tuple[Role, ...] = ("colocated", "prefill", "decode")
 TRANSFER_ROUTER = "router-transfer"  # prefill on one engine, decode on another
 DIRECT_ROUTER = "router-direct"  # both on a decode engine
@@ -259,7 +261,18 @@ def _vllm(
         *("--host", place.listen, "--port", str(place.port)),
         *("--tensor-parallel-size", str(deployment.tensor_parallel_size)),
         *("--quantization", "mixquant", "--additional-config", _json({"mixquant": chosen})),
+        *_for_agents(deployment),
     )
+
+
+def _for_agents(deployment: Deployment) -> list[str]:
+    """What agents' clients expect of a server, and vLLM does only if told. The user's come later."""
+    given = ["--enable-prompt-tokens-details"]
+    if deployment.tool_parser not in UNSET:
+        given += ["--enable-auto-tool-choice", "--tool-call-parser", deployment.tool_parser]
+    if deployment.reasoning_parser not in UNSET:
+        given += ["--reasoning-parser", deployment.reasoning_parser]
+    return given
 
 
 def _router(

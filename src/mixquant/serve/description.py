@@ -85,6 +85,9 @@ class Deployment(BaseModel):
         log_folder: one file for each process. None: a new one under the temporary directory.
         api_key_variable: environment variable that holds the key which clients have to show.
         api_key_file: file that holds it. Neither: no key is asked for.
+        tool_parser: vLLM's parser of tool calls. ``auto``: the one for the form that the model's chat
+            template shows; ``none``: none, and tools that a model may choose are refused.
+        reasoning_parser: vLLM's parser of reasoning, likewise.
         vllm_arguments: passed to every engine.
         prefill_arguments: passed to the prefill engines, after those for all.
         decode_arguments: passed to the decode engines, after those for all.
@@ -119,6 +122,8 @@ class Deployment(BaseModel):
     log_folder: Path | None = None
     api_key_variable: Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")] | None = None
     api_key_file: Path | None = None
+    tool_parser: Annotated[str, Field(pattern=r"^[\w.-]+$")] = "auto"
+    reasoning_parser: Annotated[str, Field(pattern=r"^[\w.-]+$")] = "auto"
     vllm_arguments: Arguments = ()
     prefill_arguments: Arguments = ()
     decode_arguments: Arguments = ()

@@ -341,7 +341,11 @@ def route_of(body: dict[str, Any], least: int) -> tuple[str, str]:
     """Whether a request is worth, and able to make, the way over a prefill engine; and why not."""
     prompts = body.get("prompt")
     several = isinstance(prompts, list) and len(prompts) > 1 and not isinstance(prompts[0], int)
-    if several or any(isinstance(body.get(key), int) and body[key] > 1 for key in ("n", "best_of")):
+    if (
+        several
+        or body.get("use_beam_search")
+        or any(isinstance(body.get(key), int) and body[key] > 1 for key in ("n", "best_of"))
+    ):
         # The KV cache that a prefill engine keeps is given up when it was read once.
         return "direct", "several_sequences"
     if body.get("prompt_logprobs") is not None or body.get("echo"):
