@@ -338,8 +338,13 @@ def test_the_list_of_models_does_not_show_paths() -> None:
         "data": [{"id": "m", "object": "model", "owned_by": "vllm", "root": "/secret/path",
                   "parent": None, "max_model_len": 8, "permission": [{"id": "p"}]}],
     }  # fmt: skip
-    with served(Routers(direct=httpx.Response(200, json=said))) as client:
+    routers = Routers(direct=httpx.Response(200, json=said))
+    with served(routers) as client:
         (model,) = client.get("/v1/models").json()["data"]
+        assert client.head("/v1/models").status_code == 200
+    assert [one.method for one in routers.asked] == ["GET", "GET"]
+    with served(Routers(direct=httpx.Response(200, json=5))) as client:
+        assert client.get("/v1/models").status_code == 503
     assert model == {
         "id": "m", "object": "model", "owned_by": "vllm", "root": "m", "max_model_len": 8
     }  # fmt: skip
@@ -444,6 +449,7 @@ def test_what_an_engine_fails_at_is_not_shown_to_the_next_one(
     assert routers.hosts == ["transfer"]
     shown = answer.json()["error"]["message"]
     assert shown == (message if message != DEAD else shown)
+    assert answer.headers["x-should-retry"] == "false"
     assert "above" not in shown
     assert "127.0.0.1" not in shown
 

@@ -289,6 +289,16 @@ def test_the_reason_in_a_log(tmp_path: Path, log: str, said: str) -> None:
     assert reason(path, len("OSError: of another life\n")) == said
 
 
+def test_the_last_lines_are_of_this_life_and_not_who_asked_for_its_health(tmp_path: Path) -> None:
+    one = Set(tmp_path, ALL)["decode-0"]
+    health = '(APIServer pid=1) INFO:     127.0.0.1:1 - "GET /health HTTP/1.1" 200 OK\n'
+    one.log.write_text("of another life\n" + "first\n" + "last\n" + 20 * health)
+    one.began = len("of another life\n")
+    assert one.last_lines() == "  | first\n  | last"
+    one.log.write_text("of another life\n" + health)
+    assert one.last_lines() == f"  | {health.strip()}"
+
+
 def test_an_engine_is_not_told_the_key_of_clients(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

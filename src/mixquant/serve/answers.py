@@ -77,10 +77,9 @@ def without_addresses(content: bytes) -> bytes:
 
 def models(content: bytes) -> bytes:
     """The list of models without the paths of their files."""
-    found = json.loads(content)
     data = [
         {name: one[name] for name in _MODEL if name in one} | {"root": one["id"]}
-        for one in found["data"]
+        for one in json.loads(content)["data"]
     ]
     return json.dumps({"object": "list", "data": data}).encode()
 

@@ -209,7 +209,7 @@ def application(settings: Settings, client: httpx.AsyncClient | None = None) -> 
         taken = await taken_from(request, settings.limits) if request.method == "POST" else None
         try:
             answer = await upstream.request(
-                request.method,
+                "POST" if taken else "GET",
                 settings.direct + request.url.path,
                 content=taken.content if taken else None,
                 headers=to_router,
@@ -222,7 +222,10 @@ def application(settings: Settings, client: httpx.AsyncClient | None = None) -> 
             return refused(answer)
         content = answer.content
         if request.url.path == "/v1/models":
-            content = answers.models(content)
+            try:
+                content = answers.models(content)
+            except (ValueError, KeyError, TypeError):
+                return unready(None)
         kind = answer.headers.get("content-type")
         response = Response(content, answer.status_code, {"content-type": kind} if kind else {})
         return with_left_out(response, taken) if taken else response
@@ -441,10 +444,11 @@ def with_left_out(response: Response, taken: Accepted) -> Response:
 def unready(answer: httpx.Response | None) -> Response:
     """One message for whatever a router says when engines are gone; a real fault keeps its own."""
     message = own_error(answer) if answer is not None else None
-    if message is not None and answers.DEAD in message:
-        return failure(500, "an engine ended while it worked on this request, and starts again")
     if message is not None:
-        return JSONResponse(error_body(500, message), 500)
+        if answers.DEAD in message:
+            message = "an engine ended while it worked on this request, and starts again"
+        # Or OpenAI's client would show it to the next engine.
+        return JSONResponse(error_body(500, message), 500, {"x-should-retry": "false"})
     if answer is not None and answer.status_code == 500 and is_json(answer):
         return failure(500, answers.FAILED)
     return failure(503, "no engine can serve this now: one ended and starts again; try again later")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import re
 import secrets
 import shutil
 import signal
@@ -26,6 +27,7 @@ PROBE = 10.0  # s that one answer may take
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0  # s before a process is started again; doubles each time
 SETTLED = 300.0  # s of health after which earlier ends are forgotten
 LAST_LINES = 8  # of a log, shown when its process ended
+ACCESS = re.compile(r'"[A-Z]+ \S+ HTTP/[\d.]+" \d{3}')  # a line of it that says who asked for what
 ENDING = 20.0  # s from the request to end to the order
 ENDING_EARLY = 1.0  # s of it, for what has not started yet
 CHILDREN_ENDING = 5.0  # s that its children have to notice
@@ -125,6 +127,7 @@ class Supervised:
     def last_lines(self) -> str:
         """Of the log of this life; where an engine died and others say so, up to what it died of."""
         lines = read_log(self.log, self.began)
+        lines = [line for line in lines if not ACCESS.search(line)] or lines
         if points_elsewhere(lines) and (at := cause(lines)) is not None:
             lines = lines[: at + 1]
         return "\n".join(f"  | {line[:300]}" for line in lines[-LAST_LINES:])
