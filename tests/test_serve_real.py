@@ -418,6 +418,52 @@ def test_anthropics_client(served: Served) -> None:
         wrong.messages.create(max_tokens=1, **asked)
 
 
+TOOLS = [
+    {
+        "type": "function",
+        "function": {
+            "name": "look_up",
+            "parameters": {"type": "object", "properties": {"word": {"type": "string"}}},
+        },
+    }
+]
+
+
+def test_litellm(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LITELLM_LOCAL_MODEL_COST_MAP", "True")  # it would be downloaded
+    litellm = pytest.importorskip("litellm")
+    asked = {"model": "openai/tiny", "api_base": f"{served.url}/v1", "api_key": KEY}
+    asked |= {"messages": FRANCE, "max_tokens": 8, "temperature": 0, "tools": TOOLS}
+    answer = litellm.completion(**asked)
+    chunks = list(litellm.completion(stream=True, **asked))
+    pieces = [chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices]
+    assert answer.choices[0].message.content == "".join(pieces) != ""
+    with pytest.raises(litellm.BadRequestError):
+        litellm.completion(**(asked | {"temperature": -1}))
+
+
+def test_openais_agents(served: Served) -> None:
+    agents = pytest.importorskip("agents")
+    agents.set_tracing_disabled(True)
+    client = openai.AsyncOpenAI(base_url=f"{served.url}/v1", api_key=KEY, max_retries=0)
+
+    @agents.function_tool
+    def look_up(word: str) -> str:
+        """Looks a word up."""
+        return word
+
+    agent = agents.Agent(
+        name="agent",
+        instructions="Be brief.",
+        tools=[look_up],
+        model=agents.OpenAIChatCompletionsModel(model="tiny", openai_client=client),
+        model_settings=agents.ModelSettings(max_tokens=8, temperature=0),
+    )
+    result = agents.Runner.run_sync(agent, "What is the capital of France?")
+    assert result.final_output
+    assert result.context_wrapper.usage.output_tokens > 0
+
+
 # --- what cannot be answered -------------------------------------------------------------------------
 
 

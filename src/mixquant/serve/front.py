@@ -424,8 +424,10 @@ def guard(
 
 
 def failure(status: int, message: str) -> Response:
-    retry = {"retry-after": "5"} if status in UNREADY else {}
-    return JSONResponse(error_body(status, message), status, retry)
+    headers = {"retry-after": "5"} if status in UNREADY else {}
+    if status in (408, 413):
+        headers["connection"] = "close"  # what is left of the request is not wanted
+    return JSONResponse(error_body(status, message), status, headers)
 
 
 def refused(answer: httpx.Response) -> Response:
