@@ -116,6 +116,13 @@ def test_which_way(path: str, body: dict[str, Any], host: str) -> None:
     assert asked.headers["authorization"] == "Bearer inner"
 
 
+def test_responses_go_the_way_on_which_the_router_shows_the_key() -> None:
+    routers = Routers(transfer=503)
+    with served(routers) as client:
+        assert client.post("/v1/responses", json={"input": SHORT}).status_code == 503
+    assert set(routers.hosts) == {"transfer"}
+
+
 @given(text=st.text(), least=st.integers(0, 50))
 def test_an_estimate_is_never_negative_and_zero_sends_everything(text: str, least: int) -> None:
     body = completion(text)
