@@ -37,8 +37,8 @@ from mixquant.serve.listener import Limits, error_body
 LOG = logging.getLogger("uvicorn.error")  # whose handler and level the server sets up
 BYTES_PER_TOKEN = 4  # of English text and code; what decides is a rough measure of worth
 CLIENT_GONE = 499
-# On its way to one engine alone the router, 0.1.17, does not show this path's engine the key.
-RESPONSES = "/v1/responses"
+# On its way to one engine alone the router, 0.1.17, does not show the engines of these paths the key.
+NEED_TRANSFER = ("/v1/responses", "/v1/messages")
 UNREADY = (502, 503, 504)
 BROKEN = (500, *UNREADY)
 # s before each attempt on a route: a router takes a second to notice a death, and seconds on a busy
@@ -102,7 +102,7 @@ def application(settings: Settings, client: httpx.AsyncClient | None = None) -> 
         nonlocal generating
         body = taken.body
         route, reason = route_of(body, settings.min_transfer_tokens)
-        if request.url.path == RESPONSES:
+        if request.url.path in NEED_TRANSFER:
             route, reason = "transfer", "prompt"
         headers = to_router | passed_on(request)
         if "x-session-id" not in headers and (session := session_of(body)):
@@ -163,7 +163,7 @@ def application(settings: Settings, client: httpx.AsyncClient | None = None) -> 
             if (
                 route == "transfer"
                 and settings.decode_fallback
-                and path != RESPONSES
+                and path not in NEED_TRANSFER
                 and (status in UNREADY or attempt > 1)
             ):
                 # No prefill engine is there, or two attempts found one that died.
