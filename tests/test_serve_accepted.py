@@ -36,7 +36,6 @@ def test_every_parameter_of_vllms_is_decided_about() -> None:
         "/v1/completions": [CompletionRequest],
         "/v1/responses": [ResponsesRequest],
         "/v1/messages": [anthropic.AnthropicMessagesRequest],
-        "/v1/messages/count_tokens": [anthropic.AnthropicCountTokensRequest],
         "/tokenize": [tokenize.TokenizeCompletionRequest, tokenize.TokenizeChatRequest],
         "/detokenize": [tokenize.DetokenizeRequest],
     }

@@ -139,7 +139,6 @@ BODIES = {
     "/v1/completions": completion(),
     "/v1/responses": {"input": LONG},
     "/v1/messages": {**CHAT, "max_tokens": 1},
-    "/v1/messages/count_tokens": CHAT,
     "/tokenize": {"prompt": LONG},
     "/detokenize": {"tokens": [1]},
 }

@@ -410,12 +410,9 @@ def test_anthropics_client(served: Served) -> None:
     assert answer.content[0].text
     with client.messages.stream(**asked) as stream:
         assert "".join(stream.text_stream)
-    del asked["max_tokens"]
-    counted = client.messages.count_tokens(**asked).input_tokens
-    assert counted == answer.usage.input_tokens + (answer.usage.cache_read_input_tokens or 0)
     wrong = anthropic.Anthropic(base_url=served.url, api_key="wrong", max_retries=0)
     with pytest.raises(anthropic.AuthenticationError):
-        wrong.messages.create(max_tokens=1, **asked)
+        wrong.messages.create(**asked)
 
 
 TOOLS = [

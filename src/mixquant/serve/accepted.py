@@ -150,7 +150,6 @@ KNOWN: dict[str, dict[str, Any]] = {
     "/v1/completions": _COMPLETION,
     "/v1/responses": _RESPONSES,
     "/v1/messages": _MESSAGES,
-    "/v1/messages/count_tokens": _ANTHROPIC,
     "/tokenize": _TOKENIZE,
     "/detokenize": _values("model tokens"),
 }

@@ -263,7 +263,6 @@ def application(settings: Settings, client: httpx.AsyncClient | None = None) -> 
         "/v1/completions": (generate_while_waited_for, "POST"),
         "/v1/responses": (generate_while_waited_for, "POST"),
         "/v1/messages": (generate_while_waited_for, "POST"),
-        "/v1/messages/count_tokens": (forward, "POST"),
         "/v1/models": (forward, "GET"),
         "/tokenize": (forward, "POST"),
         "/detokenize": (forward, "POST"),
