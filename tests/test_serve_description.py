@@ -6,6 +6,7 @@ import json
 import re
 import shlex
 import socket
+import sys
 from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mixquant.cli import main
+from mixquant.ports import free_ports
 from mixquant.serve import checks
 from mixquant.serve.commands import Process, dry_run, local_places, processes
 from mixquant.serve.description import Deployment, ServeError, api_key, read
@@ -411,6 +413,32 @@ def test_a_port_that_is_taken(capsys: pytest.CaptureFixture[str]) -> None:
     checks.check_port(described(port=port))
     with pytest.raises(ServeError, match="cannot listen on port"):
         checks.check_port(described(host="no.such.host.invalid"))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names that are no files")
+@pytest.mark.parametrize("first", [{}, SET])
+@pytest.mark.parametrize("second", [{}, SET])
+def test_two_do_not_start_on_one_port(first: dict[str, Any], second: dict[str, Any]) -> None:
+    (port,) = free_ports(1)
+    held = checks.hold_port(described(port=port, **first))
+    try:
+        with pytest.raises(ServeError, match=f"cannot listen on port {port} of 127.0.0.1"):
+            checks.hold_port(described(port=port, **second))
+        with pytest.raises(ServeError, match=f"cannot listen on port {port} of localhost"):
+            checks.hold_port(described(port=port, host="localhost", **second))
+        # What the first one starts can listen: vLLM binds as here.
+        if not first:
+            with socket.socket() as engine:
+                engine.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                engine.bind(("127.0.0.1", port))
+                engine.listen()
+                with pytest.raises(ServeError):
+                    checks.hold_port(described(port=port, host="0.0.0.0", **second))
+    finally:
+        for one in held:
+            one.close()
+    for one in checks.hold_port(described(port=port, **second)):
+        one.close()
 
 
 @pytest.mark.parametrize(

@@ -5,8 +5,10 @@ The routers are stand-ins; the real ones are in test_serve_real.py.
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import AsyncIterator, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,6 +19,7 @@ from hypothesis import strategies as st
 from starlette.testclient import TestClient
 
 from mixquant.serve import front
+from mixquant.serve.listener import Limits
 
 LONG = "The quick brown fox jumps over the lazy dog. " * 60
 SHORT = "Why?"
@@ -45,6 +48,11 @@ def served(handler: Handler, **options: Any) -> Iterator[TestClient]:
     with TestClient(front.application(settings, upstream)) as client:
         client.headers["Authorization"] = "Bearer outer"
         yield client
+
+
+def metrics() -> str:
+    with TestClient(front.inner_application("inner")) as inner:
+        return str(inner.get("/metrics").text)
 
 
 class Routers:
@@ -108,6 +116,13 @@ def test_which_way(path: str, body: dict[str, Any], host: str) -> None:
     assert asked.headers["authorization"] == "Bearer inner"
 
 
+def test_responses_go_the_way_on_which_the_router_shows_the_key() -> None:
+    routers = Routers(transfer=503)
+    with served(routers) as client:
+        assert client.post("/v1/responses", json={"input": SHORT}).status_code == 503
+    assert set(routers.hosts) == {"transfer"}
+
+
 @given(text=st.text(), least=st.integers(0, 50))
 def test_an_estimate_is_never_negative_and_zero_sends_everything(text: str, least: int) -> None:
     body = completion(text)
@@ -117,11 +132,30 @@ def test_an_estimate_is_never_negative_and_zero_sends_everything(text: str, leas
     assert way == ("transfer" if front.estimated_tokens(body) >= least else "direct")
 
 
-def test_a_client_does_not_say_where_a_cache_comes_from() -> None:
+EVIL: list[Any] = [{"remote_host": "evil"}, "", "x", ["a"], 5]
+CHAT = {"messages": [{"role": "user", "content": LONG}]}
+BODIES = {
+    "/v1/chat/completions": CHAT,
+    "/v1/completions": completion(),
+    "/v1/responses": {"input": LONG},
+    "/v1/messages": {**CHAT, "max_tokens": 1},
+    "/tokenize": {"prompt": LONG},
+    "/detokenize": {"tokens": [1]},
+}
+
+
+@pytest.mark.parametrize("path", BODIES)
+@pytest.mark.parametrize("evil", EVIL)
+def test_a_client_does_not_say_where_a_cache_comes_from(path: str, evil: Any) -> None:
+    inner = {"kv_transfer_params": evil, "ec_transfer_params": evil}
+    body = {**BODIES[path], **inner, "vllm_xargs": inner, "stream_options": inner}
     routers = Routers()
     with served(routers) as client:
-        client.post("/v1/completions", json=completion(kv_transfer_params={"remote_host": "evil"}))
-    assert "kv_transfer_params" not in json.loads(routers.asked[0].content)
+        answer = client.post(path, json=body)
+    assert answer.status_code == 200
+    assert b"transfer_params" not in routers.asked[0].content
+    left = answer.headers["x-ignored-parameters"]
+    assert left.startswith("kv_transfer_params, ec_transfer_params, vllm_xargs")
 
 
 @pytest.mark.parametrize(
@@ -147,10 +181,16 @@ def test_without_a_key_anyone_may_ask() -> None:
 
 
 def test_the_routers_can_ask_about_their_key() -> None:
-    with served(Routers()) as client:
+    with TestClient(front.inner_application("inner")) as client:
         for key, status in (("inner", 200), ("outer", 401), ("", 401)):
             headers = {"Authorization": f"Bearer {key}"}
             assert client.get("/internal/key-check", headers=headers).status_code == status
+
+
+@pytest.mark.parametrize("path", ["/metrics", "/internal/key-check"])
+def test_what_is_not_for_clients_is_not_at_their_address(path: str) -> None:
+    with served(Routers()) as client:
+        assert client.get(path).status_code == 404
 
 
 @pytest.mark.parametrize("content", [b"{", b"[1]", b"\xff", b"", b'{"a": NaN}', b"[" * 10**5])
@@ -161,6 +201,159 @@ def test_what_is_no_request(content: bytes) -> None:
     assert answer.status_code == 400
     assert "JSON" in answer.json()["error"]["message"]
     assert routers.asked == []
+
+
+@pytest.mark.parametrize("path", BODIES)
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ('"model": "\\ud800"', "surrogate"),
+        ('"model": {"\\ud800": 1}', "not an object"),
+        ('"user": "\\udfff", "prompt": "\\udfff", "messages": "\\udfff", '
+         '"tokens": "\\udfff", "system": "\\udfff"', "surrogate"),
+        ('"model": 1e400', "too large"),
+        ('"model": -1e400', "too large"),
+        ('"model": Infinity', "not JSON"),
+        ('"model": ' + "9" * 5000, "not JSON"),
+        ('"model": ' + "[" * 200 + "]" * 200, "nested"),
+        ('"model": ' + "[" * 100000 + "]" * 100000, "not JSON"),
+    ],
+)  # fmt: skip
+def test_what_no_engine_could_read_is_refused_with_a_sentence(
+    path: str, more: str, said: str
+) -> None:
+    routers = Routers()
+    content = json.dumps(BODIES[path])[:-1] + ", " + more + "}"
+    with served(routers) as client:
+        answer = client.post(path, content=content)
+    assert answer.status_code == 400
+    error = answer.json()["error"]
+    assert said in error["message"]
+    assert (error["type"], error["code"]) == ("invalid_request_error", 400)
+    assert routers.asked == []
+
+
+@pytest.mark.parametrize("header", front.PASSED_ON)
+@pytest.mark.parametrize("value", ["é".encode("latin-1"), "é".encode(), b"a\tb"])
+def test_a_header_that_is_not_ascii_is_refused(header: str, value: bytes) -> None:
+    routers = Routers()
+    with served(routers) as client:
+        answer = client.post("/v1/completions", json=completion(), headers={header: value})
+    assert answer.status_code == 400
+    assert header in answer.json()["error"]["message"]
+    assert routers.asked == []
+
+
+RUST = "Failed to deserialize the JSON body into the target type: "
+
+
+@pytest.mark.parametrize(
+    ("said", "shown"),
+    [
+        (
+            RUST + "max_tokens: invalid value: integer `-3`, expected u32 at line 1 column 128",
+            "max_tokens: invalid value: integer `-3`, expected a whole number that is not negative",
+        ),
+        (
+            RUST + 'messages: invalid type: string "hi", expected a sequence at line 1 column 31',
+            'messages: invalid type: string "hi", expected a list',
+        ),
+        (
+            RUST + "stop: data did not match any variant of untagged enum StringOrArray at line 1 "
+            "column 139",
+            "stop: it has a type that is not known here",
+        ),
+        ("whatever http://127.0.0.1:4711 says", "the request cannot be served as it is"),
+    ],
+)
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/tokenize"])
+def test_what_a_router_refuses_is_said_as_openai_says_it(path: str, said: str, shown: str) -> None:
+    answer = httpx.Response(422, text=said)
+    with served(Routers(transfer=answer, direct=answer)) as client:
+        refused = client.post(path, json=BODIES[path])
+    error = refused.json()["error"]
+    assert (refused.status_code, error["code"]) == (422, 422)
+    assert error["type"] == "invalid_request_error"
+    assert shown in error["message"]
+    assert "line 1" not in error["message"]
+    assert "127.0.0.1" not in error["message"]
+
+
+def test_what_an_engine_refuses_is_said_as_the_engine_says_it() -> None:
+    said = {"error": {"message": "too long", "type": "BadRequestError", "param": "a", "code": 400}}
+    with served(Routers(transfer=httpx.Response(400, json=said))) as client:
+        answer = client.post("/v1/completions", json=completion())
+    assert (answer.status_code, answer.json()) == (400, said)
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/tokenize"])
+@pytest.mark.parametrize("key", ["outer", "wrong"])
+def test_a_body_that_is_too_large(path: str, key: str) -> None:
+    routers = Routers()
+    with served(routers, limits=Limits(body_bytes=2000)) as client:
+        client.headers["Authorization"] = f"Bearer {key}"
+        sizes = {}
+        for size in (2000, 2001, 100_000):
+            content = json.dumps({"prompt": ""}).encode().ljust(size)
+            for form in (content, iter([content[:500], content[500:]])):
+                sizes[size, form is content] = client.post(path, content=form)
+    for (size, _), answer in sizes.items():
+        wanted = 401 if key == "wrong" else 200 if size == 2000 else 413
+        assert answer.status_code == wanted
+        if wanted == 413:
+            assert answer.json()["error"]["message"].endswith("more than 2000 bytes")
+    assert len(routers.asked) == (0 if key == "wrong" else 2)
+
+
+def test_a_key_may_come_as_anthropics_clients_show_it() -> None:
+    with served(Routers()) as client:
+        del client.headers["Authorization"]
+        for key, status in (("outer", 200), ("wrong", 401)):
+            answer = client.post("/v1/messages", json=CHAT, headers={"x-api-key": key})
+            assert answer.status_code == status
+
+
+def test_an_answer_does_not_show_inner_addresses() -> None:
+    inner = "___prefill_addr_127.0.0.1:65181___decode_addr_[::1]:13172_" + "0a" * 16
+    said = {
+        "id": f"chatcmpl-{inner}",
+        "text": 'he said "___prefill_addr_x"',
+        "n": [f"cmpl-{inner}-0"],
+    }
+    shown = {**said, "id": "chatcmpl-" + "0a" * 16, "n": ["cmpl-" + "0a" * 16 + "-0"]}
+    with served(Routers(transfer=httpx.Response(200, json=said))) as client:
+        assert client.post("/v1/completions", json=completion()).json() == shown
+
+    line = f"data: {json.dumps(said)}\n\n".encode()
+
+    class Cut(httpx.AsyncByteStream):
+        async def __aiter__(self) -> AsyncIterator[bytes]:
+            for start in range(0, 2 * len(line), 7):
+                yield (line + line)[start : start + 7]
+
+    stream = httpx.Response(200, headers={"content-type": "text/event-stream"}, stream=Cut())
+    with served(Routers(transfer=stream)) as client:
+        answer = client.post("/v1/completions", json=completion(stream=True))
+    events = answer.text.split("\n\n")
+    assert [json.loads(one.removeprefix("data: ")) for one in events[:-1]] == [shown, shown]
+
+
+def test_the_list_of_models_does_not_show_paths() -> None:
+    said = {
+        "object": "list",
+        "data": [{"id": "m", "object": "model", "owned_by": "vllm", "root": "/secret/path",
+                  "parent": None, "max_model_len": 8, "permission": [{"id": "p"}]}],
+    }  # fmt: skip
+    routers = Routers(direct=httpx.Response(200, json=said))
+    with served(routers) as client:
+        (model,) = client.get("/v1/models").json()["data"]
+        assert client.head("/v1/models").status_code == 200
+    assert [one.method for one in routers.asked] == ["GET", "GET"]
+    with served(Routers(direct=httpx.Response(200, json=5))) as client:
+        assert client.get("/v1/models").status_code == 503
+    assert model == {
+        "id": "m", "object": "model", "owned_by": "vllm", "root": "m", "max_model_len": 8
+    }  # fmt: skip
 
 
 def test_what_is_not_served() -> None:
@@ -192,23 +385,22 @@ def test_a_decode_engine_takes_over(transfer: Any, hosts: list[str]) -> None:
     routers = Routers(transfer=transfer)
     with served(routers) as client:
         answer = client.post("/v1/completions", json=completion())
-        metrics = client.get("/metrics").text
     assert answer.status_code == 200
     assert routers.hosts == hosts
-    assert "mixquant_routed_total" in metrics
+    assert "mixquant_routed_total" in metrics()
 
 
 def test_a_takeover_is_counted() -> None:
-    def count(client: TestClient) -> float:
+    def count() -> float:
         wanted = 'mixquant_routed_total{reason="fallback",route="direct"}'
-        lines = [x for x in client.get("/metrics").text.splitlines() if x.startswith(wanted)]
+        lines = [x for x in metrics().splitlines() if x.startswith(wanted)]
         return float(lines[0].split()[-1]) if lines else 0.0
 
     with served(Routers(transfer=503)) as client:
-        before = count(client)
+        before = count()
         client.post("/v1/completions", json=completion())
         client.post("/v1/completions", json=completion(SHORT))
-        assert count(client) == before + 1
+        assert count() == before + 1
 
 
 def test_no_decode_engine_takes_over_where_it_must_not() -> None:
@@ -237,17 +429,84 @@ def test_what_engines_may_have_died_of_is_not_shown_to_all_of_them() -> None:
     assert routers.hosts == ["transfer"] * 2 + ["direct"] * 2
 
 
+PREFILL_FAILED = (
+    "Transparent proxy request failed: Network error: Prefill server http://127.0.0.1:1/v1/completions "
+    'returned 500 Internal Server Error: {{"error": {{"message": "{}", "code": 500}}}}'
+)
+DEAD = "EngineCore encountered an issue. See stack trace (above) for the root cause."
+
+
+def failing(message: str, of_prefill: bool) -> httpx.Response:
+    if of_prefill:
+        return httpx.Response(500, text=PREFILL_FAILED.format(message))
+    return httpx.Response(500, json={"error": {"message": message, "code": 500}})
+
+
+@pytest.mark.parametrize("of_prefill", [False, True])
+@pytest.mark.parametrize("message", ["'str' object has no attribute 'get'", DEAD])
+def test_what_an_engine_fails_at_is_not_shown_to_the_next_one(
+    message: str, of_prefill: bool
+) -> None:
+    """It was alone there, so it is what the engine failed at, or died of."""
+    routers = Routers(transfer=failing(message, of_prefill), direct=failing(message, False))
+    with served(routers) as client:
+        answer = client.post("/v1/completions", json=completion())
+    assert answer.status_code == 500
+    assert routers.hosts == ["transfer"]
+    shown = answer.json()["error"]["message"]
+    assert shown == (message if message != DEAD else shown)
+    assert answer.headers["x-should-retry"] == "false"
+    assert "above" not in shown
+    assert "127.0.0.1" not in shown
+
+
+@pytest.mark.parametrize(
+    ("second", "status"), [(httpx.Response(200, json={}), 200), (failing(DEAD, False), 500)]
+)
+def test_what_was_beside_the_killer_of_an_engine_is_tried_again_once(
+    second: Any, status: int
+) -> None:
+    """Which of them it was is not known; none of them may end a third engine."""
+    answers = [failing(DEAD, True), failing(DEAD, True), second, second, second, second]
+    asked: list[str] = []
+    both = asyncio.Event()
+
+    async def router(request: Any) -> Any:
+        asked.append(request.url.host)
+        if len(asked) == 2:
+            both.set()
+        await both.wait()
+        return answers.pop(0)
+
+    with served(router) as client, ThreadPoolExecutor(2) as pool:
+        done = list(pool.map(lambda _: client.post("/v1/completions", json=completion()), range(2)))
+    assert [one.status_code for one in done] == [status] * 2
+    assert asked == ["transfer"] * 4
+
+
+@pytest.mark.parametrize("fallback", [True, False])
+def test_a_cache_that_did_not_come_is_fetched_again_where_nothing_takes_over(
+    fallback: bool,
+) -> None:
+    lost = failing("Internal server error", False)
+    routers = Routers(transfer=[lost, 200])
+    with served(routers, decode_fallback=fallback) as client:
+        status = client.post("/v1/completions", json=completion()).status_code
+    assert (status, len(routers.asked)) == ((500, 1) if fallback else (200, 2))
+
+
 def test_the_log_says_what_was_tried_and_nothing_of_a_prompt(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     router = httpx.Response(503, text="No available workers")
     engine = httpx.Response(500, json={"error": {"message": "a secret"}})
-    answers = [router, DOWN, engine, httpx.Response(500, json={})]
-    with served(Routers(direct=answers)) as client:
-        client.post("/v1/completions", json=completion(SHORT))
-    (line,) = [r.getMessage() for r in caplog.records if "no engine served" in r.getMessage()]
-    wanted = "direct: 503 No available workers; direct: ConnectError; direct: 500; direct: 500"
-    assert line.endswith(wanted)
+    of_prefill = httpx.Response(500, text=PREFILL_FAILED.format("a secret"))
+    for last in (engine, of_prefill):
+        caplog.clear()
+        with served(Routers(direct=[router, DOWN, last])) as client:
+            client.post("/v1/completions", json=completion(SHORT))
+        (line,) = [r.getMessage() for r in caplog.records if "attempts" in r.getMessage()]
+        assert line.endswith("direct: 503 No available workers; direct: ConnectError; direct: 500")
 
 
 @pytest.mark.parametrize("fault", [500, 503, DOWN])

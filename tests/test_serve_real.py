@@ -23,6 +23,7 @@ from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
 
+import httpx
 import pytest
 import this_machine
 import tiny_models
@@ -96,10 +97,11 @@ class Served:
         return self.metrics_of(None if role is None else self.engine(role))
 
     def metrics_of(self, engine: Any) -> dict[str, float]:
-        port = self.port
+        line = (engine or self.child("alone.py front")).cmdline()
         if engine is not None:
-            line = engine.cmdline()
             port = int(line[line.index("--port") + 1])
+        else:
+            port = int(line[line.index("--inner") + 1].rpartition(":")[2])
         with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=PATIENCE) as page:
             lines = page.read().decode().splitlines()
         found = {}
@@ -201,7 +203,7 @@ def command(model: str, port: int, folder: Path, prefill: int = 1) -> list[str]:
     line = [*colocated(model, port, folder), "--prefill", str(prefill), "--decode", "1"]
     line += ["--min-transfer-tokens", "100", "--"]
     line += ["--max-model-len", str(CONTEXT), "--enforce-eager", "--num-gpu-blocks-override"]
-    return [*line, str(BLOCKS), "--enable-auto-tool-choice", "--tool-call-parser", "hermes"]
+    return [*line, str(BLOCKS)]
 
 
 @pytest.fixture(scope="module")
@@ -373,6 +375,92 @@ def test_a_conversation_computes_again_only_what_is_new(served: Served) -> None:
         assert first.usage.prompt_tokens // 128 * 128 <= found < second.usage.prompt_tokens, role
 
 
+def test_an_agent_learns_what_was_cached_and_no_address(served: Served) -> None:
+    messages = long_chat("Which statement comes first?")
+    for cached in (0, 128):
+        answer = served.chat(messages, extra_body={"cache_salt": "agent"})
+        assert (answer.usage.prompt_tokens_details.cached_tokens or 0) >= cached
+        assert re.fullmatch(r"chatcmpl-[0-9a-f]+", answer.id)
+    ids = {chunk.id for chunk in served.chat(messages, stream=True)}
+    assert len(ids) == 1
+    assert re.fullmatch(r"chatcmpl-[0-9a-f]+", ids.pop())
+    models = served.client.models.list().to_json()
+    assert "/" not in models.replace("https://", "")
+    served.at_rest()
+
+
+def test_responses(served: Served) -> None:
+    sent = served.sent()
+    asked = {"model": "tiny", "input": long_chat("What is it?"), "temperature": 0}
+    answer = served.client.responses.create(max_output_tokens=8, **asked)
+    assert answer.output_text
+    assert answer.usage.output_tokens <= 8
+    events = list(served.client.responses.create(max_output_tokens=8, stream=True, **asked))
+    text = "".join(one.delta for one in events if one.type == "response.output_text.delta")
+    assert text == answer.output_text
+    assert b"127.0.0.1" not in json.dumps([one.to_dict() for one in events]).encode()
+    assert served.sent() > sent
+
+
+def test_anthropics_client(served: Served) -> None:
+    anthropic = pytest.importorskip("anthropic")
+    client = anthropic.Anthropic(base_url=served.url, api_key=KEY, max_retries=0, timeout=PATIENCE)
+    asked = {"model": "tiny", "max_tokens": 8, "messages": long_chat("What is it?")}
+    answer = client.messages.create(**asked)
+    assert answer.content[0].text
+    with client.messages.stream(**asked) as stream:
+        assert "".join(stream.text_stream)
+    wrong = anthropic.Anthropic(base_url=served.url, api_key="wrong", max_retries=0)
+    with pytest.raises(anthropic.AuthenticationError):
+        wrong.messages.create(**asked)
+
+
+TOOLS = [
+    {
+        "type": "function",
+        "function": {
+            "name": "look_up",
+            "parameters": {"type": "object", "properties": {"word": {"type": "string"}}},
+        },
+    }
+]
+
+
+def test_litellm(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LITELLM_LOCAL_MODEL_COST_MAP", "True")  # it would be downloaded
+    litellm = pytest.importorskip("litellm")
+    asked = {"model": "openai/tiny", "api_base": f"{served.url}/v1", "api_key": KEY}
+    asked |= {"messages": FRANCE, "max_tokens": 8, "temperature": 0, "tools": TOOLS}
+    answer = litellm.completion(**asked)
+    chunks = list(litellm.completion(stream=True, **asked))
+    pieces = [chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices]
+    assert answer.choices[0].message.content == "".join(pieces) != ""
+    with pytest.raises(litellm.BadRequestError):
+        litellm.completion(**(asked | {"temperature": -1}))
+
+
+def test_openais_agents(served: Served) -> None:
+    agents = pytest.importorskip("agents")
+    agents.set_tracing_disabled(True)
+    client = openai.AsyncOpenAI(base_url=f"{served.url}/v1", api_key=KEY, max_retries=0)
+
+    @agents.function_tool
+    def look_up(word: str) -> str:
+        """Looks a word up."""
+        return word
+
+    agent = agents.Agent(
+        name="agent",
+        instructions="Be brief.",
+        tools=[look_up],
+        model=agents.OpenAIChatCompletionsModel(model="tiny", openai_client=client),
+        model_settings=agents.ModelSettings(max_tokens=8, temperature=0),
+    )
+    result = agents.Runner.run_sync(agent, "What is the capital of France?")
+    assert result.final_output
+    assert result.context_wrapper.usage.output_tokens > 0
+
+
 # --- what cannot be answered -------------------------------------------------------------------------
 
 
@@ -399,6 +487,9 @@ def test_engines_and_routers_answer_the_front_alone(served: Served) -> None:
                         # A router's page of metrics, whatever the path.
                         assert answer.read().startswith(b"# "), one.cmdline()
                 except urllib.error.HTTPError as error:
+                    if one == served.child("alone.py front"):
+                        assert error.code == 404, url  # its metrics, and what routers ask of it
+                        continue
                     assert error.code == 401, url
                     asked.add(connection.laddr.port)
                 except (OSError, http.client.HTTPException):
@@ -428,6 +519,72 @@ def test_mistakes_of_clients(served: Served) -> None:
         served.client.completions.create(model="other", prompt=TEXT[:2000], max_tokens=1)
     with pytest.raises(openai.NotFoundError, match="not served here"):
         served.client.embeddings.create(model="tiny", input="a")
+
+
+EVIL: list[Any] = ["", "x", ["a"], 5, {"do_remote_prefill": True, "remote_host": "evil"}]
+
+
+@pytest.mark.parametrize("prompt", ["short", "long"])
+def test_what_used_to_end_an_engine_is_left_out(served: Served, prompt: str) -> None:
+    engines = {role: served.engine(role).pid for role in ("prefill", "decode")}
+    messages = FRANCE if prompt == "short" else long_chat("What?")
+    for evil in EVIL:
+        inner = {"kv_transfer_params": evil}
+        answer = served.chat(messages, max_tokens=2, extra_body={**inner, "vllm_xargs": inner})
+        assert answer.usage.completion_tokens == 2
+    assert engines == {role: served.engine(role).pid for role in ("prefill", "decode")}
+    assert served.routed("fallback") == 0
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"max_tokens": -3},
+        {"messages": "hi"},
+        {"n": 1.5},
+        {"temperature": "hot"},
+        {"stop": 5},
+        {"seed": 2**70},
+        {"stop_token_ids": [2**70]},
+        {"stop_token_ids": [-1]},
+        {"allowed_token_ids": [2**40]},
+        {"logit_bias": {"99999999": 1}},
+        {"logit_bias": {"a": "b"}},
+        {"top_logprobs": 10**9, "logprobs": True},
+        {"min_tokens": 2**40},
+        {"truncate_prompt_tokens": 2**62},
+        {"structured_outputs": {"regex": "("}},
+        {"structured_outputs": {"grammar": "x"}},
+        {"response_format": {"type": "json_schema", "json_schema": {"name": "n", "schema": 5}}},
+        {"tools": [{"type": "function"}]},
+        {"tools": [], "tool_choice": "required"},
+        {"messages": [{"role": "nobody", "content": [{"type": "thing"}]}]},
+        {"chat_template": "{{"},
+        {"repetition_detection": {"min_count": -1}},
+        {"top_k": 2**40},
+        {"priority": 2**40},
+        {"bad_words": [""]},
+    ],
+    ids=lambda more: "-".join(more) if isinstance(more, dict) else None,
+)
+def test_a_mistake_is_a_clients_error_and_ends_nothing(served: Served, more: Any) -> None:
+    engines = {role: served.engine(role).pid for role in ("prefill", "decode")}
+    body = {"model": "tiny", "messages": FRANCE, "max_tokens": 2, **more}
+    for question in (FRANCE, long_chat("What?")):
+        if "messages" not in more:
+            body["messages"] = question
+        answer = httpx.post(
+            f"{served.url}/v1/chat/completions",
+            json=body,
+            headers={"Authorization": f"Bearer {KEY}"},
+            timeout=PATIENCE,
+        )
+        assert answer.status_code == 200 or 400 <= answer.status_code < 500, answer.text
+        if answer.status_code != 200:
+            error = answer.json()["error"]
+            assert len(error["message"].split()) > 1
+            assert "127.0.0.1" not in answer.text
+    assert engines == {role: served.engine(role).pid for role in ("prefill", "decode")}
 
 
 def test_a_port_that_is_taken_is_refused_at_once(
@@ -524,7 +681,7 @@ def test_a_killed_router(served: Served, router: str) -> None:
     # It has a title of its own by now; its port tells which one it is.
     before = served.output().count("starts again")
     name = "router-transfer" if "pd" in router else "router-direct"
-    front = served.child("front.py").cmdline()
+    front = served.child("alone.py front").cmdline()
     url = front[front.index("--transfer" if "pd" in router else "--direct") + 1]
     port = int(url.rpartition(":")[2])
     (found,) = [
@@ -603,6 +760,32 @@ def test_one_colocated_engine(model: str, tmp_path: Path) -> None:
     finally:
         process.kill()
         process.wait()
+
+
+def test_what_is_killed_while_it_starts_leaves_nothing(model: str, tmp_path: Path) -> None:
+    (port,) = free_ports(1)
+    with (tmp_path / "serve.log").open("wb") as log:
+        process = subprocess.Popen(
+            colocated(model, port, tmp_path),
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env=environment(),
+        )
+    one = Served(process, port, tmp_path)
+    log_of_engine = tmp_path / "logs" / "engine.log"
+    # It has begun to load: another one is not let onto its port, and SIGTERM would not end it.
+    one.wait(lambda: log_of_engine.exists() and "EngineCore" in log_of_engine.read_text())
+    with pytest.raises(ServeError, match=f"cannot listen on port {port}"):
+        checks.check_port(Deployment(model="m", port=port))
+    (engine,) = one.children()
+    session = os.getsid(engine.pid)
+    assert len(members(session)) > 1
+    process.kill()
+    process.wait()
+    end = time.monotonic() + PATIENCE
+    while members(session):
+        assert time.monotonic() < end
+        time.sleep(0.2)
 
 
 def test_an_engine_that_cannot_start(model: str, tmp_path: Path) -> None:

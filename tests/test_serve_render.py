@@ -141,7 +141,8 @@ def test_compose_runs_the_same_commands(deployment: Deployment) -> None:
     for service in services.values():
         for host, port in re.findall(r"http://([\w-]+):(\d+)", " ".join(service["command"])):
             theirs = services[host]["command"]
-            assert theirs[theirs.index("--port") + 1] == port
+            inner = "--inner" in theirs and theirs[theirs.index("--inner") + 1]
+            assert f"0.0.0.0:{port}" in (inner, f"0.0.0.0:{theirs[theirs.index('--port') + 1]}")
             assert theirs[theirs.index("--host") + 1] == "0.0.0.0"
 
 
@@ -192,6 +193,9 @@ def test_pods_find_one_another(deployment: Deployment) -> None:
         for container in pod["containers"]:
             command = container["command"]
             port = command[command.index("--port") + 1]
+            if "--inner" in command:  # its own metrics, and what the routers ask of it
+                inner = command[command.index("--inner") + 1]
+                listening[inner.replace("0.0.0.0", "127.0.0.1")] = command
             if ("Service", name) in objects:
                 assert objects["StatefulSet", name]["spec"]["serviceName"] == name
                 assert objects["Service", name]["spec"]["clusterIP"] == "None"

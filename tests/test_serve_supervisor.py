@@ -6,6 +6,7 @@ import asyncio
 import multiprocessing
 import os
 import signal
+import subprocess
 import sys
 import time
 import uuid
@@ -17,6 +18,7 @@ from typing import Any
 
 import pytest
 
+from mixquant.engines.vllm.server import reason
 from mixquant.ports import free_ports
 from mixquant.serve import leftovers, supervisor
 from mixquant.serve.commands import Place, Process, Role
@@ -31,8 +33,11 @@ import os, signal, subprocess, sys, time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 port, *habits = sys.argv[1:]
 print("hello", *habits, "key", os.environ.get("KEY"), flush=True)
+print("clients' key", os.environ.get("OUTER_KEY"), flush=True)
 if "fails" in habits:
     sys.exit("ValueError: this model is not one")
+if "dies-inside" in habits:
+    sys.exit("ValueError: of old" + 400 * "\\nINFO all is well" + os.environ["DEATH"])
 def use_memory(*_):
     global kept
     import mmap
@@ -61,6 +66,20 @@ class Handler(BaseHTTPRequestHandler):
 print("habits are set", flush=True)
 ThreadingHTTPServer(("127.0.0.1", int(port)), Handler).serve_forever()
 """
+
+
+DEATH = (
+    """
+(EngineCore pid=7) ERROR 11-27 10:00:01 [core.py:99] Traceback (most recent call last):
+(EngineCore pid=7) ERROR 11-27 10:00:01 [core.py:99]   File "scheduler.py", line 9, in schedule
+(EngineCore pid=7) ERROR 11-27 10:00:01 [core.py:99] AttributeError: 'str' object has no attribute 'get'
+(APIServer pid=3) ERROR 11-27 10:00:01 [async_llm.py:5] EngineDeadError: EngineCore encountered an \
+issue. See stack trace (above) for the root cause.
+(APIServer pid=3) INFO:     Shutting down
+(APIServer pid=3) zmq.error.ZMQError: Socket operation on non-socket
+""".replace("\\\n", "")
+    + "INFO:     Waiting for application shutdown.\n" * 9
+)
 
 
 @pytest.fixture(autouse=True)
@@ -222,6 +241,7 @@ def test_whatever_is_killed_starts_again(tmp_path: Path, name: str) -> None:
     assert any(f"{name} ended by signal 9; the last lines" in line for line in whole.said)
     assert "  | hello" in "".join(whole.said)
     assert any(f"{name} starts again in" in line for line in whole.said)
+    assert any(f"{name} is back" in line for line in whole.said)
     assert whole.log(name).count("hello") == 2
 
 
@@ -232,6 +252,127 @@ def test_one_that_does_not_start_ends_all_and_says_why(tmp_path: Path) -> None:
     assert not whole.ready
     assert whole.left() == []
     assert "\n" not in str(whole.supervisor.failure)
+
+
+def test_one_whose_engine_dies_says_what_of(tmp_path: Path) -> None:
+    whole = Set(tmp_path, {**ALL, "decode-0": ["dies-inside"]}, {"DEATH": DEATH})
+    wanted = (
+        r"decode-0 ended with exit code 1: AttributeError: 'str' object has no attribute 'get' \("
+    )
+    with pytest.raises(ServeError, match=wanted):
+        whole.run(nothing)
+    lines = whole["decode-0"].last_lines().splitlines()
+    assert len(lines) == supervisor.LAST_LINES
+    assert "'str' object has no attribute 'get'" in lines[-1]
+
+
+@pytest.mark.parametrize(
+    ("log", "said"),
+    [
+        ("", "it printed nothing"),
+        ("hello\n", "hello"),
+        ("ValueError: a\nmore\n", "ValueError: a"),
+        ("KeyError: a\nRuntimeError: Engine core failed. See root cause above. {}\n", "KeyError: a"),
+        (
+            "RuntimeError: Engine core failed. See root cause above. Failed core proc(s): {'E': -9}\n"
+            "noise\n",
+            "RuntimeError: Engine core failed. Failed core proc(s): {'E': -9} (killed: memory may have "
+            "run out)",
+        ),
+        ("ValueError: of old\n" + "INFO\n" * 999 + "E. See root cause above.\nnoise\n", "E."),
+        ("KeyError: mixquant cannot serve this\nOSError: c\n", "KeyError: mixquant cannot serve this"),
+    ],
+)  # fmt: skip
+def test_the_reason_in_a_log(tmp_path: Path, log: str, said: str) -> None:
+    path = tmp_path / "log"
+    path.write_text("OSError: of another life\n" + log)
+    assert reason(path, len("OSError: of another life\n")) == said
+
+
+def test_the_last_lines_are_of_this_life_and_not_who_asked_for_its_health(tmp_path: Path) -> None:
+    one = Set(tmp_path, ALL)["decode-0"]
+    health = '(APIServer pid=1) INFO:     127.0.0.1:1 - "GET /health HTTP/1.1" 200 OK\n'
+    one.log.write_text("of another life\n" + "first\n" + "last\n" + 20 * health)
+    one.began = len("of another life\n")
+    assert one.last_lines() == "  | first\n  | last"
+    one.log.write_text("of another life\n" + health)
+    assert one.last_lines() == f"  | {health.strip()}"
+
+
+def test_an_engine_is_not_told_the_key_of_clients(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OUTER_KEY", "secret")
+    described = Deployment(
+        model="m", prefill=1, decode=1, drain_timeout=1, api_key_variable="OUTER_KEY"
+    )
+    whole = Set(tmp_path, ALL, deployment=described)
+    whole.run(nothing)
+    for name in ALL:
+        assert "clients' key None" in whole.log(name)
+
+
+def test_one_line_for_each_stage(tmp_path: Path) -> None:
+    whole = Set(tmp_path, ALL)
+    stages: list[str] = []
+    whole.supervisor.progress = stages.append
+    whole.run(nothing)
+    assert stages[0] == "0 of 2 engines ready; loading: prefill-0, decode-0 (0 s)"
+    assert any(one.startswith("all engines ready; starting: ") for one in stages)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("starting", [True, False])
+def test_the_exit_code_says_whether_it_was_ready(
+    tmp_path: Path, number: signal.Signals, starting: bool
+) -> None:
+    if starting:
+        (tmp_path / "stuck").touch()
+    whole = Set(tmp_path, ALL, {"STUCK": str(tmp_path / "stuck")})
+
+    async def main() -> int:
+        running = asyncio.ensure_future(whole.supervisor.run(lambda: None))
+        one = whole["decode-0" if starting else "front"]
+        await until(lambda: one.lives > 0 and (starting or one.ready.is_set()))
+        await asyncio.sleep(1)
+        os.kill(os.getpid(), number)
+        return await asyncio.wait_for(running, PATIENCE)
+
+    assert asyncio.run(main()) == (128 + number if starting else 0)
+    assert whole.left() == []
+
+
+STARTER = """
+import subprocess, sys, time
+from mixquant.engines.vllm.server import tied
+subprocess.Popen(tied(sys.argv[1:]), start_new_session=True)
+time.sleep(1000)
+"""
+
+
+@pytest.mark.parametrize("habits", [["deaf", "child"], ["child"]])
+def test_when_the_starter_is_killed_all_ends(tmp_path: Path, habits: list[str]) -> None:
+    """Also what does not heed SIGTERM, as vLLM while it starts, and its children."""
+    (port,) = free_ports(1)
+    log = tmp_path / "log"
+    with log.open("wb") as file:
+        starter = subprocess.Popen(
+            [sys.executable, "-c", STARTER, sys.executable, "-c", SERVER, str(port), *habits],
+            stdout=file,
+            stderr=file,
+        )
+
+    async def main() -> None:
+        await until(lambda: "habits are set" in log.read_text())
+        child = int(log.read_text().split("child ")[2].split()[0])
+        session = os.getsid(child)
+        assert len(leftovers.members(session)) == 3  # the server, its child, and who watches
+        starter.kill()
+        starter.wait()
+        await until(lambda: not leftovers.members(session))
+        assert ("goodbye" in log.read_text()) == ("deaf" not in habits)
+
+    asyncio.run(main())
 
 
 def test_one_that_never_answers_ends_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

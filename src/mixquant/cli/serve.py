@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
+from socket import socket
 from typing import Annotated, Any, Literal
 
 import typer
@@ -107,6 +108,22 @@ def serve(
             metavar="NAME", help="What requests call the model.", rich_help_panel=_ADDRESS
         ),
     ] = None,
+    tool_parser: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="vLLM's parser of tool calls, or [bold]none[/bold].",
+            show_default="by the model's chat template",
+        ),
+    ] = None,
+    reasoning_parser: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="vLLM's parser of reasoning, or [bold]none[/bold].",
+            show_default="by the model's chat template",
+        ),
+    ] = None,
     host: Annotated[
         str | None,
         typer.Option(
@@ -187,6 +204,8 @@ def serve(
         "decode_fallback": decode_fallback,
         "tensor_parallel_size": tensor_parallel_size,
         "served_model_name": served_model_name,
+        "tool_parser": tool_parser,
+        "reasoning_parser": reasoning_parser,
         "host": host,
         "port": port,
         "api_key_variable": api_key_variable,
@@ -206,11 +225,21 @@ def serve(
 
 
 def _rendered(deployment: Deployment, kind: str, image: str | None) -> str:
-    """The machine that this runs on need not be the one that serves: nothing of it is looked at."""
+    """Nothing but a checkpoint is looked at here: the machine that serves may be another one."""
     from mixquant.serve import render_compose, render_kubernetes
 
     renderer = {"compose": render_compose, "kubernetes": render_kubernetes}[kind]
-    return renderer.render(deployment, image)
+    if "auto" not in (deployment.tool_parser, deployment.reasoning_parser):
+        return renderer.render(deployment, image)
+    if Path(deployment.model).is_dir():
+        found = models.find(deployment.model, say)
+        return renderer.render(_with_parsers(deployment, found), image)
+    text = renderer.render(deployment, image)
+    say(
+        f"{deployment.model} is not looked at: name its parsers with --tool-parser and "
+        "--reasoning-parser, or tools that it may choose are refused"
+    )
+    return text
 
 
 def _run(described: Deployment, dry_run: bool) -> None:
@@ -220,12 +249,13 @@ def _run(described: Deployment, dry_run: bool) -> None:
     from mixquant.serve.description import api_key
 
     gpus = checks.visible_gpus()
+    held = []
     if not dry_run:
         checks.check_packages(described)
-        checks.check_port(described)
+        held = checks.hold_port(described)  # from before a model is loaded
     checks.check_gpus(described, gpus)
     checkpoint = models.find(described.model, say)
-    deployment = described.model_copy(
+    deployment = _with_parsers(described, checkpoint).model_copy(
         update={"model": checkpoint.source, "served_model_name": described.name}
     )
     checks.check_memory(deployment, checks.size_of_weights(checkpoint.source), gpus)
@@ -241,10 +271,44 @@ def _run(described: Deployment, dry_run: bool) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ServeError(f"cannot write logs to {folder}: {error.strerror or error}") from None
-    _supervise(deployment, started, folder, key)
+    listener = held[0] if deployment.disaggregated else None
+    if code := _supervise(deployment, started, folder, key, listener):
+        raise typer.Exit(code)
 
 
-def _supervise(deployment: Deployment, started: list[Any], folder: Path, key: str | None) -> None:
+def _with_parsers(described: Deployment, checkpoint: models.Checkpoint) -> Deployment:
+    """The description with the parsers that fit the model, which is said."""
+    from mixquant.serve.parsers import parser_for
+
+    found: dict[str, str] = {}
+    model_type = str(checkpoint.config.get("model_type"))
+    if described.tool_parser == "auto":
+        tool = parser_for("tool", checkpoint.source, model_type)
+        found["tool_parser"] = tool or "none"
+        if tool:
+            say(
+                f"tool calls are read as {tool}: so the chat template (--tool-parser none: not at all)"
+            )
+        else:
+            say("tool calls are not read: no parser fits the chat template (--tool-parser NAME)")
+    if described.reasoning_parser == "auto":
+        reasoning = parser_for("reasoning", checkpoint.source, model_type)
+        found["reasoning_parser"] = reasoning or "none"
+        if reasoning:
+            say(
+                f"reasoning is read as {reasoning}: so the chat template "
+                "(--reasoning-parser none: not at all)"
+            )
+    return described.model_copy(update=found)
+
+
+def _supervise(
+    deployment: Deployment,
+    started: list[Any],
+    folder: Path,
+    key: str | None,
+    listener: socket | None,
+) -> int:
     import asyncio
 
     from mixquant.serve.supervisor import Supervisor
@@ -253,7 +317,7 @@ def _supervise(deployment: Deployment, started: list[Any], folder: Path, key: st
     kind = "one engine"
     if deployment.disaggregated:
         kind = f"{deployment.prefill} prefill and {deployment.decode} decode engines"
-    with err.status("starting") if err.is_terminal else _Quiet() as status:
+    with err.status("starting") if err.is_terminal else _Lines() as status:
 
         def ready() -> None:
             status.stop()
@@ -263,24 +327,30 @@ def _supervise(deployment: Deployment, started: list[Any], folder: Path, key: st
                 flush=True,
             )
 
-        async def run() -> None:
-            supervisor = Supervisor(deployment, started, folder, key, say, status.update)
-            await supervisor.run(ready)
+        async def run() -> int:
+            supervisor = Supervisor(deployment, started, folder, key, say, status.update, listener)
+            return await supervisor.run(ready)
 
-        asyncio.run(run())
+        return asyncio.run(run())
 
 
-class _Quiet:
-    """What stands for a spinner where there is no terminal."""
+class _Lines:
+    """What stands for a spinner where there is no terminal: a line for each stage."""
 
-    def __enter__(self) -> _Quiet:
+    def __init__(self) -> None:
+        self.last = ""
+
+    def __enter__(self) -> _Lines:
         return self
 
     def __exit__(self, *error: object) -> None:
         pass
 
     def update(self, doing: str) -> None:
-        pass
+        stage = doing.rpartition(" (")[0]  # without the time, which goes on
+        if stage != self.last:
+            self.last = stage
+            say(doing)
 
     def stop(self) -> None:
         pass

@@ -7,6 +7,7 @@ import os
 import shutil
 import socket
 import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -124,17 +125,43 @@ def check_memory(deployment: Deployment, weights: int, gpus: list[Gpu]) -> None:
 
 def check_port(deployment: Deployment) -> None:
     """Raises ServeError where the public address cannot be listened on."""
+    for one in hold_port(deployment):
+        one.close()
+
+
+def hold_port(deployment: Deployment) -> list[socket.socket]:
+    """Keeps the public address from others until the sockets that come back are closed.
+
+    The first of them is of the address itself. A set's front takes it over; it listens already, so
+    clients that come while engines load wait for it. A single engine binds the address on its own, and
+    vLLM listens late, so others could until then: another `mixquant serve` is kept off by the second
+    one, which is a name.
+
+    Raises:
+        ServeError: another one has the address.
+    """
+    held: list[socket.socket] = []
     try:
         found = socket.getaddrinfo(deployment.host, deployment.port, type=socket.SOCK_STREAM)
         family, kind, protocol, _, address = found[0]
-        with socket.socket(family, kind, protocol) as one:
-            one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            one.bind(address)
+        held.append(socket.socket(family, kind, protocol))
+        held[0].setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        held[0].bind(address)
+        if deployment.disaggregated:
+            held[0].listen(128)
+        if sys.platform == "linux":
+            held.append(socket.socket(socket.AF_UNIX))
+            # A name that begins so is no file, and is gone with the process.
+            host, port = held[0].getsockname()[:2]
+            held[1].bind(f"\0mixquant serve {host} {port}")
     except OSError as error:
+        for one in held:
+            one.close()
         raise ServeError(
             f"cannot listen on port {deployment.port} of {deployment.host} "
             f"({error.strerror or error}): give another --port or --host"
         ) from None
+    return held
 
 
 def size_of_weights(model: str) -> int:

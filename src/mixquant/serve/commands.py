@@ -19,6 +19,8 @@ from mixquant.serve.description import Deployment
 Role = Literal["colocated", "prefill", "decode", "router", "front"]
 Secret = Literal["api-key", "engine-key"]  # what clients show; what engines ask of the router
 
+UNSET = ("auto", "none")  # of parsers, where there is none to name
+
 ENGINE_ROLES: tuple[Role, ...] = ("colocated", "prefill", "decode")
 TRANSFER_ROUTER = "router-transfer"  # prefill on one engine, decode on another
 DIRECT_ROUTER = "router-direct"  # both on a decode engine
@@ -35,7 +37,9 @@ class Place:
         host: name or address by which the others reach it.
         port: of its HTTP server.
         side_channel: of an engine: the port of NIXL's handshake.
-        metrics: of a router: the port of its metrics.
+        metrics: of a router or front: the port of its metrics; of a front, of what the routers ask, too.
+        private: address that this port is on, and by which the others reach it, where that is another
+            one than clients'.
     """
 
     listen: str
@@ -43,10 +47,19 @@ class Place:
     port: int
     side_channel: int
     metrics: int
+    private: str | None = None
 
     @property
     def url(self) -> str:
         return f"http://{_bracketed(self.host)}:{self.port}"
+
+    @property
+    def metrics_listen(self) -> str:
+        return f"{_bracketed(self.private or self.listen)}:{self.metrics}"
+
+    @property
+    def metrics_url(self) -> str:
+        return f"http://{_bracketed(self.private or self.host)}:{self.metrics}"
 
 
 @dataclass(frozen=True)
@@ -90,7 +103,7 @@ class Process:
         used = {"http": self.place.port}
         if self.role in ("prefill", "decode"):
             used["side-channel"] = self.place.side_channel
-        if self.role == "router":
+        if self.role in ("router", "front"):
             used["metrics"] = self.place.metrics
         return used
 
@@ -141,14 +154,20 @@ def local_places(deployment: Deployment) -> Callable[[str], Place]:
     """Places on this machine: the public one as described, all else on free loopback ports."""
     public = "front" if deployment.disaggregated else "engine"
     names = 4 + (deployment.prefill or 0) + (deployment.decode or 0)
-    ports = iter(free_ports(3 * names, deployment.port))
+    free = free_ports(3 * names + 1, deployment.port)
+    ports = iter([port for port in free if port != deployment.metrics_port])
 
     def place(name: str) -> Place:
         one = Place(LOOPBACK, LOOPBACK, next(ports), next(ports), next(ports))
         if name != public:
             return one
         return replace(
-            one, listen=deployment.host, host=_reached(deployment.host), port=deployment.port
+            one,
+            listen=deployment.host,
+            host=_reached(deployment.host),
+            port=deployment.port,
+            metrics=deployment.metrics_port or one.metrics,
+            private=LOOPBACK,
         )
 
     return place
@@ -242,7 +261,18 @@ def _vllm(
         *("--host", place.listen, "--port", str(place.port)),
         *("--tensor-parallel-size", str(deployment.tensor_parallel_size)),
         *("--quantization", "mixquant", "--additional-config", _json({"mixquant": chosen})),
+        *_for_agents(deployment),
     )
+
+
+def _for_agents(deployment: Deployment) -> list[str]:
+    """What agents' clients expect of a server, and vLLM does only if told. The user's come later."""
+    given = ["--enable-prompt-tokens-details"]
+    if deployment.tool_parser not in UNSET:
+        given += ["--enable-auto-tool-choice", "--tool-call-parser", deployment.tool_parser]
+    if deployment.reasoning_parser not in UNSET:
+        given += ["--reasoning-parser", deployment.reasoning_parser]
+    return given
 
 
 def _router(
@@ -263,7 +293,7 @@ def _router(
         "router",
         (
             *_own(python, "router"),
-            *("--key-check", f"{front.url}/internal/key-check"),
+            *("--key-check", f"{front.metrics_url}/internal/key-check"),
             *("--host", place.listen, "--port", str(place.port)),
             *arguments,
             *("--policy", deployment.routing),
@@ -287,10 +317,13 @@ def _router(
 def _front(deployment: Deployment, routers: list[Process], place: Place, python: str) -> Process:
     transfer, direct = routers
     argv = [*_own(python, "front")]
-    argv += ["--host", place.listen, "--port", str(place.port)]
+    argv += ["--host", place.listen, "--port", str(place.port), "--inner", place.metrics_listen]
     argv += ["--transfer", transfer.place.url, "--direct", direct.place.url]
     argv += ["--min-transfer-tokens", str(deployment.min_transfer_tokens)]
     argv += ["--drain-timeout", f"{deployment.drain_timeout:g}"]
+    argv += ["--max-body-bytes", str(deployment.max_body_bytes)]
+    argv += ["--request-timeout", f"{deployment.request_timeout:g}"]
+    argv += ["--max-connections", str(deployment.max_connections)]
     if not deployment.decode_fallback:
         argv.append("--no-decode-fallback")
     secrets: dict[str, Secret] = {"MIXQUANT_ENGINE_KEY": "engine-key"}
@@ -309,8 +342,8 @@ def _front(deployment: Deployment, routers: list[Process], place: Place, python:
 def _own(python: str, module: str) -> tuple[str, ...]:
     """A module of this package as a program."""
     if python == sys.executable:
-        # By its path: a package's module would import the package, hence torch, for nothing.
-        return (python, "-P", str(Path(__file__).with_name(f"{module}.py")))
+        # By path: a package's module would import the package, hence torch, for nothing.
+        return (python, "-P", str(Path(__file__).with_name("alone.py")), module)
     return (python, "-m", f"{__package__}.{module}")
 
 

@@ -99,6 +99,9 @@ class Deployment(BaseModel):
         log_folder: one file for each process. None: a new one under the temporary directory.
         api_key_variable: environment variable that holds the key which clients have to show.
         api_key_file: file that holds it. Neither: no key is asked for.
+        tool_parser: vLLM's parser of tool calls. ``auto``: the one for the form that the model's chat
+            template shows; ``none``: none, and tools that a model may choose are refused.
+        reasoning_parser: vLLM's parser of reasoning, likewise.
         vllm_arguments: passed to every engine.
         prefill_arguments: passed to the prefill engines, after those for all.
         decode_arguments: passed to the decode engines, after those for all.
@@ -108,6 +111,11 @@ class Deployment(BaseModel):
         decode_fallback: without a prefill engine alive the decode engines prefill by themselves;
             off, requests then fail with status 503.
         routing: the router's policy for both roles.
+        metrics_port: of the loopback address, for the metrics of a set's front. None: a free one.
+        max_body_bytes: of one request's body; a larger one is refused with status 413.
+        request_timeout: seconds that the headers of a request may take to come, and then its body;
+            after them it is refused with status 408.
+        max_connections: of clients at a time; those beyond are refused with status 503.
         max_restarts: how often in a row an engine may end before it stays down.
         start_timeout: seconds until an engine has to answer.
         drain_timeout: seconds that requests in flight have to end in on shutdown.
@@ -128,6 +136,8 @@ class Deployment(BaseModel):
     log_folder: Path | None = None
     api_key_variable: Annotated[str, Field(pattern=rf"^{_VARIABLE}$")] | None = None
     api_key_file: Path | None = None
+    tool_parser: Annotated[str, Field(pattern=r"^[\w.-]+$")] = "auto"
+    reasoning_parser: Annotated[str, Field(pattern=r"^[\w.-]+$")] = "auto"
     vllm_arguments: Arguments = ()
     prefill_arguments: Arguments = ()
     decode_arguments: Arguments = ()
@@ -135,6 +145,10 @@ class Deployment(BaseModel):
     min_transfer_tokens: Annotated[int, Field(ge=0, strict=True)] = 256
     decode_fallback: Annotated[bool, Field(strict=True)] = True
     routing: Policy = "consistent_hash"
+    metrics_port: Annotated[int, Field(ge=1, le=65535, strict=True)] | None = None
+    max_body_bytes: Count = 16 * 2**20
+    request_timeout: Seconds = 60
+    max_connections: Count = 1024
     max_restarts: Annotated[int, Field(ge=0, strict=True)] = 5
     start_timeout: Seconds = 1800
     drain_timeout: Seconds = 30
@@ -204,6 +218,8 @@ class Deployment(BaseModel):
                 )
         if both := set(self.prefill_gpus or ()) & set(self.decode_gpus or ()):
             raise ValueError(f"GPU {_listed(sorted(both))} is in prefill_gpus and in decode_gpus")
+        if self.metrics_port == self.port:
+            raise ValueError("metrics_port has to be another one than port")
         if self.api_key_variable is not None and self.api_key_file is not None:
             raise ValueError("give api_key_variable or api_key_file, not both")
         for field in ("vllm_arguments", "prefill_arguments", "decode_arguments"):

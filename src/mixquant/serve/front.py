@@ -2,9 +2,9 @@
 
 vllm-router does the routing. This stands before it for what it cannot do: it has no key for clients, it
 sends every prompt through both engines however short, it does not try again what an engine that died
-was working on, and without a prefill engine it serves nothing.
+was working on, without a prefill engine it serves nothing, and it passes on whatever a client sends.
 
-Run by path or with ``-m``. It imports nothing of mixquant, so that it starts at once.
+Run through ``alone.py`` or with ``-m``. It imports nothing that needs torch, so that it starts at once.
 """
 
 from __future__ import annotations
@@ -17,26 +17,35 @@ import hmac
 import json
 import logging
 import os
+import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import httpx
 import prometheus_client as prometheus
 from starlette.applications import Starlette
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
+
+from mixquant.serve import answers, listener
+from mixquant.serve.accepted import Accepted, Refused, accepted
+from mixquant.serve.answers import own_error
+from mixquant.serve.listener import Limits, error_body
 
 LOG = logging.getLogger("uvicorn.error")  # whose handler and level the server sets up
 BYTES_PER_TOKEN = 4  # of English text and code; what decides is a rough measure of worth
 CLIENT_GONE = 499
+# On its way to one engine alone the router, 0.1.17, does not show the engines of these paths the key.
+NEED_TRANSFER = ("/v1/responses", "/v1/messages")
 UNREADY = (502, 503, 504)
 BROKEN = (500, *UNREADY)
 # s before each attempt on a route: a router takes a second to notice a death, and seconds on a busy
 # machine to find an engine well again that it thought dead.
 PAUSES = (0.0, 1.5, 3.0, 6.0)
 MOST_FAULTS = 2  # on a route: the request itself may be what engines die of
+MOST_DEATHS = 2  # of engines that say so themselves, wherever
 # What a client may say to the router: sessions, for its policies, and the trace.
 PASSED_ON = ("x-session-id", "x-user-id", "x-tenant-id", "x-correlation-id", "traceparent")
 
@@ -62,6 +71,7 @@ class Settings:
         decode_fallback: whether a decode engine takes over when no prefill engine can.
         engine_key: shown to the routers.
         api_key: asked of clients; None: nothing is.
+        limits: what one client may take.
     """
 
     transfer: str
@@ -70,6 +80,7 @@ class Settings:
     decode_fallback: bool
     engine_key: str
     api_key: str | None
+    limits: Limits = field(default_factory=Limits)
 
 
 def application(settings: Settings, client: httpx.AsyncClient | None = None) -> Starlette:
@@ -80,39 +91,46 @@ def application(settings: Settings, client: httpx.AsyncClient | None = None) -> 
         timeout=httpx.Timeout(None, connect=5),
         limits=httpx.Limits(max_connections=None),
     )
+    to_router = {
+        "Authorization": f"Bearer {settings.engine_key}",
+        "Content-Type": "application/json",
+        "Accept-Encoding": "identity",
+    }
+    generating = 0
 
-    async def generate(request: Request) -> Response:
-        raw = await request.body()
-        try:
-            body = json.loads(raw, parse_constant=no_number)
-        except (ValueError, RecursionError):
-            return failure(400, "the request's body is not JSON")
-        if not isinstance(body, dict):
-            return failure(400, "the request's body has to be a JSON object")
-        # Where to fetch a KV cache from is the router's to say, not the client's.
-        body.pop("kv_transfer_params", None)
+    async def generate(request: Request, taken: Accepted) -> Response:
+        nonlocal generating
+        body = taken.body
         route, reason = route_of(body, settings.min_transfer_tokens)
-        headers = {"Authorization": f"Bearer {settings.engine_key}"}
-        headers |= {k: v for k in PASSED_ON if (v := request.headers.get(k)) is not None}
+        if request.url.path in NEED_TRANSFER:
+            route, reason = "transfer", "prompt"
+        headers = to_router | passed_on(request)
         if "x-session-id" not in headers and (session := session_of(body)):
             headers["x-session-id"] = session
-        answer = await first_that_answers(request.url.path, body, headers, route, reason)
-        return await relayed(answer, bool(body.get("stream")))
+        generating += 1
+        try:
+            answer = await first_that_answers(
+                request.url.path, taken.content, headers, route, reason
+            )
+            return await relayed(answer, bool(body.get("stream")))
+        finally:
+            generating -= 1
 
     async def first_that_answers(
-        path: str, body: dict[str, Any], headers: dict[str, str], route: str, reason: str
+        path: str, content: bytes, headers: dict[str, str], route: str, reason: str
     ) -> httpx.Response:
         """The first answer that is no sign of a dead engine, or else the last one."""
         last: httpx.Response | None = None
-        attempt = faults = 0
+        attempt = faults = deaths = 0
         found: list[str] = []
         while True:
             await asyncio.sleep(PAUSES[attempt])
             ROUTED.labels(route, reason).inc()
             base = settings.transfer if route == "transfer" else settings.direct
+            alone = generating == 1
             try:
                 answer = await upstream.send(
-                    upstream.build_request("POST", base + path, json=body, headers=headers),
+                    upstream.build_request("POST", base + path, content=content, headers=headers),
                     stream=True,
                 )
                 status = answer.status_code
@@ -122,17 +140,30 @@ def application(settings: Settings, client: httpx.AsyncClient | None = None) -> 
             if status not in BROKEN:
                 assert answer is not None
                 return answer
+            final = False
             if answer is not None:
                 with contextlib.suppress(httpx.HTTPError):
                     await answer.aread()
                 await answer.aclose()
                 found.append(f"{route}: {said_by_router(answer)}")
                 last = answer
+                error_of_its_own = own_error(answer)
+                if error_of_its_own is not None:
+                    # The next engine would meet the same request with the same error.
+                    dead = answers.DEAD in error_of_its_own
+                    deaths += dead
+                    final = not may_be_tried_again(error_of_its_own) or deaths == MOST_DEATHS
+                    final = final or (dead and alone and generating == 1)
             attempt += 1
             faults += status not in UNREADY
+            if final:
+                LOG.warning("an engine failed at a request; attempts: %s", "; ".join(found))
+                assert last is not None
+                return last
             if (
                 route == "transfer"
                 and settings.decode_fallback
+                and path not in NEED_TRANSFER
                 and (status in UNREADY or attempt > 1)
             ):
                 # No prefill engine is there, or two attempts found one that died.
@@ -142,25 +173,32 @@ def application(settings: Settings, client: httpx.AsyncClient | None = None) -> 
                 LOG.warning("no engine served a request; attempts: %s", "; ".join(found))
                 return last or httpx.Response(503)
 
+    def may_be_tried_again(message: str) -> bool:
+        """Whether an engine's own error need not be about the request that met it."""
+        lost = message == answers.GAVE_UP and not settings.decode_fallback
+        return lost or answers.DEAD in message
+
     async def relayed(answer: httpx.Response, streams: bool) -> Response:
+        if answer.status_code in BROKEN:
+            return unready(answer)
         headers = {
             name: answer.headers[name]
             for name in ("content-type", "x-request-id")
             if name in answer.headers
         }
-        if answer.status_code in BROKEN:
-            return unready(answer)
         if streams and answer.status_code == 200:
-            return StreamingResponse(pieces(answer), 200, headers)
+            return StreamingResponse(answers.pieces(answer), 200, headers)
         try:
             content = await answer.aread()
         except httpx.HTTPError:
-            return failure(502, "the engine that was answering ended; try again")
-        return Response(content, answer.status_code, headers)
+            return failure(502, answers.BROKE_OFF)
+        if answer.status_code >= 400:
+            return refused(answer)
+        return Response(answers.without_addresses(content), answer.status_code, headers)
 
     async def generate_while_waited_for(request: Request) -> Response:
-        await request.body()
-        work = asyncio.ensure_future(generate(request))
+        taken = await taken_from(request, settings.limits)
+        work = asyncio.ensure_future(generate(request, taken))
         gone = asyncio.ensure_future(disconnected(request))
         await asyncio.wait((work, gone), return_when=asyncio.FIRST_COMPLETED)
         gone.cancel()
@@ -169,31 +207,37 @@ def application(settings: Settings, client: httpx.AsyncClient | None = None) -> 
             with contextlib.suppress(asyncio.CancelledError):
                 await work
             return Response(status_code=CLIENT_GONE)
-        return work.result()
+        return with_left_out(work.result(), taken)
 
     async def forward(request: Request) -> Response:
-        """What is no generation: to a decode engine, as it is."""
+        """What is no generation: to a decode engine."""
+        taken = await taken_from(request, settings.limits) if request.method == "POST" else None
         try:
             answer = await upstream.request(
-                request.method,
+                "POST" if taken else "GET",
                 settings.direct + request.url.path,
-                content=await request.body(),
-                headers={
-                    "Authorization": f"Bearer {settings.engine_key}",
-                    "Content-Type": request.headers.get("content-type", "application/json"),
-                },
+                content=taken.content if taken else None,
+                headers=to_router,
             )
         except httpx.HTTPError:
             return unready(None)
         if answer.status_code in BROKEN:
             return unready(answer)
+        if answer.status_code >= 400:
+            return refused(answer)
+        content = answer.content
+        if request.url.path == "/v1/models":
+            try:
+                content = answers.models(content)
+            except (ValueError, KeyError, TypeError):
+                return unready(None)
         kind = answer.headers.get("content-type")
-        return Response(answer.content, answer.status_code, {"content-type": kind} if kind else {})
+        response = Response(content, answer.status_code, {"content-type": kind} if kind else {})
+        return with_left_out(response, taken) if taken else response
 
     async def ready(base: str) -> bool:
-        headers = {"Authorization": f"Bearer {settings.engine_key}"}
         try:
-            answer = await upstream.get(base + "/readiness", headers=headers, timeout=10)
+            answer = await upstream.get(base + "/readiness", headers=to_router, timeout=10)
         except httpx.HTTPError:
             return False
         return answer.status_code == 200
@@ -209,14 +253,6 @@ def application(settings: Settings, client: httpx.AsyncClient | None = None) -> 
         fine = await ready(settings.direct) and await ready(settings.transfer)
         return PlainTextResponse("ok" if fine else "engines are missing", 200 if fine else 503)
 
-    async def metrics(request: Request) -> Response:
-        return Response(prometheus.generate_latest(), media_type=prometheus.CONTENT_TYPE_LATEST)
-
-    async def key_check(request: Request) -> Response:
-        """For the routers, whose only guard is an address that says whether a token is right."""
-        right = shows(request, settings.engine_key)
-        return PlainTextResponse("right" if right else "wrong", 200 if right else 401)
-
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         yield
@@ -225,6 +261,8 @@ def application(settings: Settings, client: httpx.AsyncClient | None = None) -> 
     guarded = {
         "/v1/chat/completions": (generate_while_waited_for, "POST"),
         "/v1/completions": (generate_while_waited_for, "POST"),
+        "/v1/responses": (generate_while_waited_for, "POST"),
+        "/v1/messages": (generate_while_waited_for, "POST"),
         "/v1/models": (forward, "GET"),
         "/tokenize": (forward, "POST"),
         "/detokenize": (forward, "POST"),
@@ -233,22 +271,88 @@ def application(settings: Settings, client: httpx.AsyncClient | None = None) -> 
         Route(path, guard(settings.api_key, endpoint), methods=[method])
         for path, (endpoint, method) in guarded.items()
     ]
-    routes += [
-        Route("/health", health),
-        Route("/ready", whole),
-        Route("/metrics", metrics),
-        Route("/internal/key-check", key_check),
-    ]
+    routes += [Route("/health", health), Route("/ready", whole)]
     return Starlette(
-        routes=routes, lifespan=lifespan, exception_handlers={404: unknown, 405: unknown}
+        routes=routes,
+        lifespan=lifespan,
+        exception_handlers={404: unknown, 405: unknown, Exception: own_fault},
     )
+
+
+def inner_application(engine_key: str) -> Starlette:
+    """What is not for clients: metrics, and the address that the routers ask about their key."""
+
+    async def metrics(request: Request) -> Response:
+        return Response(prometheus.generate_latest(), media_type=prometheus.CONTENT_TYPE_LATEST)
+
+    async def key_check(request: Request) -> Response:
+        """For the routers, whose only guard is an address that says whether a token is right."""
+        right = shows(request, engine_key)
+        return PlainTextResponse("right" if right else "wrong", 200 if right else 401)
+
+    return Starlette(
+        routes=[Route("/metrics", metrics), Route("/internal/key-check", key_check)],
+        exception_handlers={404: unknown, 405: unknown},
+    )
+
+
+async def taken_from(request: Request, limits: Limits) -> Accepted:
+    """What is accepted of a request.
+
+    Raises:
+        Refused: it is too large, comes too slowly, or is no request.
+    """
+    return accepted(request.url.path, await body_of(request, limits))
+
+
+async def body_of(request: Request, limits: Limits) -> bytes:
+    size, pieces = 0, []
+    too_large = f"the request's body has more than {limits.body_bytes} bytes"
+    declared = request.headers.get("content-length", "0")
+    if int(declared) > limits.body_bytes and "expect" in request.headers:
+        raise Refused(413, too_large)  # before it is sent
+    try:
+        async with asyncio.timeout(limits.request_seconds):
+            async for piece in request.stream():
+                size += len(piece)
+                if size <= limits.body_bytes:
+                    pieces.append(piece)
+                else:
+                    pieces.clear()  # read to its end all the same, or the client would not see why
+    except TimeoutError:
+        if size <= limits.body_bytes:
+            raise Refused(
+                408, f"the request's body did not come within {limits.request_seconds:g} s"
+            ) from None
+    except ClientDisconnect:
+        raise Refused(CLIENT_GONE, "the client has gone") from None
+    if size > limits.body_bytes:
+        raise Refused(413, too_large)
+    return b"".join(pieces)
+
+
+def passed_on(request: Request) -> dict[str, str]:
+    """Headers that a client may say to the router.
+
+    Raises:
+        Refused: one of them holds what a header cannot.
+    """
+    found = {name: value for name in PASSED_ON if (value := request.headers.get(name)) is not None}
+    for name, value in found.items():
+        if not value.isascii() or not value.isprintable():
+            raise Refused(400, f"the header {name} has to be printable ASCII")
+    return found
 
 
 def route_of(body: dict[str, Any], least: int) -> tuple[str, str]:
     """Whether a request is worth, and able to make, the way over a prefill engine; and why not."""
     prompts = body.get("prompt")
     several = isinstance(prompts, list) and len(prompts) > 1 and not isinstance(prompts[0], int)
-    if several or any(isinstance(body.get(key), int) and body[key] > 1 for key in ("n", "best_of")):
+    if (
+        several
+        or body.get("use_beam_search")
+        or any(isinstance(body.get(key), int) and body[key] > 1 for key in ("n", "best_of"))
+    ):
         # The KV cache that a prefill engine keeps is given up when it was read once.
         return "direct", "several_sequences"
     if body.get("prompt_logprobs") is not None or body.get("echo"):
@@ -265,7 +369,8 @@ def estimated_tokens(body: dict[str, Any]) -> int:
         prompt = prompt[0]
     if isinstance(prompt, list) and prompt and isinstance(prompt[0], int):
         return len(prompt)
-    parts = [prompt, body.get("messages"), body.get("tools")]
+    names = ("messages", "tools", "system", "input", "instructions")
+    parts = [prompt, *(body.get(name) for name in names)]
     size = sum(len(json.dumps(part, ensure_ascii=False).encode()) for part in parts if part)
     return size // BYTES_PER_TOKEN
 
@@ -278,31 +383,16 @@ def session_of(body: dict[str, Any]) -> str | None:
     """
     if body.get("user"):
         return hashlib.sha256(str(body["user"]).encode()).hexdigest()[:32]
-    messages = body.get("messages")
+    messages = body.get("messages") or body.get("input")
     if not isinstance(messages, list):
         return None
-    opening = []
+    opening: list[Any] = [body.get("system"), body.get("instructions")]
+    opening = [one for one in opening if one is not None]
     for message in messages:
         opening.append(message)
         if isinstance(message, dict) and message.get("role") == "user":
             break
     return hashlib.sha256(json.dumps(opening, sort_keys=True).encode()).hexdigest()[:32]
-
-
-async def pieces(answer: httpx.Response) -> AsyncIterator[bytes]:
-    """A streamed answer as it comes. One that breaks off ends with an error that clients read."""
-    try:
-        async for piece in answer.aiter_raw():
-            yield piece
-    except httpx.HTTPError:
-        error = error_body(502, "the engine that was answering ended; try again")
-        yield f"data: {json.dumps(error)}\n\n".encode()
-    finally:
-        await answer.aclose()
-
-
-def no_number(name: str) -> Any:
-    raise ValueError(f"{name} is not JSON")  # though Python reads it
 
 
 async def disconnected(request: Request) -> None:
@@ -311,8 +401,11 @@ async def disconnected(request: Request) -> None:
 
 
 def shows(request: Request, key: str) -> bool:
+    """Whether a request shows the key, as clients of OpenAI's API do, or as those of Anthropic's."""
     scheme, _, token = request.headers.get("authorization", "").partition(" ")
-    return scheme.lower() == "bearer" and hmac.compare_digest(token.encode(), key.encode())
+    if scheme.lower() != "bearer":
+        token = request.headers.get("x-api-key", "")
+    return hmac.compare_digest(token.encode(), key.encode())
 
 
 def guard(
@@ -324,43 +417,56 @@ def guard(
         if key is not None and not shows(request, key):
             answer: Response = failure(401, "the API key is wrong or missing")
         else:
-            answer = await endpoint(request)
+            try:
+                answer = await endpoint(request)
+            except Refused as error:
+                answer = failure(error.status, error.message)
         REQUESTS.labels(request.url.path, str(answer.status_code)).inc()
         return answer
 
     return guarded
 
 
-def error_body(status: int, message: str) -> dict[str, Any]:
-    kinds = {400: "invalid_request_error", 401: "authentication_error", 404: "not_found_error"}
-    return {
-        "error": {
-            "message": message,
-            "type": kinds.get(status, "service_unavailable"),
-            "code": status,
-        }
-    }
-
-
 def failure(status: int, message: str) -> Response:
-    retry = {"retry-after": "5"} if status in UNREADY else {}
-    return JSONResponse(error_body(status, message), status, retry)
+    headers = {"retry-after": "5"} if status in UNREADY else {}
+    if status in (408, 413):
+        headers["connection"] = "close"  # what is left of the request is not wanted
+    return JSONResponse(error_body(status, message), status, headers)
+
+
+def refused(answer: httpx.Response) -> Response:
+    """An answer that says what is wrong with a request, whoever gave it."""
+    return JSONResponse(answers.refusal(answer), answer.status_code)
+
+
+def with_left_out(response: Response, taken: Accepted) -> Response:
+    """A response that names the parameters which were not passed on."""
+    names = [name for name in taken.left_out if name.isascii() and name.isidentifier()]
+    if names:
+        response.headers["x-ignored-parameters"] = ", ".join(names)[:1000]
+    return response
 
 
 def unready(answer: httpx.Response | None) -> Response:
     """One message for whatever a router says when engines are gone; a real fault keeps its own."""
-    if (
-        answer is not None
-        and answer.status_code == 500
-        and "application/json" in answer.headers.get("content-type", "")
-    ):
-        return Response(answer.content, 500, media_type="application/json")
+    message = own_error(answer) if answer is not None else None
+    if message is not None:
+        if answers.DEAD in message:
+            message = "an engine ended while it worked on this request, and starts again"
+        # Or OpenAI's client would show it to the next engine.
+        return JSONResponse(error_body(500, message), 500, {"x-should-retry": "false"})
+    if answer is not None and answer.status_code == 500 and is_json(answer):
+        return failure(500, answers.FAILED)
     return failure(503, "no engine can serve this now: one ended and starts again; try again later")
+
+
+def is_json(answer: httpx.Response) -> bool:
+    return "json" in answer.headers.get("content-type", "")
 
 
 def said_by_router(answer: httpx.Response) -> str:
     """What a log may say of an answer: what engines say is JSON, and can hold parts of a prompt."""
-    if "json" in answer.headers.get("content-type", ""):
+    if is_json(answer) or own_error(answer) is not None:
         return str(answer.status_code)
     with contextlib.suppress(httpx.ResponseNotRead):
         return f"{answer.status_code} {answer.text[:300]}"
@@ -371,18 +477,26 @@ async def unknown(request: Request, error: Exception) -> Response:
     return failure(404, f"{request.method} {request.url.path} is not served here")
 
 
-def main() -> None:
-    import uvicorn
+async def own_fault(request: Request, error: Exception) -> Response:
+    return failure(500, "the server failed at this request; its log says how")
 
+
+def main() -> None:
     parser = argparse.ArgumentParser(prog="mixquant.serve.front")
     parser.add_argument("--host", required=True)
     parser.add_argument("--port", type=int, required=True)
+    parser.add_argument("--fd", type=int, metavar="N", help="listen on this file descriptor")
+    parser.add_argument("--inner", required=True, metavar="HOST:PORT")
     parser.add_argument("--transfer", required=True, metavar="URL")
     parser.add_argument("--direct", required=True, metavar="URL")
     parser.add_argument("--min-transfer-tokens", type=int, default=256)
     parser.add_argument("--no-decode-fallback", action="store_true")
     parser.add_argument("--drain-timeout", type=float, default=30)
+    parser.add_argument("--max-body-bytes", type=int, default=Limits.body_bytes)
+    parser.add_argument("--request-timeout", type=float, default=Limits.request_seconds)
+    parser.add_argument("--max-connections", type=int, default=Limits.connections)
     given = parser.parse_args()
+    limits = Limits(given.max_body_bytes, given.request_timeout, given.max_connections)
     settings = Settings(
         given.transfer,
         given.direct,
@@ -390,13 +504,22 @@ def main() -> None:
         not given.no_decode_fallback,
         os.environ["MIXQUANT_ENGINE_KEY"],
         os.environ.get("MIXQUANT_API_KEY") or None,
+        limits,
     )
-    uvicorn.run(
-        application(settings),
-        host=given.host,
-        port=given.port,
-        log_level="warning",
-        timeout_graceful_shutdown=max(1, round(given.drain_timeout)),
+    if given.fd is None:
+        family = socket.AF_INET6 if ":" in given.host else socket.AF_INET
+        public = socket.create_server((given.host, given.port), family=family)
+    else:
+        public = socket.socket(fileno=given.fd)
+    asyncio.run(
+        listener.serve(
+            application(settings),
+            [public],
+            limits,
+            given.drain_timeout,
+            inner_application(settings.engine_key),
+            given.inner,
+        )
     )
 
 

@@ -31,7 +31,7 @@ _SHARED_MEMORY = "16Gi"  # at most: what vLLM's processes of one engine hand eac
 _MODEL_CACHE = "200Gi"
 
 _IN_THE_FRONTS_POD = {
-    "front": Place("0.0.0.0", "127.0.0.1", PORT, 0, 0),
+    "front": Place("0.0.0.0", "127.0.0.1", PORT, 0, 29000),
     TRANSFER_ROUTER: Place("127.0.0.1", "127.0.0.1", PORT + 1, 0, 29001),
     DIRECT_ROUTER: Place("127.0.0.1", "127.0.0.1", PORT + 2, 0, 29002),
 }

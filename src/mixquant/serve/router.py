@@ -1,6 +1,6 @@
 """vllm-router as a process of a set: its own launcher, and a check of the key that it has no option for.
 
-Run by path or with ``-m``. It imports nothing of mixquant, so that it starts at once.
+Run through ``alone.py`` or with ``-m``. It imports nothing of mixquant, so that it starts at once.
 """
 
 from __future__ import annotations

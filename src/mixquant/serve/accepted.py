@@ -1,0 +1,231 @@
+"""What of a client's request reaches an engine: the parameters that are listed here, and no others.
+
+vLLM takes more than OpenAI's API has, and trusts it: where to fetch a KV cache from, say, or arguments
+of its extensions. A parameter that is not listed is left out, as a server does with one that it does
+not know; inside a parameter that is listed, too.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from typing import Any
+
+TOO_DEEP = 100  # levels; the routers take 127
+
+
+class Refused(Exception):
+    """A request that is not passed on.
+
+    Attributes:
+        status: of the answer.
+        message: one sentence.
+    """
+
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(message)
+        self.status, self.message = status, message
+
+
+class Data:
+    """Holds whatever the client likes: a schema, the arguments of a tool."""
+
+
+class Value:
+    """Text, a number, or a list of them, but no object."""
+
+
+DATA, VALUE = Data(), Value()
+Known = Data | Value | dict[str, Any]
+
+
+def _values(names: str) -> dict[str, Any]:
+    return dict.fromkeys(names.split(), VALUE)
+
+
+_URL = _values("url detail")
+_PART: dict[str, Any] = {
+    **_values("type text refusal thinking signature data id tool_use_id name is_error uuid"),
+    **dict.fromkeys(("image_url", "audio_url", "video_url"), _URL),
+    "input_audio": _values("data format"),
+    "source": _values("type media_type data url"),
+    "input": DATA,  # of a tool
+    "content": DATA,  # what a tool gave back: text or parts
+    "cache_control": DATA,
+}
+_CALL = {
+    **_values("id type index"),
+    "function": {**_values("name arguments"), "arguments": DATA},
+}
+_MESSAGE = {
+    **_values("role name tool_call_id reasoning reasoning_content refusal"),
+    "content": _PART,
+    "tool_calls": _CALL,
+    "function_call": _values("name arguments"),
+}
+_FUNCTION = {**_values("name description strict"), "parameters": DATA}
+_TOOL = {**_values("type defer_loading"), **_FUNCTION, "function": _FUNCTION}
+_STRUCTURED = {
+    **_values("regex choice grammar json_object whitespace_pattern"),
+    **_values("disable_any_whitespace disable_additional_properties"),
+    **dict.fromkeys(("json", "structural_tag"), DATA),
+}
+_FORMAT = {
+    **_values("type name description strict"),
+    **dict.fromkeys(("schema", "structures", "triggers", "format"), DATA),
+    "json_schema": {**_values("name description strict"), "schema": DATA},
+}
+_TEMPLATE = {
+    **_values("add_generation_prompt continue_final_message add_special_tokens chat_template"),
+    "chat_template_kwargs": DATA,
+}
+_SAMPLING = {
+    **_values("temperature top_p top_k min_p n seed stop stop_token_ids max_tokens min_tokens"),
+    **_values("frequency_penalty presence_penalty repetition_penalty length_penalty"),
+    **_values("use_beam_search ignore_eos include_stop_str_in_output skip_special_tokens"),
+    **_values("spaces_between_special_tokens bad_words allowed_token_ids logprob_token_ids"),
+    **_values("logprobs prompt_logprobs truncate_prompt_tokens truncation_side watermarking"),
+    **_values("thinking_token_budget echo"),
+    "logit_bias": DATA,
+    "repetition_detection": _values("max_pattern_size min_pattern_size min_count"),
+}
+_GENERATING = {
+    **_SAMPLING,
+    **_values("model user stream stream_interval priority cache_salt"),
+    **_values("return_token_ids return_tokens_as_token_ids"),
+    "stream_options": _values("include_usage continuous_usage_stats"),
+    "response_format": _FORMAT,
+    "structured_outputs": _STRUCTURED,
+}
+_COMPLETION = {**_GENERATING, **_values("prompt suffix add_special_tokens best_of")}
+_CHAT = {
+    **_GENERATING,
+    **_TEMPLATE,
+    **_values("top_logprobs max_completion_tokens reasoning_effort include_reasoning"),
+    **_values("parallel_tool_calls return_prompt_text"),
+    "messages": _MESSAGE,
+    "tools": _TOOL,
+    "tool_choice": {**_values("type"), "function": _values("name")},
+    "documents": DATA,
+}
+_RESPONSES = {
+    **_values("model user stream store background truncation include service_tier priority"),
+    **_values("instructions previous_response_id max_output_tokens max_tool_calls"),
+    **_values("temperature top_p top_k min_p top_logprobs seed stop stop_token_ids ignore_eos"),
+    **_values("presence_penalty frequency_penalty repetition_penalty skip_special_tokens"),
+    **_values("include_stop_str_in_output include_reasoning parallel_tool_calls cache_salt"),
+    **_values("prompt_cache_key watermarking enable_response_messages"),
+    **dict.fromkeys(("input", "metadata", "tools", "chat_template_kwargs", "logit_bias"), DATA),
+    "reasoning": _values("effort summary generate_summary"),
+    "text": {**_values("verbosity"), "format": _FORMAT},
+    "tool_choice": DATA,
+    "structured_outputs": _STRUCTURED,
+}
+_ANTHROPIC = {
+    **_values("model"),
+    "messages": {**_values("role"), "content": _PART},
+    "system": _PART,
+    "tools": {**_values("type name description"), "input_schema": DATA, "cache_control": DATA},
+    "tool_choice": _values("type name disable_parallel_tool_use"),
+    "thinking": _values("type budget_tokens display"),
+    "output_config": {**_values("effort"), "format": _FORMAT},
+    "chat_template_kwargs": DATA,
+}
+_MESSAGES = {
+    **_ANTHROPIC,
+    **_values("max_tokens stop_sequences stream temperature top_k top_p watermarking cache_salt"),
+    "metadata": _values("user_id"),
+}
+_TOKENIZE = {
+    **_TEMPLATE,
+    **_values("model prompt return_token_strs"),
+    "messages": _MESSAGE,
+    "tools": _TOOL,
+}
+
+# By path: what each takes.
+KNOWN: dict[str, dict[str, Any]] = {
+    "/v1/chat/completions": _CHAT,
+    "/v1/completions": _COMPLETION,
+    "/v1/responses": _RESPONSES,
+    "/v1/messages": _MESSAGES,
+    "/tokenize": _TOKENIZE,
+    "/detokenize": _values("model tokens"),
+}
+
+
+@dataclass(frozen=True)
+class Accepted:
+    """A request as it is passed on.
+
+    Attributes:
+        body: what was kept of it.
+        content: the same as JSON text in UTF-8.
+        left_out: parameters that were not kept, by name, at its top.
+    """
+
+    body: dict[str, Any]
+    content: bytes
+    left_out: tuple[str, ...]
+
+
+def accepted(path: str, raw: bytes) -> Accepted:
+    """What of a request reaches an engine.
+
+    Args:
+        path: one of `KNOWN`.
+        raw: the request's body.
+
+    Raises:
+        Refused: with status 400, it is no JSON object, or holds what JSON or UTF-8 cannot.
+    """
+    try:
+        given = json.loads(raw, parse_constant=_no_number, parse_float=_finite)
+    except Refused:
+        raise
+    except (ValueError, RecursionError):
+        raise Refused(400, "the request's body is not JSON") from None
+    if not isinstance(given, dict):
+        raise Refused(400, "the request's body has to be a JSON object")
+    known = KNOWN[path]
+    body = _kept(given, known, "")
+    try:
+        content = json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode()
+    except UnicodeEncodeError:
+        raise Refused(
+            400, "a string of the request holds half of a surrogate pair, which is not text"
+        ) from None
+    except RecursionError:
+        raise Refused(400, f"the request is nested more than {TOO_DEEP} levels deep") from None
+    return Accepted(body, content, tuple(name for name in given if name not in known))
+
+
+def _kept(value: Any, known: Known, where: str, depth: int = 1) -> Any:
+    """A value without what is not known of it."""
+    if depth > TOO_DEEP:
+        raise Refused(400, f"the request is nested more than {TOO_DEEP} levels deep")
+    if isinstance(value, list):
+        return [_kept(one, known, where, depth + 1) for one in value]
+    if not isinstance(value, dict):
+        return value
+    if isinstance(known, Value):
+        raise Refused(400, f"{where} takes a value or a list of values, not an object")
+    if isinstance(known, Data):
+        return {name: _kept(one, known, where, depth + 1) for name, one in value.items()}
+    return {
+        name: _kept(one, known[name], f"{where}.{name}" if where else name, depth + 1)
+        for name, one in value.items()
+        if name in known
+    }
+
+
+def _no_number(name: str) -> Any:
+    raise Refused(400, f"the request's body is not JSON: {name} is no number there")
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if math.isinf(number):
+        raise Refused(400, f"the request holds a number that is too large: {text[:40]}")
+    return number

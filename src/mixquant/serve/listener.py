@@ -1,0 +1,174 @@
+"""uvicorn with what it has no options for: a limit of connections, and a deadline for each request.
+
+A client that sends half of a request and waits costs memory and a file descriptor for as long as it
+likes; uvicorn's own timeout is for connections that send nothing at all.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import resource
+from collections.abc import Sequence
+from dataclasses import dataclass
+from http import HTTPStatus
+from socket import socket
+from typing import Any
+
+import h11
+import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+KINDS = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    404: "not_found_error",
+    408: "request_timeout_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+}
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one client may take.
+
+    Attributes:
+        body_bytes: of one request's body; a larger one is answered with status 413.
+        request_seconds: from a connection, or the end of the answer before, to the end of a request's
+            headers, and from there to the end of its body; after it, status 408.
+        connections: at a time; status 503 for those beyond.
+    """
+
+    body_bytes: int = 16 * 2**20
+    request_seconds: float = 60
+    connections: int = 1024
+
+
+def error_body(status: int, message: str) -> dict[str, Any]:
+    """An error in the shape of OpenAI's API."""
+    kind = KINDS.get(status, "invalid_request_error" if status < 500 else "service_unavailable")
+    return {"error": {"message": message, "type": kind, "param": None, "code": status}}
+
+
+def protocol(limits: Limits) -> type[H11Protocol]:
+    """uvicorn's protocol for HTTP with these limits."""
+
+    class Limited(H11Protocol):
+        deadline: asyncio.TimerHandle | None = None
+        received = False
+
+        def connection_made(self, transport: Any) -> None:
+            super().connection_made(transport)
+            if len(self.connections) > limits.connections:
+                self._refuse(503, "the server has as many connections as it takes; try again later")
+            else:
+                self._wait()
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            self._wait_no_more()
+            super().connection_lost(exc)
+
+        def data_received(self, data: bytes) -> None:
+            if self.transport.is_closing():
+                return
+            self.received = True
+            super().data_received(data)
+            if self.conn.their_state not in (h11.IDLE, h11.SEND_BODY):
+                self._wait_no_more()
+
+        def on_response_complete(self) -> None:
+            super().on_response_complete()
+            self.received = False
+            if self.conn.their_state in (h11.IDLE, h11.SEND_BODY):
+                self._wait()
+
+        def send_400_response(self, msg: str) -> None:
+            self._refuse(400, "this is not a request in HTTP, or its headers are too long")
+
+        def _wait(self) -> None:
+            self._wait_no_more()
+            self.deadline = self.loop.call_later(limits.request_seconds, self._too_late)
+
+        def _wait_no_more(self) -> None:
+            if self.deadline is not None:
+                self.deadline.cancel()
+                self.deadline = None
+
+        def _too_late(self) -> None:
+            if self.transport.is_closing():
+                return
+            answering = self.cycle is not None and not self.cycle.response_complete
+            if self.conn.their_state is h11.SEND_BODY and answering:
+                # Who reads the body answers that it took too long, and has the same time for it.
+                self._wait()
+            elif self.conn.their_state is h11.IDLE and self.received:
+                seconds = limits.request_seconds
+                self._refuse(408, f"the request was not complete within {seconds:g} s")
+            else:
+                self.transport.close()
+
+        def _refuse(self, status: int, message: str) -> None:
+            self._wait_no_more()
+            content = json.dumps(error_body(status, message)).encode()
+            head = (
+                f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\n"
+                f"content-type: application/json\r\ncontent-length: {len(content)}\r\n"
+                "connection: close\r\n\r\n"
+            )
+            self.transport.write(head.encode() + content)
+            self.transport.close()
+
+    return Limited
+
+
+async def serve(
+    app: Any, sockets: Sequence[socket], limits: Limits, drain: float, inner: Any, address: str
+) -> None:
+    """Serves an application until SIGTERM or SIGINT, and another one beside it.
+
+    Args:
+        sockets: that the first one listens on.
+        drain: seconds that answers have to end in, then.
+        inner: the other application, for this set's own processes and for metrics.
+        address: ``host:port`` that it listens on.
+    """
+    with contextlib.suppress(OSError, ValueError):  # each client takes two: its own and a router's
+        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    public = uvicorn.Server(
+        uvicorn.Config(
+            app,
+            http=protocol(limits),
+            ws="none",
+            log_level="warning",
+            timeout_graceful_shutdown=max(1, round(drain)),
+        )
+    )
+    host, _, port = address.rpartition(":")
+    own = _Beside(
+        uvicorn.Config(
+            inner,
+            http=protocol(limits),
+            ws="none",
+            host=host.strip("[]"),
+            port=int(port),
+            log_level="warning",
+            lifespan="off",
+        )
+    )
+    beside = asyncio.create_task(own.serve())
+    try:
+        await public.serve(sockets=list(sockets))
+    finally:
+        own.should_exit = True
+        await beside
+
+
+class _Beside(uvicorn.Server):
+    """A server that leaves signals to another one."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Any:
+        yield

@@ -1,0 +1,165 @@
+"""The front's address, by sockets: half-sent requests, too many of them, and what is no HTTP."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import httpx
+import pytest
+import uvicorn
+
+from mixquant.serve import front
+from mixquant.serve.listener import Limits, protocol
+
+PATIENCE = 60  # s, for what takes a moment
+HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n"
+
+
+@contextmanager
+def listening(limits: Limits) -> Iterator[int]:
+    """The front on a free port, over a router that answers everything."""
+    upstream = httpx.AsyncClient(
+        transport=httpx.MockTransport(lambda request: httpx.Response(200, json={"fine": True}))
+    )
+    settings = front.Settings("http://t", "http://d", 256, True, "inner", None, limits)
+    config = uvicorn.Config(
+        front.application(settings, upstream), http=protocol(limits), ws="none", log_level="error"
+    )
+    server = uvicorn.Server(config)
+    with socket.create_server(("127.0.0.1", 0)) as one:
+        thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[one])))
+        thread.start()
+        try:
+            while not server.started:
+                time.sleep(0.01)
+            yield one.getsockname()[1]
+        finally:
+            server.should_exit = True
+            thread.join(PATIENCE)
+
+
+def said(port: int, content: bytes) -> bytes:
+    """All that comes back until the server closes."""
+    with socket.create_connection(("127.0.0.1", port), PATIENCE) as one:
+        one.sendall(content)
+        return b"".join(iter(lambda: one.recv(65536), b""))
+
+
+def status_and_error(answer: bytes) -> tuple[int, dict[str, Any]]:
+    head, _, body = answer.partition(b"\r\n\r\n")
+    return int(head.split()[1]), json.loads(body)["error"]
+
+
+def test_half_of_a_requests_headers_is_not_waited_for() -> None:
+    with listening(Limits(request_seconds=0.3)) as port:
+        status, error = status_and_error(said(port, HEAD))
+        assert (status, error["code"]) == (408, 408)
+        assert "0.3 s" in error["message"]
+        # Also where it comes one byte at a time, and behind a whole one.
+        with socket.create_connection(("127.0.0.1", port), PATIENCE) as one:
+            one.sendall(HEAD + b"Content-Length: 2\r\n\r\n{}")
+            assert b"200 OK" in one.recv(65536)
+            begun = time.monotonic()
+            with pytest.raises(OSError):
+                while time.monotonic() < begun + PATIENCE:
+                    one.sendall(b"P")
+                    time.sleep(0.05)
+            assert time.monotonic() < begun + PATIENCE
+
+
+def test_a_connection_that_says_nothing_is_closed() -> None:
+    with listening(Limits(request_seconds=0.3)) as port:
+        assert said(port, b"") == b""
+
+
+def test_half_of_a_body_is_not_waited_for() -> None:
+    with listening(Limits(request_seconds=0.3)) as port:
+        for length in (
+            b"Content-Length: 100\r\n\r\n{",
+            b"Transfer-Encoding: chunked\r\n\r\n1\r\n{",
+        ):
+            answer = said(port, HEAD + length)
+            status, error = status_and_error(answer)
+            assert (status, error["code"]) == (408, 408)
+
+
+def test_a_body_that_is_too_large_is_not_kept() -> None:
+    with listening(Limits(body_bytes=1000, request_seconds=0.5)) as port:
+        large = b"x" * 3_000_000
+        answer = httpx.post(f"http://127.0.0.1:{port}/v1/completions", content=large)
+        assert answer.status_code == 413
+        assert "1000 bytes" in answer.json()["error"]["message"]
+        # Announced, and asked for permission: refused before it is sent.
+        length = b"Content-Length: 3000000\r\nExpect: 100-continue\r\nConnection: close\r\n\r\n"
+        assert status_and_error(said(port, HEAD + length))[0] == 413
+        # Announced, and half of it sent.
+        half = said(port, HEAD + b"Content-Length: 3000000\r\n\r\n" + large[:5000])
+        assert status_and_error(half)[0] == 413
+
+
+def test_no_more_connections_than_are_taken() -> None:
+    limits = Limits(connections=20, request_seconds=PATIENCE)
+    with listening(limits) as port:
+        held = [socket.create_connection(("127.0.0.1", port), PATIENCE) for _ in range(20)]
+        try:
+            for one in held:
+                one.sendall(HEAD)
+            for _ in range(3):
+                status, error = status_and_error(said(port, b""))
+                assert status == 503
+                assert "try again" in error["message"]
+        finally:
+            for one in held:
+                one.close()
+        url = f"http://127.0.0.1:{port}/v1/completions"
+        end = time.monotonic() + PATIENCE
+        while httpx.post(url, json={"prompt": "a"}).status_code != 200:
+            assert time.monotonic() < end
+
+
+def test_what_takes_long_to_answer_is_not_cut_off() -> None:
+    """The deadline is for clients, not for engines."""
+    limits = Limits(request_seconds=0.2)
+
+    async def slowly(request: Any) -> Any:
+        await asyncio.sleep(1)
+        return httpx.Response(200, json={"fine": True})
+
+    settings = front.Settings("http://t", "http://d", 256, True, "inner", None, limits)
+    upstream = httpx.AsyncClient(transport=httpx.MockTransport(slowly))
+    config = uvicorn.Config(
+        front.application(settings, upstream), http=protocol(limits), ws="none", log_level="error"
+    )
+    server = uvicorn.Server(config)
+
+    async def main() -> int:
+        with socket.create_server(("127.0.0.1", 0)) as one:
+            running = asyncio.ensure_future(server.serve(sockets=[one]))
+            async with httpx.AsyncClient(timeout=PATIENCE) as client:
+                url = f"http://127.0.0.1:{one.getsockname()[1]}/v1/completions"
+                answer = await client.post(url, json={"prompt": "a"})
+            server.should_exit = True
+            await running
+            return answer.status_code
+
+    assert asyncio.run(main()) == 200
+
+
+@pytest.mark.parametrize(
+    "content", [b"\x16\x03\x01\r\n\r\n", b"GET / HTTP/1.1\r\n" + b"a: b\r\n" * 20000]
+)
+def test_what_is_no_request(content: bytes) -> None:
+    with listening(Limits()) as port:
+        try:
+            answer = said(port, content)
+        except ConnectionResetError:  # it was still sending
+            return
+        status, error = status_and_error(answer)
+        assert (status, error["type"]) == (400, "invalid_request_error")
