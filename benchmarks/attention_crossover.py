@@ -24,7 +24,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from vllm.vllm_flash_attn import flash_attn_varlen_func
 
 from mixquant.engines.vllm.attention_rows import Piece, runs_of, worth
 from mixquant.engines.vllm.fp8_attention import Run, Shape, attend
@@ -68,6 +67,8 @@ class Layer:
         self.most = keys
 
     def bf16(self, rows: int | None = None) -> Tensor:
+        from vllm.vllm_flash_attn import flash_attn_varlen_func
+
         query = self.query if rows is None else self.query[-rows:]
         return flash_attn_varlen_func(  # type: ignore[no-any-return]
             query,
@@ -90,8 +91,10 @@ class Layer:
         self.bf16(1)
 
 
-def table(rows: list[dict[str, Any]]) -> str:
+def table(found: dict[str, Any]) -> str:
     """BF16's time over FP8's, and what is decided."""
+    rows = found["rows"]
+    shape = (found["heads"], found["kv_heads"], found["head_size"])
     cached = sorted({row["cached"] for row in rows})
     lines = ["| new tokens | " + " | ".join(f"{c} cached" for c in cached) + " |"]
     lines.append("| --- " * (1 + len(cached)) + "|")
@@ -100,7 +103,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         for behind in cached:
             (row,) = (r for r in rows if (r["tokens"], r["cached"]) == (new, behind))
             ratio = f"{row['bf16_ms'] / row['fp8_ms']:.2f}"
-            cells.append(f"**{ratio}**" if row["fp8"] else ratio)
+            cells.append(f"**{ratio}**" if worth(new, behind + new, *shape) else ratio)
         lines.append(f"| {new} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -112,7 +115,7 @@ def main() -> None:
     parser.add_argument("--show", type=Path, metavar="FILE", help="print a --json file's table")
     options = parser.parse_args()
     if options.show:
-        print(table(json.loads(options.show.read_text())["rows"]))
+        print(table(json.loads(options.show.read_text())))
         return
     if options.model is None:
         parser.error("--model is needed, a directory with a config.json")
@@ -127,21 +130,17 @@ def main() -> None:
             layer = Layer(shape, new, cached + new)
             bf16 = milliseconds(layer.bf16, config["num_hidden_layers"])
             fp8 = milliseconds(layer.fp8, config["num_hidden_layers"])
-            rows.append(
-                {
-                    "tokens": new,
-                    "cached": cached,
-                    "bf16_ms": round(bf16, 4),
-                    "fp8_ms": round(fp8, 4),
-                    "fp8": worth(new, cached + new, heads, kv_heads, size),
-                }
-            )
+            times = {"bf16_ms": round(bf16, 4), "fp8_ms": round(fp8, 4)}
+            rows.append({"tokens": new, "cached": cached, **times})
             print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
-    print(table(rows))
+    command = shlex.join(["python", *sys.argv])
     if options.json:
-        command = shlex.join(["python", *sys.argv]).replace(str(options.json), options.json.name)
-        where = {"command": command, "device": torch.cuda.get_device_name()}
-        options.json.write_text(json.dumps({**where, "rows": rows}, indent=1) + "\n")
+        command = command.replace(str(options.json), options.json.name)
+    found = {"command": command, "device": torch.cuda.get_device_name(), "heads": heads}
+    found |= {"kv_heads": kv_heads, "head_size": size, "rows": rows}
+    print(table(found))
+    if options.json:
+        options.json.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -33,6 +33,7 @@ from attention_error import (
 
 from mixquant.engines.vllm import attention_rows
 from mixquant.engines.vllm.attention_rows import (
+    MOST_ROWS,
     PRECISE_KEYS,
     UNIT,
     Piece,
@@ -80,11 +81,10 @@ def test_errors_of_chunks_and_of_several_prompts(
 ) -> None:
     torch.manual_seed(0)
     found = errors(made_up(case, sequences, 8, 2, 128))
-    if case == "1, then -1":
-        # Where V's mean changes for good within a chunk, rows before that see keys with another.
-        assert found["of_v"] <= 0.012, found
-    else:
+    if all(2 * min(rows, MOST_ROWS) <= keys for rows, keys in sequences):
         assert within_bounds(found), found
+    else:  # only where FP8 is asked for: see `worth`
+        assert found["of_v"] <= 0.012, found
 
 
 def emulated_errors(

@@ -127,12 +127,14 @@ def test_fp8_is_worth_it_by_work() -> None:
         (512, 100_000, False),
         (2048, 2048, False),
         (2048, 100_000, True),
-        (8192, 8192, True),
+        (8192, 8192, False),  # none before them
+        (8192, 16_383, False),
+        (8192, 16_384, True),
         (8192, 131_072, True),
     ]:
         assert worth(rows, keys, 32, 8, 128) is wanted, (rows, keys)
     # The more queries share a key, the sooner.
-    assert worth(1024, 50_000, 64, 4, 128) and not worth(1024, 50_000, 8, 8, 128)
+    assert worth(1024, 25_000, 64, 4, 128) and not worth(1024, 25_000, 8, 8, 128)
 
 
 # --- against attention row by row ---------------------------------------------------------------------

@@ -513,10 +513,9 @@ def test_long_prompts_attend_in_fp8(engines: dict[str, Any], smollm2_path: str) 
             assert divergence(crowd, request, chunks, request) < 0.03
     assert "attention" not in bf16["products"]
     assert divergence(bf16, 0, engines["long, FP8 attention"]["crowd"], 0) > 1e-6
-    # Short prompts keep BF16 attention.
+    # Where FP8 is asked for, short prompts attend in it, too.
     alone = engines["long, FP8 attention alone"]["crowd"]
-    for request in (2, 3, 4):
-        assert divergence(plain, request, alone, request) < 1e-3
+    assert all(1e-6 < divergence(plain, request, alone, request) < 0.1 for request in (2, 3, 4))
 
 
 def test_quantized_rows_change_something(engines: dict[str, Any]) -> None:

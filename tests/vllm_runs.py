@@ -37,7 +37,7 @@ def count_products() -> None:
     """
     from mixquant.engines.vllm import attention, experts, fp8_layer, linear
 
-    of_attention, encoded = attention.PrefillAttention._attend, linear.PhaseLinearMethod.encoded
+    of_attention, encoded = attention.attend, linear.PhaseLinearMethod.encoded
     in_fp8 = fp8_layer.Fp8Layer.multiplied
     linear_layer, experts_layer = linear._quantized, experts.PhaseExpertsMethod._experts
 
@@ -55,16 +55,16 @@ def count_products() -> None:
         products["norms"] += layer.norm is not None
         return in_fp8(layer, *arguments)
 
-    def counted_attention(method: Any, run: Any, *arguments: Any) -> None:
-        products["attention"] += len(run)
-        of_attention(method, run, *arguments)
+    def counted_attention(shape: Any, run: Any, *arguments: Any) -> None:
+        products["attention"] += len(run.sequences)
+        of_attention(shape, run, *arguments)
 
     def counted_activations(method: Any, *arguments: Any) -> Any:
         if method.activated:
             products["activations"] += 1
         return encoded(method, *arguments)
 
-    attention.PrefillAttention._attend = counted_attention  # type: ignore[method-assign]
+    attention.attend = counted_attention
     linear.PhaseLinearMethod.encoded = counted_activations  # type: ignore[method-assign]
     fp8_layer.Fp8Layer.multiplied = counted_fp8  # type: ignore[method-assign]
     linear._quantized = counted_linear

@@ -82,8 +82,8 @@ class Recipe:
         emulate: serve formats that the device does not multiply natively, slower than BF16; without
             it the vLLM engine refuses them. The Transformers engine does as ``format`` says.
         prefill_attention: ``fp8`` multiplies the attention of quantized rows in FP8, over the BF16 KV
-            cache, where vLLM runs on a GPU that gains by it (Hopper, with the package fa3-fwd), and
-            else in BF16; ``auto`` does so unless nothing is quantized; ``bf16`` never.
+            cache, where vLLM runs on a GPU that has it (Hopper, with the package fa3-fwd), and else in
+            BF16; ``auto`` does so where it pays, unless nothing is quantized; ``bf16`` never.
         everywhere: quantize every row of both phases, whatever the thresholds: what mixquant is compared
             with, not what it is for.
         prefill_model: a checkpoint in NVFP4 or FP8 (compressed-tensors) from which the vLLM engine

@@ -126,10 +126,15 @@ def stride_of(units: int) -> int:
 
 
 def worth(rows: int, keys: int, heads: int, kv_heads: int, size: int) -> bool:
-    """Whether FP8 attention of a chunk takes less time than BF16 attention.
+    """Whether a chunk attends in FP8: the sums are right, and it takes less time than in BF16.
+
+    The longer a chunk is, the less exact are sums over its own keys: its first rows see other keys than
+    its last ones, with another mean. So at least as many keys have to stand before it.
 
     The product is faster, for each pair of a row and a key. Codes take time for each key and each row,
     and launches take time. The numbers are an H100's: `benchmarks/attention_crossover.py`.
     """
+    if keys < 2 * rows:
+        return False
     pairs = rows * (keys - rows / 2)
     return pairs > 1600 * keys * kv_heads / heads + 1500 * rows + 5e10 / (heads * size)
