@@ -370,7 +370,7 @@ def test_layers_in_peft_adapters_are_known_by_their_names() -> None:
 
 
 def test_the_cost_of_looking_is_far_below_a_prefill(smollm2_path: Path) -> None:
-    """The bound is loose, for a machine that is shared; docs/transformers.md has what was measured."""
+    """The bound is loose, for a machine that is shared."""
     import time
 
     from mixquant import models

@@ -60,6 +60,7 @@ thresholds = st.builds(
 )
 
 
+@settings(deadline=None)
 @given(batches(), thresholds, st.integers(0, 40))
 def test_pieces_are_the_quantized_rows_that_are_worth_it(
     batch: Batch, numbers: Thresholds, least: int
@@ -91,6 +92,7 @@ def test_pieces_are_the_quantized_rows_that_are_worth_it(
     assert found == expected
 
 
+@settings(deadline=None)
 @given(batches(), thresholds, st.integers(1, 8), st.integers(0, 120))
 def test_runs_are_pieces_of_sequences_that_follow_each_other(
     batch: Batch, numbers: Thresholds, most_rows: int, most: int

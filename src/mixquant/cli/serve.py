@@ -287,7 +287,8 @@ def _with_parsers(described: Deployment, checkpoint: models.Checkpoint) -> Deplo
         found["tool_parser"] = tool or "none"
         if tool:
             say(
-                f"tool calls are read as {tool}: so the chat template (--tool-parser none: not at all)"
+                f"tool calls are read as {tool}, by the chat template "
+                "(--tool-parser none turns it off)"
             )
         else:
             say("tool calls are not read: no parser fits the chat template (--tool-parser NAME)")
@@ -296,8 +297,8 @@ def _with_parsers(described: Deployment, checkpoint: models.Checkpoint) -> Deplo
         found["reasoning_parser"] = reasoning or "none"
         if reasoning:
             say(
-                f"reasoning is read as {reasoning}: so the chat template "
-                "(--reasoning-parser none: not at all)"
+                f"reasoning is read as {reasoning}, by the chat template "
+                "(--reasoning-parser none turns it off)"
             )
     return described.model_copy(update=found)
 
