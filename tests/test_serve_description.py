@@ -64,7 +64,7 @@ def test_a_key_that_stands_twice_is_refused(text: str, line: int, key: str, tmp_
     file.write_text(text)
     with pytest.raises(ServeError) as caught:
         read(file)
-    assert str(caught.value) == f"{file}, line {line}: {key!r} stands twice"
+    assert str(caught.value) == f"{file} is not YAML: line {line}: {key!r} stands twice"
 
 
 def test_an_alias_and_a_merge_are_no_second_key(tmp_path: Path) -> None:

@@ -272,6 +272,8 @@ def follow_attention(model: torch.nn.Module, recipe: Recipe) -> tuple[str, Prefi
     from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 
     layers = [module for module in model.modules() if isinstance(module, AttentionLayerBase)]
+    if not layers:
+        return "", None
     followed: list[PrefillAttention] = []
     reasons: Counter[str] = Counter()
     capability = torch.cuda.get_device_capability() if torch.cuda.is_available() else None
