@@ -56,12 +56,19 @@ def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
     return Recorder(monkeypatch)
 
 
+def prepared(recorder: Recorder, model: PreTrainedModel, recipe: Any = RECIPE) -> PreTrainedModel:
+    """A prepared model, without the tiny pass that this takes."""
+    model = mixquant.prepare(model, recipe)
+    recorder.forget()
+    return model
+
+
 def watched(
     recorder: Recorder, architecture: str = "llama", name: str = "main", **build_options: Any
 ) -> PreTrainedModel:
     model = build(architecture, **build_options)
     recorder.watch(model, name)
-    return mixquant.prepare(model, RECIPE)
+    return prepared(recorder, model, RECIPE)
 
 
 def allowed(prompt: Tensor, start: int = 0) -> list[int]:
@@ -107,7 +114,7 @@ def test_every_layer_gets_the_same_rows(recorder: Recorder) -> None:
         layer.self_attn.o_proj.weight.zero_()
         layer.mlp.down_proj.weight.zero_()
     recorder.watch(model)
-    mixquant.prepare(model, RECIPE)
+    prepared(recorder, model, RECIPE)
     prompt = tokens(30)
     model.generate(prompt, **GREEDY)
     passes = recorder.take()
@@ -140,7 +147,7 @@ def test_padding_counts_toward_no_threshold(recorder: Recorder) -> None:
     for least, quantized in ((rows, True), (rows + 1, False)):
         model = build("llama")
         recorder.watch(model)
-        mixquant.prepare(model, {**RECIPE.to_dict(), "min_prefill_tokens": least})
+        prepared(recorder, model, {**RECIPE.to_dict(), "min_prefill_tokens": least})
         model.generate(**left_padded(prompts), **GREEDY)
         expected = [token for prompt in prompts for token in allowed(prompt)] if quantized else []
         check(recorder.take(), expected)
@@ -383,9 +390,9 @@ def test_assisted(recorder: Recorder, which: str) -> None:
     recorder.watch(main, "main")
     recorder.watch(assistant, "assistant")
     if which != "assistant":
-        mixquant.prepare(main, RECIPE)
+        prepared(recorder, main, RECIPE)
     if which != "main":
-        mixquant.prepare(assistant, RECIPE)
+        prepared(recorder, assistant, RECIPE)
     # Twice: nothing of the first call may be taken for the second's.
     for prompt in (tokens(20), tokens(34, seed=5)):
         main.generate(prompt, assistant_model=assistant, **{**GREEDY, "max_new_tokens": 10})
@@ -412,7 +419,7 @@ def test_a_generation_inside_another_of_another_model(recorder: Recorder) -> Non
     main, other = build("llama"), build("llama", seed=1)
     for model, name in ((main, "main"), (other, "other")):
         recorder.watch(model, name)
-        mixquant.prepare(model, RECIPE)
+        prepared(recorder, model, RECIPE)
     inner, outer = tokens(25, seed=6), tokens(40)
 
     def ask(input_ids: Tensor, scores: Tensor) -> Tensor:
@@ -433,7 +440,7 @@ def test_everywhere_quantizes_answers_too(recorder: Recorder) -> None:
     prompt = tokens(40)
     model = build("llama")
     recorder.watch(model)
-    mixquant.prepare(model, {**RECIPE.to_dict(), "everywhere": True})
+    prepared(recorder, model, {**RECIPE.to_dict(), "everywhere": True})
     answer = model.generate(prompt, **GREEDY).sequences[0]
     passes = recorder.take()
     assert [token for each in passes for token in each.quantized] == answer[:-1].tolist()
@@ -535,7 +542,7 @@ def test_smollm2(recorder: Recorder, smollm2_path: Path) -> None:
     prompts = [order[None, :60], order[None, 60:100]]
     # Its answer is not among the known tokens: it would be missed as "no row of the first layer".
     recorder.watch(plain, known=order[:100])
-    model = mixquant.prepare(plain, RECIPE)
+    model = prepared(recorder, plain, RECIPE)
     batch = left_padded(prompts)
     greedy = {**GREEDY, "max_new_tokens": 3}
     together = model.generate(**batch, **greedy).logits[0]

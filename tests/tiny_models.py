@@ -192,6 +192,10 @@ class Recorder:
         model.register_forward_pre_hook(begin, with_kwargs=True)
         model.register_forward_hook(end, always_call=True)
 
+    def forget(self) -> None:
+        """The passes so far: the tiny one that `prepare` makes, say."""
+        self._passes = []
+
     def take(self, name: str = "main") -> list[Pass]:
         """The passes of a model since the last call."""
         taken = [each for each in self._passes if each.model == name]
