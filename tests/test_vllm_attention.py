@@ -121,6 +121,13 @@ def test_runs_are_pieces_of_sequences_that_follow_each_other(
     assert set(of_pieces) <= set(rows) and rows == sorted(set(rows))
 
 
+def test_where_fp8_is_asked_for_every_row_attends_in_it() -> None:
+    implementation = flash_implementation(forward=None)
+    always, auto = (PrefillAttention(len, implementation, one) for one in (True, False))
+    assert WORTH(always, 1, 17) and not WORTH(always, 1, 16)  # the first 16 keys are precise
+    assert not WORTH(auto, 1, 17) and WORTH(auto, 8192, 131_072)
+
+
 def test_fp8_is_worth_it_by_work() -> None:
     """As benchmarks/attention_crossover.py measured it on an H100, of 32 heads over 8."""
     for rows, keys, wanted in [
@@ -208,6 +215,7 @@ def rounded(x: Tensor) -> Tensor:
 
 
 LEAST_KEYS = 6
+WORTH = PrefillAttention._worth  # which the tests replace
 
 
 @pytest.fixture(autouse=True)
@@ -332,9 +340,6 @@ def test_everything_else_is_vllms_own(case: str) -> None:
         plan.memo.clear()
     elif case == "fewer queries":
         query = query[:5]  # as of layers that share another's keys, where only last rows are wanted
-        metadata.num_actual_tokens = 5
-        metadata.query_start_loc = torch.tensor([0, 5], dtype=torch.int32)
-        metadata.max_query_len = 5
     for name, value in STRANGE.get(case, {}).items():
         setattr(metadata, name, value)
     asked = []

@@ -50,6 +50,13 @@ def _codes(x):
     return x.to(tl.float8e4nv)
 
 
+@triton.jit
+def _in_cache(pages, row, token, there, head, page_size, stride_row, stride_p, stride_t, stride_h):
+    """Where a head of a sequence's tokens begins in a paged cache; ``row`` of the block table."""
+    page = tl.load(pages + row * stride_row + token // page_size, there, 0).to(tl.int64)
+    return page * stride_p + (token % page_size) * stride_t + head * stride_h
+
+
 # Not compiled anew for a number of tokens that happens to be 1 or a multiple of 16.
 @triton.jit(do_not_specialize=["tokens"])
 def encode_queries_kernel(
@@ -85,8 +92,10 @@ def encode_queries_kernel(
     head = tl.program_id(0)
     column = tl.arange(0, SIZE)
     key = tl.arange(0, PRECISE)
-    page = tl.load(pages + table * stride_row + key // page_size).to(tl.int64)
-    begin = page * stride_p + (key % page_size) * stride_t + head // (heads // kv_heads) * stride_h
+    kv_head = head // (heads // kv_heads)
+    begin = _in_cache(
+        pages, table, key, key >= 0, kv_head, page_size, stride_row, stride_p, stride_t, stride_h
+    )
     first_keys = tl.trans(tl.load(keys + begin[:, None] + column[None, :]))
     signs = _hadamard(ROTATED)
     for time in range(TIMES):
@@ -157,8 +166,9 @@ def value_sums_kernel(
         place = at + tl.arange(0, TOKENS)
         there = place < stop
         token = first + place
-        page = tl.load(pages + row * stride_row + token // page_size, there, 0).to(tl.int64)
-        begin = page * stride_p + (token % page_size) * stride_t + head * stride_h
+        begin = _in_cache(
+            pages, row, token, there, head, page_size, stride_row, stride_p, stride_t, stride_h
+        )
         found = tl.load(values + begin[:, None] + column[None, :], there[:, None], 0.0)
         total += tl.sum(found.to(tl.float32), 0)
     to = (number * SPANS + tl.program_id(0)) * heads + head
@@ -200,8 +210,9 @@ def encode_cache_kernel(
             place = at + tl.arange(0, TOKENS)
             there = place < stop
             token = first + _key_at(place, count, stride, UNIT)
-            page = tl.load(pages + row * stride_row + token // page_size, there, 0).to(tl.int64)
-            begin = page * stride_p + (token % page_size) * stride_t + head * stride_h
+            begin = _in_cache(
+                pages, row, token, there, head, page_size, stride_row, stride_p, stride_t, stride_h
+            )
             found = tl.load(keys + begin[:, None] + column[None, :], there[:, None], 0.0)
             found = _rotated(found, signs, TOKENS, SIZE, ROTATED)
             to = ((offset + place).to(tl.int64)[:, None] * heads + head) * SIZE + column[None, :]
@@ -215,8 +226,9 @@ def encode_cache_kernel(
             place = at + tl.arange(0, TOKENS)
             there = place < stop
             token = first + _key_at(place, count, stride, UNIT)
-            page = tl.load(pages + row * stride_row + token // page_size, there, 0).to(tl.int64)
-            begin = page * stride_p + (token % page_size) * stride_t + head * stride_h
+            begin = _in_cache(
+                pages, row, token, there, head, page_size, stride_row, stride_p, stride_t, stride_h
+            )
             found = tl.load(values + begin[:, None] + column[None, :], there[:, None], 0.0)
             found = found.to(tl.float32)
             codes = _codes(found - mean[None, :])
@@ -274,8 +286,9 @@ def merge_kernel(
         lse_at += heads * tokens
 
     key = tl.arange(0, PRECISE)
-    page = tl.load(pages + table * stride_row + key // page_size).to(tl.int64)
-    begin = page * stride_p + (key % page_size) * stride_t + kv_head * stride_h
+    begin = _in_cache(
+        pages, table, key, key >= 0, kv_head, page_size, stride_row, stride_p, stride_t, stride_h
+    )
     first_values = tl.load(values + begin[:, None] + column[None, :])
     at = (wide[:, None] * heads + head) * PRECISE + key[None, :]
     first_weights = tl.load(weights + at, there[:, None], 0.0)
