@@ -25,8 +25,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mixquant.engines.vllm.attention_rows import Piece, runs_of, worth
-from mixquant.engines.vllm.fp8_attention import Run, Shape, attend
+from mixquant.engines.vllm.attention.fp8 import Run, Shape, attend
+from mixquant.engines.vllm.attention.rows import Piece, runs_of, worth
 
 PAGE = 16
 ROWS = (128, 256, 512, 1024, 2048, 4096, 8192)

@@ -29,9 +29,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mixquant.engines.vllm import fp8_attention
-from mixquant.engines.vllm.attention_rows import Piece, runs_of
-from mixquant.engines.vllm.fp8_attention import Run, Shape, attend
+from mixquant.engines.vllm.attention import fp8 as fp8_attention
+from mixquant.engines.vllm.attention.fp8 import Run, Shape, attend
+from mixquant.engines.vllm.attention.rows import Piece, runs_of
 
 ON_HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -225,7 +225,7 @@ def layers_of(name: str, tokens: int) -> Iterator[Inputs]:
     """What each layer attends to of a model that reads Python's documentation, in one chunk."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    from mixquant import models
+    from mixquant.checkpoints import models
 
     found: list[Inputs] = []
 

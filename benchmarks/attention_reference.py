@@ -1,7 +1,8 @@
 """FP8 attention step by step in PyTorch: what the kernels must give, and the sums that Hopper makes.
 
-`encode_queries`, `value_sums`, `encode_cache` and `merge` are those of `mixquant.kernels.fp8_triton`.
-`summed_exactly` and `summed_on_hopper` are `flash_attention` of `mixquant.engines.vllm.fp8_attention`,
+`encode_queries`, `value_sums`, `encode_cache` and `merge` are those of
+`mixquant.kernels.triton.fp8_attention`. `summed_exactly` and
+`summed_on_hopper` are `flash_attention` of `mixquant.engines.vllm.attention.fp8`,
 with FP32 sums of the codes and with sums of some 14 bits.
 """
 

@@ -21,8 +21,8 @@ import vllm._custom_ops as ops
 from triton.testing import do_bench  # type: ignore[import-not-found, import-untyped]
 from vllm.vllm_flash_attn import flash_attn_varlen_func
 
-from mixquant.engines.vllm.attention import flash_attention
-from mixquant.kernels.fused_triton import room_for, silu_and_mul
+from mixquant.engines.vllm.attention.layers import flash_attention
+from mixquant.kernels.triton.fused import room_for, silu_and_mul
 
 CHUNK = 8192
 

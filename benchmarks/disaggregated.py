@@ -25,13 +25,13 @@ from typing import Any
 
 import psutil
 
-from mixquant import models
 from mixquant.bench.counts import read_counts
 from mixquant.bench.generator import Generator, generator
 from mixquant.bench.summary import measurements
 from mixquant.bench.workloads import Plan, Point, points
-from mixquant.ports import free_ports
+from mixquant.checkpoints import models
 from mixquant.results import Arm, Bench, Environment, Measurement, to_json
+from mixquant.servers.ports import free_ports
 
 ENGINE = ["--load-format", "dummy", "--no-enable-prefix-caching", "--max-num-seqs", "64"]
 COLOCATED, SET = "colocated", "prefill and decode apart"

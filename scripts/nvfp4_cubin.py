@@ -1,7 +1,7 @@
 """Compiles the Triton kernels of NVFP4 where there is no GPU, for a machine that has one.
 
 A host whose own Triton is older than 3.9 can run them all the same: what a launcher has to know is
-in kernels.json (tests/test_nvfp4_triton.py has one, with CuPy).
+in kernels.json (tests/unit/kernels/triton/test_nvfp4.py has one, with CuPy).
 
     PYTHONPATH=.venv/triton .venv/bin/python scripts/nvfp4_cubin.py build/nvfp4_sm90
 """
@@ -13,7 +13,7 @@ from typing import Any
 
 import triton
 
-from mixquant.kernels.nvfp4_triton import compile_for
+from mixquant.kernels.triton.nvfp4 import compile_for
 
 # Triton's launcher appends these two to every kernel's arguments; null where their size is zero.
 HIDDEN = [["global_scratch", "*i8"], ["profile_scratch", "*i8"]]

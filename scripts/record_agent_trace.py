@@ -17,7 +17,7 @@ from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
 
-from mixquant import models
+from mixquant.checkpoints import models
 
 ANSWER_TOKENS = 64
 

@@ -9,14 +9,14 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import this_machine
 import torch
+from served import TEMPLATE, Served
 
-from mixquant import models
+from mixquant.checkpoints import models
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -39,32 +39,13 @@ def smollm2(smollm2_path: str) -> tuple[Any, Any]:
     return models.load(smollm2_path)
 
 
-# SmolLM2's own does not show tools. All of their schemas would be too much for its context.
-TEMPLATE = (
-    "{% if tools %}<|im_start|>system\nYou can call functions.{% for tool in tools %}\n"
-    "{{ tool.function.name }}: {{ tool.function.description }}{% endfor %}<|im_end|>\n{% endif %}"
-    "{% for message in messages %}<|im_start|>{{ message.role }}\n"
-    "{{ message.content or '' }}<|im_end|>\n{% endfor %}<|im_start|>assistant\n"
-)
-
-
-@dataclass(frozen=True)
-class Served:
-    """A real vLLM server with mixquant's default recipe and SmolLM2."""
-
-    url: str
-    name: str = "served"
-    key: str = "a-key-that-must-not-leak"
-    context: int = 7168  # tokens; the model would take 8192
-
-
 @pytest.fixture(scope="session")
 def served(smollm2_path: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     """One server for all tests that only ask: starting one takes most of a minute."""
     pytest.importorskip("vllm", reason="vLLM is not installed")
     from mixquant import Recipe
-    from mixquant.arms import Arm, running
-    from mixquant.evaluate.plan import on_cpu
+    from mixquant.evaluate.benchmarks.plan import on_cpu
+    from mixquant.servers.arms import Arm, running
 
     folder = tmp_path_factory.mktemp("served")
     template = folder / "template.jinja"

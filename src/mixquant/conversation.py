@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from mixquant.models import ModelError, one_line
+from mixquant.checkpoints.models import ModelError, one_line
 
 Message = dict[str, Any]
 

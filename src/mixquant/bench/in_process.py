@@ -11,17 +11,17 @@ from typing import Any
 
 import torch
 
-from mixquant.arms import Arm
 from mixquant.bench.counts import Counts
 from mixquant.bench.generator import Answer
 from mixquant.bench.run import Progress
 from mixquant.bench.summary import measurements
 from mixquant.bench.trace import Request
 from mixquant.bench.workloads import Point
+from mixquant.checkpoints.models import Checkpoint, load_model
+from mixquant.core.phase import plan_in_force
 from mixquant.engines.transformers import phase, prepare, summary
-from mixquant.models import Checkpoint, load_model
-from mixquant.phase import plan_in_force
 from mixquant.results import Measurement
+from mixquant.servers.arms import Arm
 
 
 def run(

@@ -6,12 +6,12 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from mixquant.arms import Arm, ArmError, running, served_models, served_name
 from mixquant.bench.counts import read_counts
 from mixquant.bench.generator import Generator, GeneratorError, generator
 from mixquant.bench.summary import measurements
 from mixquant.bench.workloads import Point
 from mixquant.results import Measurement
+from mixquant.servers.arms import Arm, ArmError, running, served_models, served_name
 
 API_KEY = "OPENAI_API_KEY"  # the generator's own, too
 

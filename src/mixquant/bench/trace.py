@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from mixquant.reading import ReadingError, parse_json
+from mixquant.files.reading import ReadingError, parse_json
 
 BUILTIN = "builtin"
 

@@ -11,9 +11,9 @@ from typing import Annotated
 import typer
 
 from mixquant import PrepareError, RecipeError, __version__
-from mixquant.arms import ArmError
 from mixquant.bench.generator import GeneratorError
 from mixquant.bench.trace import TraceError
+from mixquant.checkpoints.models import ModelError
 from mixquant.cli.bench import bench
 from mixquant.cli.compare import compare
 from mixquant.cli.console import InputError, print_error
@@ -24,15 +24,15 @@ from mixquant.cli.quantize import quantize
 from mixquant.cli.report import report
 from mixquant.cli.serve import serve
 from mixquant.cli.talk import chat, generate
-from mixquant.engines.vllm.server import ServerError
-from mixquant.evaluate.answer_file import AnswerFileError
-from mixquant.evaluate.answers import EngineError
-from mixquant.evaluate.passages import PassageError
-from mixquant.evaluate.plan import EvaluationError
+from mixquant.evaluate.benchmarks.answer_file import AnswerFileError
+from mixquant.evaluate.benchmarks.plan import EvaluationError
+from mixquant.evaluate.fidelity.answers import EngineError
+from mixquant.evaluate.fidelity.passages import PassageError
 from mixquant.evaluate.tasks import TaskError
-from mixquant.models import ModelError
 from mixquant.results import ResultsError
 from mixquant.serve.description import ServeError
+from mixquant.servers.arms import ArmError
+from mixquant.servers.process import ServerError
 
 app = typer.Typer(
     help="Phase-aware quantized inference: prefill in low precision, decode in BF16.",

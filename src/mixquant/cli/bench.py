@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from mixquant import Recipe, scratch
+from mixquant import Recipe
+from mixquant.checkpoints.models import Checkpoint, find, load_tokenizer
 from mixquant.cli.console import (
     InputError,
     check_writable,
@@ -30,14 +31,14 @@ from mixquant.cli.options import (
     chosen_recipe,
     saved_recipe,
 )
-from mixquant.models import Checkpoint, find, load_tokenizer
-from mixquant.reading import shown
+from mixquant.files import scratch
+from mixquant.files.reading import shown
 from mixquant.results import Environment
 
 if TYPE_CHECKING:
-    from mixquant.arms import Arm
     from mixquant.bench.workloads import Point
     from mixquant.results import Measurement
+    from mixquant.servers.arms import Arm
 
 LENGTHS = (512, 2048, 8192)
 BATCHES = (1, 4, 16)
@@ -153,12 +154,12 @@ def bench(
     ] = None,
 ) -> None:
     """Measure time to first token, time per output token and throughput, arm after arm."""
-    from mixquant.arms import chosen_arms
     from mixquant.bench.run import check_server, run
-    from mixquant.bench.table import tables
     from mixquant.bench.trace import BUILTIN, read_trace
     from mixquant.bench.workloads import Plan, points
+    from mixquant.cli.tables.speed import tables
     from mixquant.results import Bench, to_json
+    from mixquant.servers.arms import chosen_arms
 
     chosen = chosen_recipe(recipe, format)
     in_process = engine == "transformers"

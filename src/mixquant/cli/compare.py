@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from mixquant.checkpoints.models import find, load_tokenizer
 from mixquant.cli.console import (
     InputError,
     check_writable,
@@ -26,7 +27,6 @@ from mixquant.cli.options import (
     chosen_recipe,
     saved_recipe,
 )
-from mixquant.models import find, load_tokenizer
 
 if TYPE_CHECKING:
     from mixquant.results import Comparison
@@ -67,9 +67,9 @@ def compare(
 
     from transformers.utils import logging
 
-    from mixquant.evaluate.compare import compare as run
-    from mixquant.evaluate.report import answers, table
-    from mixquant.evaluate.workload import agent_workload
+    from mixquant.cli.tables.compare import answers, table
+    from mixquant.evaluate.compare.run import compare as run
+    from mixquant.evaluate.compare.workload import agent_workload
     from mixquant.results import to_json
 
     logging.disable_progress_bar()  # ours tells the same
@@ -103,7 +103,7 @@ def _write_report(file: Path, result: Comparison) -> None:
 
 
 def _arms(text: str) -> list[str]:
-    from mixquant.evaluate.compare import ARMS
+    from mixquant.evaluate.compare.run import ARMS
 
     names = [name.strip() for name in text.split(",") if name.strip()]
     for name in names:

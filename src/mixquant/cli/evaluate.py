@@ -21,6 +21,7 @@ from rich.progress import (
 )
 
 from mixquant import Recipe
+from mixquant.checkpoints.models import find
 from mixquant.cli.console import (
     InputError,
     check_writable,
@@ -40,10 +41,9 @@ from mixquant.cli.options import (
     saved_recipe,
     temperature_option,
 )
-from mixquant.models import find
 
 if TYPE_CHECKING:
-    from mixquant.evaluate.plan import Judge
+    from mixquant.evaluate.benchmarks.plan import Judge
 
 JUDGE_KEYS = ("MIXQUANT_JUDGE_KEY", "OPENAI_API_KEY")
 SERVER_KEY = "VLLM_API_KEY"  # which vLLM itself reads
@@ -172,12 +172,12 @@ def evaluate(
         check_writable(json_file)
     judge = _judge(judge_url, judge_model)
 
-    from mixquant.arms import chosen_arms
-    from mixquant.evaluate.evaluation import evaluate as run
-    from mixquant.evaluate.plan import Options
-    from mixquant.evaluate.runner import RunError
-    from mixquant.evaluate.score_table import tables
+    from mixquant.cli.tables.scores import tables
+    from mixquant.evaluate.benchmarks.plan import Options
+    from mixquant.evaluate.benchmarks.run import evaluate as run
+    from mixquant.evaluate.benchmarks.runner import RunError
     from mixquant.results import to_json
+    from mixquant.servers.arms import chosen_arms
 
     chosen = chosen_recipe(recipe, format)
     if chosen is None:  # servers that run already need no model here
@@ -229,7 +229,7 @@ def evaluate(
 
 
 class _Bar:
-    """`mixquant.evaluate.evaluation.Progress`, on a terminal."""
+    """`mixquant.evaluate.benchmarks.run.Progress`, on a terminal."""
 
     def __init__(self, bar: Progress) -> None:
         self._bar = bar
@@ -267,7 +267,7 @@ def _progress() -> Iterator[_Bar]:
 
 
 def _judge(url: str | None, model: str | None) -> Judge | None:
-    from mixquant.evaluate.plan import Judge
+    from mixquant.evaluate.benchmarks.plan import Judge
 
     if url is None and model is None:
         return None

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mixquant import Recipe
+from mixquant.checkpoints.models import find, load_tokenizer
 from mixquant.cli.console import (
     InputError,
     check_writable,
@@ -25,11 +26,10 @@ from mixquant.cli.console import (
     write_so_far,
 )
 from mixquant.cli.options import FormatOption, Model, chosen_recipe, saved_recipe
-from mixquant.models import find, load_tokenizer
-from mixquant.recipe import PRESETS
+from mixquant.core.recipe import PRESETS
 
 if TYPE_CHECKING:
-    from mixquant.evaluate.answers import Engine
+    from mixquant.evaluate.fidelity.answers import Engine
     from mixquant.results import Fidelity
 
 BUILT_IN_TEXTS = 4
@@ -123,9 +123,9 @@ def fidelity(
 
     from transformers.utils import logging
 
-    from mixquant.evaluate.fidelity import measure
-    from mixquant.evaluate.fidelity_table import tables
-    from mixquant.evaluate.passages import check_lengths, cut, documentation
+    from mixquant.cli.tables.fidelity import tables
+    from mixquant.evaluate.fidelity.passages import check_lengths, cut, documentation
+    from mixquant.evaluate.fidelity.run import measure
     from mixquant.results import to_json
 
     logging.disable_progress_bar()  # ours tells the same
@@ -194,13 +194,13 @@ def _engine(engine: EngineName, vllm_args: str) -> Engine:
     if engine is EngineName.transformers:
         if vllm_args:
             raise InputError("--vllm-args goes with --engine vllm")
-        from mixquant.evaluate.answers_transformers import run
+        from mixquant.evaluate.fidelity.answers_transformers import run
 
         return run
     if importlib.util.find_spec("vllm") is None:
         raise InputError("vLLM is not installed: pip install 'mixquant[vllm]', or '[cpu]' on a CPU")
-    from mixquant.engines.vllm.server import stands_for
-    from mixquant.evaluate.answers_vllm import DECIDED, VLLM
+    from mixquant.evaluate.fidelity.answers_vllm import DECIDED, VLLM
+    from mixquant.servers.process import stands_for
 
     try:
         arguments = tuple(shlex.split(vllm_args))

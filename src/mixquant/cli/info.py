@@ -19,7 +19,7 @@ def info() -> None:
 
     from mixquant.engines.vllm.versions import plugin_state
     from mixquant.formats import BY_NAME, int8
-    from mixquant.kernels.compiled import why_not_fused
+    from mixquant.kernels.cpu.compiled import why_not_fused
 
     devices = [torch.device("cpu")]
     devices += [torch.device("cuda", index) for index in range(torch.cuda.device_count())]

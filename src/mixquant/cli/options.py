@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from mixquant import Recipe
-from mixquant.models import SMOLLM2, Checkpoint
+from mixquant.checkpoints.models import SMOLLM2, Checkpoint
 
 Model = Annotated[
     str,

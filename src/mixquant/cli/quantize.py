@@ -35,7 +35,7 @@ def quantize(
     """Write a quantized checkpoint, for a recipe's prefill_model; needs llm-compressor."""
     from transformers.utils import logging
 
-    from mixquant.quantize import quantize as run
+    from mixquant.checkpoints.write import quantize as run
 
     logging.disable_progress_bar()  # ours tells the same
     with progress_bar() as report:

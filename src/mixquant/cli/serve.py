@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from mixquant import models
+from mixquant.checkpoints import models
 from mixquant.cli.console import err, say
 from mixquant.cli.options import RecipeOption
 from mixquant.serve.description import Deployment, ServeError, read

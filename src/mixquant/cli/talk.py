@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from mixquant import Recipe
+from mixquant.checkpoints.models import Checkpoint, find, load_model, load_tokenizer
 from mixquant.cli.console import InputError, err, out, print_error, read_text, say
 from mixquant.cli.options import (
     FormatOption,
@@ -22,7 +23,6 @@ from mixquant.cli.options import (
     chosen_recipe,
     saved_recipe,
 )
-from mixquant.models import Checkpoint, find, load_model, load_tokenizer
 
 
 def generate(

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from mixquant.formats.base import EMULATION, Kernel, cuda_capability
-from mixquant.kernels import int8_cpu
-from mixquant.kernels.int8_cpu import QMAX
+from mixquant.kernels.cpu import int8 as int8_cpu
+from mixquant.kernels.cpu.int8 import QMAX
 
 ONEDNN = Kernel("oneDNN", native=True)
 INT_MM = Kernel("torch._int_mm", native=True)

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from mixquant.ports import free_ports
 from mixquant.serve.description import Deployment
+from mixquant.servers.ports import free_ports
 
 Role = Literal["colocated", "prefill", "decode", "router", "front"]
 Secret = Literal["api-key", "engine-key"]  # what clients show; what engines ask of the router

@@ -18,9 +18,9 @@ from pydantic import (
     model_validator,
 )
 
-from mixquant.engines.vllm.server import stands_for
-from mixquant.reading import ReadingError, parse_yaml, shown
-from mixquant.recipe import Recipe, RecipeError
+from mixquant.core.recipe import Recipe, RecipeError
+from mixquant.files.reading import ReadingError, parse_yaml, shown
+from mixquant.servers.process import stands_for
 
 # Options of vLLM that the description itself decides.
 OWN_OPTIONS = (

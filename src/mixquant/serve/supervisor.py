@@ -13,11 +13,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from socket import socket
 
-from mixquant import scratch
-from mixquant.engines.vllm.server import cause, points_elsewhere, read_log, reason, tied
+from mixquant.files import scratch
 from mixquant.serve.commands import ENGINE_ROLES, Process
 from mixquant.serve.description import Deployment, ServeError
 from mixquant.serve.leftovers import members, shared_memory
+from mixquant.servers.process import cause, points_elsewhere, read_log, reason, tied
 
 POLL = 1.0  # s between looks at a process
 MEMORY_POLL = 10.0  # s between looks at its shared memory

@@ -1,10 +1,10 @@
 """The Transformers engine: embedded, in process."""
 
+from mixquant.core.summary import Layer, Summary
 from mixquant.engines.transformers.module import PrepareError
 from mixquant.engines.transformers.passes import everything_in_prefill_format, phase
 from mixquant.engines.transformers.prepare import prepare, requantize, summary
 from mixquant.engines.transformers.quantizer import MixQuantConfig
-from mixquant.summary import Layer, Summary
 
 __all__ = [
     "Layer",

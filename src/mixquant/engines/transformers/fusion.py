@@ -14,6 +14,8 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor, nn
 
+from mixquant.core.phase import PhasePlan, in_force, plan_in_force
+from mixquant.core.rows import by_phase, quantize_once, remember_quantized, select
 from mixquant.engines.source import statements_of_forward
 from mixquant.engines.transformers.methods import put_in_front
 from mixquant.engines.transformers.module import (
@@ -22,9 +24,7 @@ from mixquant.engines.transformers.module import (
     without_gradient,
 )
 from mixquant.formats.int8 import INT8, ONEDNN, Int8Rows, Int8Weight, onednn_product
-from mixquant.kernels import int8_cpu
-from mixquant.linear import by_phase, quantize_once, remember_quantized, select
-from mixquant.phase import PhasePlan, in_force, plan_in_force
+from mixquant.kernels.cpu import int8 as int8_cpu
 
 # Which norm of a decoder layer feeds which of its projections. A wrong guess costs time, nothing
 # else: the rows are only used by a layer that is given this very norm's output.

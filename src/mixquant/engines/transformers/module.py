@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mixquant.core.fingerprint import Origin, changed
+from mixquant.core.phase import Range, plan_in_force
+from mixquant.core.rows import Part, phase_linear
 from mixquant.formats import BY_NAME
-from mixquant.linear import Part, phase_linear
-from mixquant.phase import Range, plan_in_force
-from mixquant.sample import Origin, changed
 
 
 class PrepareError(ValueError):

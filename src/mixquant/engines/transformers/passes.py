@@ -21,15 +21,9 @@ import torch
 from torch import nn
 from transformers.generation.configuration_utils import GenerationMode
 
+from mixquant.core.phase import PhasePlan, Thresholds, everything_quantized, in_force, plan_pass
 from mixquant.engines.transformers.methods import put_in_front
 from mixquant.engines.transformers.module import PrepareError, renew
-from mixquant.phase import (
-    PhasePlan,
-    Thresholds,
-    everything_quantized,
-    in_force,
-    plan_pass,
-)
 
 
 @dataclass(frozen=True)

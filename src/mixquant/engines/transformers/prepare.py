@@ -14,6 +14,10 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import logging as hf_logging
 
+from mixquant.core.phase import Range, Thresholds
+from mixquant.core.recipe import FUSED_PROJECTIONS, Recipe, is_router
+from mixquant.core.rows import Part
+from mixquant.core.summary import IGNORED, THE_RECIPE, Layer, Summary
 from mixquant.engines.source import statements_of_forward
 from mixquant.engines.transformers.fusion import fuse
 from mixquant.engines.transformers.module import (
@@ -27,10 +31,6 @@ from mixquant.engines.transformers.passes import watch
 from mixquant.engines.transformers.stored import is_other_linear, why_not_plain
 from mixquant.engines.transformers.trial import OTHER_ROWS, why_not_its_rows
 from mixquant.formats import BY_NAME, cuda_capability, native_formats, why_not_on
-from mixquant.linear import Part
-from mixquant.phase import Range, Thresholds
-from mixquant.recipe import FUSED_PROJECTIONS, Recipe, is_router
-from mixquant.summary import IGNORED, THE_RECIPE, Layer, Summary
 
 logger = logging.getLogger(__name__)
 

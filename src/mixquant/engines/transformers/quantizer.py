@@ -14,8 +14,8 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from mixquant.core.recipe import Recipe
 from mixquant.engines.transformers.prepare import as_recipe, prepare
-from mixquant.recipe import Recipe
 
 METHOD = "mixquant"
 

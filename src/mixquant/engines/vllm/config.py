@@ -12,11 +12,11 @@ from vllm.model_executor.layers.quantization.base_config import (
     QuantizeMethodBase,
 )
 
+from mixquant.core.layer_names import is_drafter, is_tower
+from mixquant.core.recipe import Recipe, is_router
 from mixquant.engines.vllm import versions
+from mixquant.engines.vllm.loading.memory import Ledger
 from mixquant.engines.vllm.log import refusals
-from mixquant.engines.vllm.memory import Ledger
-from mixquant.layer_names import is_drafter, is_tower
-from mixquant.recipe import Recipe, is_router
 
 METHOD = "mixquant"
 
@@ -69,8 +69,8 @@ class MixQuantConfig(QuantizationConfig):  # type: ignore[misc]
                 )
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
-        from mixquant.engines.vllm import passes
-        from mixquant.engines.vllm.linear import PhaseLinearMethod
+        from mixquant.engines.vllm.linear.method import PhaseLinearMethod
+        from mixquant.engines.vllm.patches import runners as passes
 
         why = self.why_precise(prefix)
         if self.recipe is None:  # vLLM makes some drafters a configuration of their own
@@ -86,7 +86,7 @@ class MixQuantConfig(QuantizationConfig):  # type: ignore[misc]
             if why is not None:
                 layer.mixquant_why_precise = why  # type: ignore[assignment]
                 return None
-            from mixquant.engines.vllm.experts import experts_method
+            from mixquant.engines.vllm.experts.method import experts_method
 
             return experts_method(layer, self.recipe, prefix, self.ledger)
         return None

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from mixquant import scratch
+from mixquant.files import scratch
 
 ROWS = (
     ("prefill", "quantized"),

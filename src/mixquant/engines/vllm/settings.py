@@ -11,13 +11,13 @@ from typing import Any
 import torch
 
 from mixquant import formats
+from mixquant.checkpoints.prefill import directory_of
+from mixquant.core.recipe import FormatName, Recipe, RecipeError
 from mixquant.engines.vllm import versions
 from mixquant.engines.vllm.config import METHOD, MixQuantConfig
 from mixquant.engines.vllm.counters import Counters
+from mixquant.engines.vllm.loading.second_checkpoint import opened
 from mixquant.engines.vllm.log import logger, refusals
-from mixquant.engines.vllm.second_checkpoint import opened
-from mixquant.prefill_checkpoint import directory_of
-from mixquant.recipe import FormatName, Recipe, RecipeError
 
 
 class SettingsError(ValueError):

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
+from mixquant.core.recipe import FUSED_PROJECTIONS, Recipe
+from mixquant.core.summary import IGNORED, THE_RECIPE, Layer, Summary
 from mixquant.engines.vllm.log import logger
-from mixquant.recipe import FUSED_PROJECTIONS, Recipe
-from mixquant.summary import IGNORED, THE_RECIPE, Layer, Summary
 
 
 def summary(model: torch.nn.Module, recipe: Recipe, attention: str = "") -> Summary:
@@ -14,7 +14,7 @@ def summary(model: torch.nn.Module, recipe: Recipe, attention: str = "") -> Summ
     from vllm.model_executor.layers.linear import LinearBase
 
     from mixquant.engines.vllm import versions
-    from mixquant.engines.vllm.linear import PhaseLinearMethod
+    from mixquant.engines.vllm.linear.method import PhaseLinearMethod
 
     layers: list[Layer] = []
     experts = versions.moe_layer_classes()

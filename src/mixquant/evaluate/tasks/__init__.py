@@ -85,7 +85,7 @@ class Chat(Protocol):
         """One request; ``options`` go before the run's.
 
         Raises:
-            mixquant.evaluate.chat.ChatError: it failed in the end.
+            mixquant.evaluate.benchmarks.chat.ChatError: it failed in the end.
         """
         ...
 

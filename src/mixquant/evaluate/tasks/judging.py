@@ -22,7 +22,7 @@ async def judged(
 
     Raises:
         JudgeError: no judge, or it said something else every time.
-        mixquant.evaluate.chat.ChatError: it could not be reached.
+        mixquant.evaluate.benchmarks.chat.ChatError: it could not be reached.
     """
     if judge is None:
         raise JudgeError("no judge to ask")

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from mixquant.evaluate.tasks import TaskError
-from mixquant.reading import ReadingError, parse_json
+from mixquant.files.reading import ReadingError, parse_json
 
 
 class Record(BaseModel):

@@ -1,0 +1,351 @@
+"""Writes a quantized checkpoint: a model's weights in NVFP4 or FP8, by llm-compressor.
+
+The result is in the compressed-tensors format. vLLM serves it by itself; mixquant takes it as the
+second checkpoint of a recipe (``prefill_model``), from which the prefill copy of the weights comes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import glob
+import importlib.util
+import os
+import shutil
+import uuid
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from mixquant.checkpoints import models
+from mixquant.checkpoints.models import ModelError
+from mixquant.core.recipe import Recipe, is_router
+from mixquant.files import scratch
+
+Scheme = Literal["nvfp4", "fp8"]
+
+# llm-compressor's names. NVFP4 has static scales for the activations of each layer, measured on
+# calibration data; FP8's scales, one per token, need none.
+_SCHEMES: dict[Scheme, str] = {"nvfp4": "NVFP4", "fp8": "FP8_DYNAMIC"}
+_BYTES_PER_WEIGHT: dict[Scheme, float] = {"nvfp4": 0.5625, "fp8": 1.0}
+_SAMPLE_TOKENS = 512
+
+Progress = Callable[[str, float], None]
+
+
+class QuantizeError(ModelError):
+    """A checkpoint that cannot be written. The message is one line and says what to do."""
+
+
+def quantize(
+    model: str,
+    out: str | Path,
+    scheme: Scheme = "nvfp4",
+    *,
+    ignore: Sequence[str] = (),
+    samples: int = 16,
+    say: Callable[[str], None] = lambda message: None,
+    progress: Progress = lambda doing, share: None,
+) -> Path:
+    """Writes a model's quantized checkpoint into a new directory.
+
+    Quantized are the linear layers of the text decoder. The output head, expert routers, vision and
+    audio towers, and layers whose shape the kernels cannot multiply stay as they are. Scales come
+    from the largest magnitudes; norms and embeddings are not touched, so that the result fits the
+    checkpoint that it was made from (`PrefillCheckpoint.check_against`, which it has passed).
+
+    The directory appears whole or not at all: files are written to one beside it, ``.NAME.*.partial``,
+    which takes its name at the end and goes away if anything fails (not if the process is killed).
+
+    Args:
+        model: a directory, a hub name, or ``smollm2``.
+        out: the directory to write; may exist if it is empty. The one that it is in must exist.
+        scheme: ``nvfp4`` (blocks of 16, static activation scales) or ``fp8`` (a scale per channel,
+            activations per token).
+        ignore: more layers to leave alone: glob patterns for full names or for their last
+            components. vLLM fuses q, k and v, and gate and up: ignore all of a group or none.
+        samples: how many pieces of 512 tokens of Python's documentation NVFP4 is calibrated on.
+            They decide the activation scales alone, not the weights.
+        say: is told, in one line, what takes long.
+        progress: is told what is being done, and the share of all that is done (0 to 1).
+
+    Returns:
+        The directory.
+
+    Raises:
+        QuantizeError: `out` cannot be written or is not empty, there is no space, llm-compressor is
+            not installed or fails, or a pattern of `ignore` matches no layer.
+        ModelError: the model cannot be had or is quantized already.
+    """
+    out = Path(os.path.expanduser(out))
+    if scheme not in _SCHEMES:
+        raise QuantizeError(f"unknown format {scheme!r}; expected {' or '.join(_SCHEMES)}")
+    if samples < 1:
+        raise QuantizeError(f"calibration needs at least one sample, not {samples}")
+    _check_out(out)
+    if importlib.util.find_spec("llmcompressor") is None:
+        raise QuantizeError(
+            "llm-compressor is not installed; run: pip install 'mixquant[quantize]'"
+        )
+
+    checkpoint = models.find(model, say)
+    progress(f"Loading {model}", 0.0)
+    tokenizer = models.load_tokenizer(checkpoint)
+    loaded = models.load_model(checkpoint)
+    left_alone = _left_alone(loaded, scheme, ignore)
+    _check_space(loaded, scheme, left_alone, out)
+    data = _calibration(tokenizer, samples, checkpoint.context) if scheme == "nvfp4" else None
+
+    # Not tempfile's, which are for the owner alone: another user may be the one who serves it.
+    partial = out.absolute().parent / f".{out.name}.{uuid.uuid4().hex[:8]}.partial"
+    scratch.sweep(partial.parent, f".{glob.escape(out.name)}.*.partial")
+    try:
+        partial.mkdir()
+        scratch.own(partial)
+        if checkpoint.config.get("quantization_config"):
+            # llm-compressor reads the model's config.json and would take a recipe of ours in it for
+            # the sign of a quantized model: show it one without.
+            loaded.config.save_pretrained(partial)
+            loaded.config.name_or_path = str(partial)
+        _run(loaded, tokenizer, scheme, left_alone, data, partial, progress)
+        tokenizer.save_pretrained(partial)
+        _check_result(partial, checkpoint)
+        for file in filter(Path.is_file, partial.rglob("*")):
+            models.sync(file)  # or a power failure leaves a renamed directory of empty files
+            file.chmod(0o666 & ~_umask())
+        scratch.keep(partial)
+        partial.rename(out)
+    except ModelError:
+        raise
+    except Exception as error:  # what llm-compressor raises is anything
+        why = "no disk space left" if models.is_out_of_space(error) else _describe(error)
+        raise QuantizeError(f"cannot quantize {model} into {out}: {why}") from error
+    finally:
+        scratch.remove(partial)
+    progress("Done", 1.0)
+    return out
+
+
+def _check_out(out: Path) -> None:
+    if os.path.lexists(out):
+        if not os.path.isdir(out) or os.path.islink(out):
+            raise QuantizeError(f"cannot write {out}: it is there and is no directory")
+        if any(out.iterdir()):
+            raise QuantizeError(f"cannot write {out}: the directory is not empty")
+    parent = out.absolute().parent
+    if not os.path.isdir(parent):
+        raise QuantizeError(f"cannot write {out}: there is no directory {parent}")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise QuantizeError(f"cannot write {out}: {parent} is not writable")
+
+
+def _left_alone(model: Any, scheme: Scheme, ignore: Sequence[str]) -> list[str]:
+    """The names of the linear layers that are not quantized; checks those that are.
+
+    Raises:
+        QuantizeError: a pattern matches nothing, nothing is left, or a weight holds NaN or infinity.
+    """
+    import torch
+    from torch import nn
+
+    inside = {id(module) for module in model.get_decoder().modules()}
+    head = model.get_output_embeddings()
+    linears = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.Linear)]
+    chosen = Recipe.from_dict({"ignore": list(ignore)})
+    for pattern in ignore:
+        one = Recipe.from_dict({"ignore": [pattern]})
+        if not any(one.ignores(name) for name, _ in linears):
+            raise QuantizeError(f"{pattern!r} to ignore is the name of no linear layer")
+
+    names = []
+    for name, linear in linears:
+        if (
+            id(linear) not in inside
+            or linear is head
+            or is_router(name)
+            or chosen.ignores(name)
+            or not _multiplies(scheme, *linear.weight.shape)
+        ):
+            names.append(name)
+        elif not torch.isfinite(linear.weight).all():
+            raise QuantizeError(
+                f"the weight of {name} holds NaN or infinity; the checkpoint is damaged"
+            )
+    if len(names) == len(linears):
+        raise QuantizeError("no linear layer is left to quantize")
+    return names
+
+
+def _multiplies(scheme: Scheme, out_features: int, in_features: int) -> bool:
+    """Whether the tensor cores take a weight of this shape."""
+    from mixquant.formats import BY_NAME, Kernel, fp8
+
+    kernel = fp8.SCALED_MM if scheme == "fp8" else Kernel("the tensor cores", native=True)
+    return BY_NAME[scheme].why_not(out_features, in_features, kernel) is None
+
+
+def _check_space(model: Any, scheme: Scheme, left_alone: Sequence[str], out: Path) -> None:
+    from torch import nn
+
+    needed = sum(parameter.nbytes for parameter in model.parameters())
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and name not in left_alone:
+            weight = module.weight
+            needed -= weight.nbytes - int(weight.numel() * _BYTES_PER_WEIGHT[scheme])
+    parent = out.absolute().parent
+    if (free := shutil.disk_usage(parent).free) < needed:
+        raise QuantizeError(
+            f"no disk space to write {out}: {parent} has {free / 1e6:.0f} MB free, "
+            f"{needed / 1e6:.0f} MB are needed"
+        )
+
+
+def _calibration(tokenizer: Any, samples: int, context: int | None) -> list[dict[str, Any]]:
+    """Pieces of the library's own documentation, evenly spaced, as inputs of the model."""
+    from pydoc_data.topics import topics
+
+    text = "\n\n".join(topics[name] for name in sorted(topics))
+    tokens = min(_SAMPLE_TOKENS, context or _SAMPLE_TOKENS)
+    characters = min(8 * tokens, len(text))  # more than any tokenizer needs for so many of English
+    step = (len(text) - characters) // samples
+    pieces = [text[start * step : start * step + characters] for start in range(samples)]
+    return [
+        {
+            key: values[0]
+            for key, values in tokenizer(
+                piece, truncation=True, max_length=tokens, return_tensors="pt"
+            ).items()
+            if key in ("input_ids", "attention_mask")
+        }
+        for piece in pieces
+    ]
+
+
+class _Samples:
+    """A data set that tells how far it was read, which is how far calibration got."""
+
+    def __init__(self, samples: list[dict[str, Any]], progress: Progress) -> None:
+        self._samples = samples
+        self._progress = progress
+
+    def __len__(self) -> int:
+        return len(self._samples)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        share = index / len(self._samples)
+        self._progress(f"Calibrating, {index + 1} of {len(self._samples)}", 0.1 + 0.6 * share)
+        return self._samples[index]
+
+
+def _run(
+    model: Any,
+    tokenizer: Any,
+    scheme: Scheme,
+    left_alone: list[str],
+    data: list[dict[str, Any]] | None,
+    into: Path,
+    progress: Progress,
+) -> None:
+    """Quantizes the model in place with llm-compressor, and saves it."""
+    import torch
+    from torch.utils.data import DataLoader
+
+    progress("Starting llm-compressor", 0.05)
+    with _quiet(), _granite():
+        from llmcompressor import oneshot
+        from llmcompressor.modifiers.quantization import QuantizationModifier
+
+        loader = None if data is None else DataLoader(_Samples(data, progress))  # type: ignore
+        oneshot(
+            model=model,
+            tokenizer=tokenizer,
+            recipe=QuantizationModifier(
+                targets="Linear", scheme=_SCHEMES[scheme], ignore=left_alone
+            ),
+            dataset=loader,
+            # The whole model at once: it is in memory, and nothing in it has to be traced.
+            pipeline="datafree" if loader is None else "basic",
+        )
+        progress("Writing", 0.7)
+        # Rounding to E2M1 is compiled there; without a C++ compiler it runs as written, slowly.
+        eager = scheme == "nvfp4" and not _compiles()
+        with torch.compiler.set_stance("force_eager" if eager else "default"):
+            model.save_pretrained(into, save_compressed=True)
+
+
+def _compiles() -> bool:
+    import torch
+
+    try:
+        torch.compile(lambda x: x + 1)(torch.zeros(2))
+    except Exception:  # of many classes, by what is missing
+        return False
+    return True
+
+
+def _check_result(written: Path, checkpoint: models.Checkpoint) -> None:
+    from mixquant.checkpoints.prefill import PrefillCheckpoint
+
+    source = Path(checkpoint.source)
+    main = source if source.is_dir() and any(source.glob("*.safetensors")) else None
+    PrefillCheckpoint.open(written).check_against(checkpoint.config, main)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without llm-compressor's log lines, warnings and bars: ours tell as much."""
+    # Read when they are imported, where they would take over loguru's configuration for this process.
+    for library in ("LLM_COMPRESSOR", "COMPRESSED_TENSORS"):
+        os.environ.setdefault(f"{library}_LOG_DISABLED", "true")
+    from loguru import logger
+    from tqdm import tqdm
+
+    begin = tqdm.__init__
+
+    def begin_hidden(self: Any, *args: Any, **kwargs: Any) -> None:
+        begin(self, *args, **{**kwargs, "disable": True})
+
+    libraries = ("llmcompressor", "compressed_tensors")
+    for library in libraries:
+        logger.disable(library)
+    tqdm.__init__ = begin_hidden
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        tqdm.__init__ = begin
+        for library in libraries:
+            logger.enable(library)
+
+
+@contextlib.contextmanager
+def _granite() -> Iterator[None]:
+    """Gives llm-compressor 0.12 a class that Transformers no longer has, so that it can be imported.
+
+    Its search for experts begins by importing all modules that it has code for, GraniteMoE's old one
+    among them; from 0.14 it does not. No module is of the class given here.
+    """
+    from torch import nn
+    from transformers.models.granitemoe import modeling_granitemoe
+
+    name = "GraniteMoeParallelExperts"
+    if hasattr(modeling_granitemoe, name):
+        yield
+        return
+    setattr(modeling_granitemoe, name, type(name, (nn.Module,), {}))
+    try:
+        yield
+    finally:
+        delattr(modeling_granitemoe, name)
+
+
+def _umask() -> int:
+    umask = os.umask(0)
+    os.umask(umask)
+    return umask
+
+
+def _describe(error: Exception) -> str:
+    line = models.one_line(error)
+    return line if isinstance(error, OSError) else f"{type(error).__name__}: {line}"

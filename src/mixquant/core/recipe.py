@@ -1,0 +1,347 @@
+"""What the user chooses: formats, thresholds, and the layers that stay BF16."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, fields, replace
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
+
+from mixquant.files.reading import ReadingError, parse_json, shown
+
+FormatName = Literal["nvfp4", "fp8", "int8", "bf16"]
+PresetName = Literal["fast", "balanced", "exact"]
+RoleName = Literal["both", "prefill", "decode"]
+
+# More than any context holds, and what engines' integers take.
+Tokens = Annotated[int, Field(ge=0, lt=2**31, strict=True)]
+
+FORMATS: tuple[FormatName, ...] = ("nvfp4", "fp8", "int8", "bf16")
+PRESETS: tuple[PresetName, ...] = ("fast", "balanced", "exact")
+
+# What writes the KV cache or the recurrent state: the product of prefill, so where precision pays.
+# Attention's keys and values, latent attention's (MLA), and the inputs of gated delta nets.
+STATE_WRITERS = (
+    "k_proj",
+    "v_proj",
+    "kv_a_proj_with_mqa",
+    "kv_b_proj",
+    "in_proj_qkv",
+    "in_proj_qkvz",
+    "in_proj_ba",
+    "in_proj_a",
+    "in_proj_b",
+)
+
+# Layers that some checkpoints or engines fuse out of several projections, stacked along the output.
+FUSED_PROJECTIONS: dict[str, tuple[str, ...]] = {
+    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
+    "gate_up_proj": ("gate_proj", "up_proj"),
+}
+# Others, in which the projections may be interleaved: BLOOM's, GPT-NeoX', InternLM2's, ...
+INTERLEAVED = ("query_key_value", "Wqkv", "wqkv", "W_pack", "c_attn")
+FUSED_PROJECTIONS |= dict.fromkeys(INTERLEAVED, FUSED_PROJECTIONS["qkv_proj"])
+
+# Which expert a token meets is a decision, and an error in it is no longer small. The layers are
+# tiny, too.
+_ROUTER = re.compile(r"(^|\.)(router|gate|shared_expert_gate)(\.|$)")
+
+_PRECISE_HEAD: dict[str, int] = {"nvfp4": 4, "fp8": 0, "int8": 0, "bf16": 0}
+
+
+class RecipeError(ValueError):
+    """A recipe that cannot be used. The message is one line and names the offending key."""
+
+
+@dataclass(frozen=True, config=ConfigDict(extra="forbid"))
+class Recipe:
+    """How a model is run: which rows and layers are quantized, and to what.
+
+    Attributes:
+        preset: what ``format``, if it is a single name, means per projection. ``fast``: every
+            projection in that format. ``balanced``: the same, but under nvfp4 whatever writes the
+            KV cache or the recurrent state one step more precise (fp8 where it is native, bf16
+            elsewhere). ``exact``: nothing is quantized.
+        format: ``nvfp4``, ``fp8``, ``int8``, ``bf16``; ``auto`` (the fastest that the device
+            multiplies natively); or a mapping from projection names or glob patterns to formats,
+            with ``default`` for the rest, which is then taken as it stands, whatever the preset.
+        min_prefill_tokens: a pass with fewer quantizable rows is all precise: below that a product is
+            bound by reading its weights (on an H200, 690 TFLOP/s over 4 TB/s: some 170 rows), and
+            a pass with a precise tail reads the BF16 weights in any case.
+        precise_head: tokens at the start of a prompt that stay precise. None: by format.
+        precise_tail: tokens at the end of a prompt that stay precise.
+        block_scale: how NVFP4 picks block scales: ``6`` (the block's largest value becomes 6, the
+            largest code) or ``4/6`` (per block, 6 or 4, whichever errs less; arXiv 2512.02010).
+        ignore: names or glob patterns of layers that stay BF16.
+        emulate: serve formats that the device does not multiply natively, slower than BF16; without
+            it the vLLM engine refuses them. The Transformers engine does as ``format`` says.
+        prefill_attention: ``fp8`` multiplies the attention of quantized rows in FP8, over the BF16 KV
+            cache, where vLLM runs on a GPU that has it (Hopper, with the package fa3-fwd), and else in
+            BF16; ``auto`` does so where it pays, unless nothing is quantized; ``bf16`` never.
+        everywhere: quantize every row of both phases, whatever the thresholds: what mixquant is compared
+            with, not what it is for.
+        prefill_model: a checkpoint in NVFP4 or FP8 (compressed-tensors) from which the vLLM engine
+            takes the quantized copy; None makes the copy from the BF16 weights.
+        role: what a vLLM engine of a disaggregated set is for. ``prefill``: it holds quantized layers
+            in their format alone, without BF16 weights, so every row is quantized there and no
+            threshold counts. ``decode``: nothing is quantized, whatever the format, so that one
+            recipe serves both. ``both``: one engine does both phases.
+
+    Raises:
+        pydantic.ValidationError: (a ValueError) a value of the wrong type or range. The
+            constructors from text raise `RecipeError` instead.
+    """
+
+    preset: PresetName = "balanced"
+    format: FormatName | Literal["auto"] | dict[str, FormatName] = "auto"
+    min_prefill_tokens: Tokens = 128
+    precise_head: Tokens | None = None
+    precise_tail: Tokens = 1
+    block_scale: Literal["6", "4/6"] = "6"
+    ignore: tuple[str, ...] = ("lm_head",)
+    emulate: Annotated[bool, Field(strict=True)] = False
+    prefill_attention: Literal["auto", "bf16", "fp8"] = "auto"
+    everywhere: Annotated[bool, Field(strict=True)] = False
+    prefill_model: Annotated[str, Field(min_length=1, strict=True)] | None = None
+    role: RoleName = "both"
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Recipe:
+        """The recipe with these values; absent keys take their defaults.
+
+        Raises:
+            RecipeError: an unknown key, or a value of the wrong type or range.
+        """
+        if not isinstance(values, Mapping):
+            raise RecipeError(
+                f"a recipe is a JSON object with the keys {_known_keys()}, not {shown(values)}"
+            )
+        unknown = [key for key in values if key not in {f.name for f in fields(cls)}]
+        if unknown:
+            raise RecipeError(
+                f"unknown recipe key {shown(unknown[0])}; the keys of a recipe are {_known_keys()}"
+            )
+        if isinstance(values.get("format"), str) and values["format"] not in (*FORMATS, "auto"):
+            raise RecipeError(
+                f"unknown format {shown(values['format'])}; "
+                f"expected auto, {', '.join(FORMATS)}, or a mapping from projections to formats"
+            )
+        try:
+            return TypeAdapter(cls).validate_python(dict(values))
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"][:1])
+            raise RecipeError(
+                f"recipe key {where!r}: {first['msg']}, got {shown(values.get(where))}"
+            ) from None
+
+    @classmethod
+    def from_json(cls, text: str) -> Recipe:
+        """The recipe that a JSON object describes.
+
+        Raises:
+            RecipeError: no JSON, not that of a recipe, or a key that stands twice.
+        """
+        try:
+            values = parse_json(text)
+        except ReadingError as error:
+            raise RecipeError(f"the recipe is not JSON: {error}") from None
+        return cls.from_dict(values)
+
+    @classmethod
+    def load(cls, source: str | Path) -> Recipe:
+        """The recipe that a preset's name, a JSON text, or the path of a JSON file stands for.
+
+        Raises:
+            RecipeError: none of these, or a file that cannot be read.
+        """
+        text = str(source)
+        if text in PRESETS:
+            return cls.from_dict({"preset": text})
+        if text.lstrip().startswith("{"):
+            return cls.from_json(text)
+        path = Path(text)
+        try:
+            found = path.is_file()
+        except OSError:  # too long for a name
+            found = False
+        if not found:
+            raise RecipeError(
+                f"unknown recipe {text[:100]!r}: expected a preset ({', '.join(PRESETS)}), "
+                "a JSON object, or the path of a JSON file"
+            )
+        try:
+            return cls.from_json(path.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError) as error:
+            raise RecipeError(f"cannot read the recipe {text}: {error}") from None
+        except RecipeError as error:
+            raise RecipeError(f"{text}: {error}") from None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every field, as JSON types; `from_dict` takes it back."""
+        return {**asdict(self), "ignore": list(self.ignore)}
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict(), indent=2)
+
+    def resolved(self, native: frozenset[str]) -> Recipe:
+        """This recipe with everything decided, for a device that multiplies ``native`` formats.
+
+        In the result ``format`` is a mapping with a ``default`` and no threshold is None; for the
+        role ``prefill`` all thresholds are 0. Resolving a second time changes nothing.
+
+        Raises:
+            RecipeError: a mapping of formats without a ``default``.
+        """
+        if self.preset == "exact" or self.role == "decode":
+            by_projection: dict[str, FormatName] = {"default": "bf16"}
+        elif isinstance(self.format, dict):
+            if "default" not in self.format:
+                raise RecipeError(
+                    "recipe key 'format': a mapping needs 'default', the format of the other layers"
+                )
+            by_projection = dict(self.format)
+        else:
+            name = fastest(native) if self.format == "auto" else self.format
+            by_projection = {"default": name}
+            if self.preset == "balanced" and name == "nvfp4":
+                milder: FormatName = "fp8" if "fp8" in native else "bf16"
+                by_projection |= dict.fromkeys(STATE_WRITERS, milder)
+        if self.role == "prefill":
+            return replace(
+                self, format=by_projection, min_prefill_tokens=0, precise_head=0, precise_tail=0
+            )
+        used = by_projection.values()
+        head = self.precise_head
+        return replace(
+            self,
+            format=by_projection,
+            precise_head=max(_PRECISE_HEAD[f] for f in used) if head is None else head,
+            prefill_model=None if self.role == "decode" else self.prefill_model,
+        )
+
+    def settings_without_effect(self, resolved: Recipe) -> list[str]:
+        """What this recipe says that changes nothing in ``resolved``, a sentence for each key."""
+        assert isinstance(resolved.format, dict), "resolve the recipe first"
+        used = set(resolved.format.values())
+        found = []
+        if self.preset == "exact":
+            asked = self.format if isinstance(self.format, dict) else {"": self.format}
+            if not set(asked.values()) <= {"auto", "bf16"}:
+                found.append("recipe key 'format' changes nothing: preset exact quantizes nothing")
+            if self.everywhere:
+                found.append(
+                    "recipe key 'everywhere' changes nothing: preset exact quantizes nothing"
+                )
+        if self.block_scale != "6" and "nvfp4" not in used and self.role != "decode":
+            found.append(
+                f"recipe key 'block_scale' changes nothing: it is of nvfp4, and the format here is "
+                f"{', '.join(sorted(used))}"
+            )
+        return found
+
+    def patterns_without_effect(
+        self, layers: Collection[str], others: Collection[str] = ()
+    ) -> list[str]:
+        """The patterns of ``ignore`` and ``format`` that decide about no layer, a sentence for each.
+
+        Those that nobody asked for (the default of ``ignore``, what the preset balanced adds) are left
+        out, and so is everything where nothing is quantized whatever the patterns say.
+
+        Args:
+            layers: full dotted names of the layers that a format is chosen for; of a fused layer its
+                own and those of its projections.
+            others: those of linear layers that stay BF16 whatever the recipe says: routers, towers.
+        """
+        formats = self.format if isinstance(self.format, dict) else {}
+        if self.preset == "exact" or self.role == "decode":
+            return []
+        unasked = set(STATE_WRITERS) if formats.keys() >= set(STATE_WRITERS) else set()
+        used = {"default", *unasked}
+        for layer in layers:
+            if not self.ignores(layer):
+                used.update([key for key in formats if _matches(key, layer)][:1])
+        every = [*layers, *others]
+        found = [
+            f"recipe key 'ignore': {pattern!r} is the name of no linear layer of this model"
+            for pattern in dict.fromkeys(self.ignore)
+            if pattern not in Recipe.ignore and not any(_matches(pattern, one) for one in every)
+        ]
+        for key, fmt in formats.items():
+            if key in used:
+                continue
+            if any(_matches(key, layer) for layer in layers):
+                why = "changes nothing: 'ignore', or a key before it, names the same layers"
+            elif not any(_matches(key, layer) for layer in others):
+                why = "is the name of no linear layer of this model"
+            elif fmt != "bf16":
+                why = "changes nothing: such layers stay BF16 whatever the recipe says"
+            else:
+                continue
+            found.append(f"recipe key 'format': {key!r} {why}")
+        return found
+
+    def ignores(self, layer: str) -> bool:
+        """Whether the layer of this full dotted name is to stay BF16."""
+        return any(_matches(pattern, layer) for pattern in self.ignore)
+
+    def format_of(self, layer: str) -> FormatName:
+        """The format of the layer of this full dotted name, of a resolved recipe.
+
+        A key of ``format`` is a glob pattern for the full name or for its last component; the
+        first that matches counts. Layers that ``ignore`` names are ``bf16``.
+        """
+        assert isinstance(self.format, dict), "resolve the recipe first"
+        if self.ignores(layer):
+            return "bf16"
+        for pattern, name in self.format.items():
+            if pattern != "default" and _matches(pattern, layer):
+                return name
+        return self.format["default"]
+
+    def formats_of_fused(
+        self, layer: str, parts: Sequence[str] | None = None
+    ) -> tuple[FormatName, ...] | None:
+        """The formats of the projections that the layer of this name is fused from, in order.
+
+        Args:
+            layer: its full dotted name.
+            parts: the last components of the projections' names; by default what
+                `FUSED_PROJECTIONS` says of it.
+
+        Returns:
+            None if it is not a fused layer, or the recipe speaks of the fused layer itself.
+        """
+        assert isinstance(self.format, dict), "resolve the recipe first"
+        path, _, last = layer.rpartition(".")
+        parts = parts or FUSED_PROJECTIONS.get(last)
+        if parts is None or self.ignores(layer):
+            return None
+        if any(key != "default" and _matches(key, layer) for key in self.format):
+            return None
+        return tuple(self.format_of(f"{path}.{part}" if path else part) for part in parts)
+
+
+def fastest(native: frozenset[str]) -> FormatName:
+    """The fastest of the formats that a device multiplies natively; int8 if there is none."""
+    order: tuple[FormatName, ...] = ("nvfp4", "fp8", "int8")
+    return next((name for name in order if name in native), "int8")
+
+
+def is_router(layer: str) -> bool:
+    """Whether the layer of this full dotted name chooses experts; it stays precise."""
+    return _ROUTER.search(layer) is not None
+
+
+def _matches(pattern: str, layer: str) -> bool:
+    return fnmatchcase(layer, pattern) or fnmatchcase(layer.rpartition(".")[2], pattern)
+
+
+def _known_keys() -> str:
+    return ", ".join(f.name for f in fields(Recipe))

@@ -1,0 +1,140 @@
+"""Which rows of a pass attend in FP8, and in which launches: numbers only, no tensors."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from mixquant.core.phase import PhasePlan
+
+PRECISE_KEYS = 16
+"""Keys at a prompt's start that are attended to in BF16: as few as a tensor core multiplies by."""
+
+UNIT = 16
+"""Consecutive keys that stay together where others are put in another order."""
+
+# Of one launch. A chunk with more is cut: the longer it is, the less is its values' mean that of the
+# keys which its first rows see.
+MOST_ROWS = 8192
+
+# Of sequences that are attended to together; a longer one stands alone.
+MOST_KEYS = 32768
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Consecutive rows of one sequence, whose attention is FP8."""
+
+    sequence: int
+    start: int  # row of the pass
+    stop: int
+    keys: int  # of the last of them: its position + 1
+
+
+def pieces_of(plan: PhasePlan, batch: Any, worth: Callable[[int, int], bool]) -> list[Piece]:
+    """The rows of a pass whose attention is FP8: quantized ones, where that is worth it.
+
+    Args:
+        batch: with arrays ``first_positions``, ``row_counts`` and ``prompt_lengths``
+            ``[sequences]``, in row order.
+        worth: of how many consecutive rows, and how many keys up to the last of them.
+    """
+    pieces = []
+    row = 0
+    for sequence, (first, count, prompt) in enumerate(
+        zip(
+            batch.first_positions.tolist(),
+            batch.row_counts.tolist(),
+            batch.prompt_lengths.tolist(),
+            strict=True,
+        )
+    ):
+        for start, stop in plan.quantized:
+            # Decode rows are quantized, too, where everything is.
+            low, high = max(start, row), min(stop, row + count, row + prompt - first)
+            if low < high and worth(high - low, first + high - row):
+                pieces.append(Piece(sequence, low, high, first + high - row))
+        row += count
+    return pieces
+
+
+def runs_of(
+    pieces: list[Piece], batch: Any, most_rows: int = MOST_ROWS, most_keys: int = MOST_KEYS
+) -> list[tuple[Piece, ...]]:
+    """The pieces of a pass, in order, as runs of consecutive rows, each for one launch.
+
+    Rows between two pieces (the precise tail of a sequence, the precise head of the next) count to them
+    then: they are computed with the others, and again as they should be.
+    """
+    ends = np.cumsum(batch.row_counts).tolist()
+    runs: list[list[Piece]] = []
+    for whole in pieces:
+        for piece in _cut(whole, most_rows):
+            if runs and runs[-1][-1].sequence == piece.sequence - 1:
+                *before, last = runs[-1]
+                end = ends[last.sequence]
+                last = replace(last, stop=end, keys=last.keys + end - last.stop)
+                together = [*before, last, replace(piece, start=end)]
+                if sum(one.keys for one in together) <= most_keys:
+                    runs[-1] = together
+                    continue
+            runs.append([piece])
+    return [tuple(run) for run in runs]
+
+
+def _cut(piece: Piece, most_rows: int) -> list[Piece]:
+    return [
+        replace(piece, start=start, stop=stop, keys=piece.keys - (piece.stop - stop))
+        for start in range(piece.start, piece.stop, most_rows)
+        if (stop := min(start + most_rows, piece.stop))
+    ]
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Consecutive keys of a sequence whose values have one mean, and the order of their codes."""
+
+    sequence: int
+    first: int
+    count: int
+    stride: int = 1  # between the units of keys whose codes follow each other
+
+
+def segments_of(piece: Piece) -> tuple[Segment, Segment]:
+    """The keys of a piece's context, which all of its rows see, and those of its own rows.
+
+    Neither holds the precise keys; either may be empty.
+    """
+    context = max(piece.keys - (piece.stop - piece.start), PRECISE_KEYS)
+    before = context - PRECISE_KEYS
+    return (
+        Segment(piece.sequence, PRECISE_KEYS, before, stride_of(before // UNIT)),
+        Segment(piece.sequence, context, max(piece.keys - context, 0)),
+    )
+
+
+def stride_of(units: int) -> int:
+    """A stride that visits all units, and any few in a row from all over them: the golden ratio's."""
+    stride = max(1, round(units * (5**0.5 - 1) / 2))
+    while math.gcd(stride, units) > 1:
+        stride += 1
+    return stride
+
+
+def worth(rows: int, keys: int, heads: int, kv_heads: int, size: int) -> bool:
+    """Whether a chunk attends in FP8: the sums are right, and it takes less time than in BF16.
+
+    The longer a chunk is, the less exact are sums over its own keys: its first rows see other keys than
+    its last ones, with another mean. So at least as many keys have to stand before it.
+
+    The product is faster, for each pair of a row and a key. Codes take time for each key and each row,
+    and launches take time. The numbers are an H100's: `benchmarks/attention_crossover.py`.
+    """
+    if keys < 2 * rows:
+        return False
+    pairs = rows * (keys - rows / 2)
+    return pairs > 1600 * keys * kv_heads / heads + 1500 * rows + 5e10 / (heads * size)

@@ -1,0 +1,491 @@
+"""The method of a layer of experts (MoE) in vLLM: BF16 as vLLM has it, and a choice per row.
+
+vLLM routes, and then calls `apply` inside an opaque operator of its own, so the plan can be looked
+at there: torch.compile does not see it, and what a CUDA graph captures is precise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any, Protocol
+
+import torch
+import vllm.model_executor.layers.fused_moe.modular_kernel as mk
+from torch import Tensor
+from vllm.forward_context import get_forward_context
+from vllm.model_executor.layers.fused_moe import RoutedExperts
+from vllm.model_executor.layers.fused_moe.config import fp8_w8a8_moe_quant_config
+from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import (
+    UnquantizedFusedMoEMethod,
+)
+from vllm.platforms import current_platform
+
+from mixquant.checkpoints.prefill import Fp8Tensors
+from mixquant.core.fingerprint import sample
+from mixquant.core.phase import PhasePlan, everything_quantized, plan_in_force
+from mixquant.core.recipe import Recipe
+from mixquant.core.rows import put, select
+from mixquant.core.summary import IGNORED, THE_RECIPE, Layer
+from mixquant.engines.vllm.loading.memory import Ledger
+from mixquant.engines.vllm.loading.online import CannotReload, begins, load_in_turn
+from mixquant.engines.vllm.loading.second_checkpoint import opened
+from mixquant.engines.vllm.products.choose import nbytes_of
+from mixquant.formats import fp8
+from mixquant.formats.nvfp4 import BlockScale
+
+# Of a pass's rows, so many may be precise for it to be cheaper to push all of them through the
+# quantized kernel and to overwrite the precise ones than to gather the quantized ones.
+_OVERWRITE_UP_TO = 1 / 8
+
+# Row counts whose Triton kernels are compiled in the profiling pass, besides the largest: vLLM picks
+# tile sizes by row count, and a compilation in the first request costs seconds.
+_WARM_ROWS = (256, 512, 1024, 1536, 2048, 3072, 4096)
+
+_ADVICE = "name experts in the recipe's 'ignore', or spread the model with --tensor-parallel-size"
+_ADVICE_FOR_PREFILL = "spread the model with --tensor-parallel-size"
+
+
+class QuantizedExperts(Protocol):
+    """The quantized copy of one layer's experts."""
+
+    kernel: str
+    nbytes: int
+
+    def load(self, layer: Any) -> None:
+        """Quantizes the layer's BF16 weights into storage that stays where it is."""
+        ...
+
+    def take(self, expert: int, gate: Any, up: Any, down: Any) -> None:
+        """Puts quantized weights of one expert, of this rank, into that storage instead."""
+        ...
+
+    def __call__(self, layer: Any, x: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
+        """The weighted sums of the experts' outputs, ``[M, K]``, of rows ``[M, K]``.
+
+        ``weights`` and ``ids`` are the router's, ``[M, top-k]``.
+        """
+        ...
+
+
+def experts_method(
+    layer: RoutedExperts, recipe: Recipe, prefix: str, ledger: Ledger
+) -> PhaseExpertsMethod | None:
+    """The method for a layer of experts, or None for vLLM's own, in BF16.
+
+    Where it is None, ``layer.mixquant_why_precise`` says why.
+    """
+    fmt, why = _format_of(layer, recipe, prefix)
+    if why is None:
+        why = why_not(layer, fmt)
+    if why is not None:
+        layer.mixquant_why_precise = why
+        return None
+    return PhaseExpertsMethod(
+        layer.moe_config,
+        fmt,
+        prefix,
+        ledger,
+        recipe.block_scale,
+        only_quantized=recipe.role == "prefill",
+        prefill_model=recipe.prefill_model,
+    )
+
+
+def why_not(layer: RoutedExperts, fmt: str) -> str | None:
+    """Why these experts cannot be multiplied per row in this format, or None if they can."""
+    moe = layer.moe_config
+    parallel = moe.moe_parallel_config
+    if not current_platform.is_cuda():
+        return "vLLM's CPU experts are compiled into the graph, where no row can be told apart"
+    if parallel.dp_size > 1:
+        return "data parallel: rows of other ranks arrive, each with a plan of its own"
+    if parallel.pcp_size > 1 or parallel.is_sequence_parallel:
+        return "each rank has a piece of the rows"
+    if parallel.use_ep or parallel.enable_eplb:
+        return "expert parallel"
+    if moe.is_lora_enabled:
+        return "LoRA replaces the method of the experts"
+    if moe.has_bias:
+        return "biases"
+    if type(layer) is not RoutedExperts:
+        return f"{type(layer).__name__}, experts of the model's own"
+    if layer.params_dtype != torch.bfloat16:
+        return f"weights in {layer.params_dtype}"
+    if fmt == "fp8":
+        if _fp8_experts_class(moe) is None:
+            return "vLLM has no FP8 experts for this GPU and activation"
+        return None
+    if fmt == "nvfp4":
+        from mixquant.engines.vllm.experts.nvfp4 import Nvfp4Experts
+
+        return Nvfp4Experts.why_not(layer)
+    return f"no experts in {fmt}"
+
+
+class PhaseExpertsMethod(UnquantizedFusedMoEMethod):  # type: ignore[misc]
+    """BF16 experts as vLLM has them, and a copy of them for quantized rows.
+
+    vLLM's class is an nn.Module and a child of the layer: the copy is kept in plain attributes, so
+    that it is no parameter that a checkpoint has to fill. With ``only_quantized``, in a prefill engine,
+    the BF16 weights are given back as soon as it is made, and every row takes it.
+    """
+
+    def __init__(
+        self,
+        moe: Any,
+        fmt: str,
+        prefix: str,
+        ledger: Ledger,
+        block_scale: BlockScale = "6",
+        *,
+        only_quantized: bool = False,
+        prefill_model: str | None = None,
+    ) -> None:
+        super().__init__(moe)
+        self.format = fmt
+        self.block_scale = block_scale
+        self.prefix = prefix
+        self.ledger = ledger
+        self.quantized: QuantizedExperts | None = None
+        self.shape: tuple[int, ...] = ()
+        self.only_quantized = only_quantized
+        self.prefill_model = prefill_model
+        self.freed = 0  # bytes
+        self.samples: list[Tensor] = []  # of the weights that the copy was made of, as they lie now
+        self._warm = False
+
+    @property
+    def supports_eplb(self) -> bool:
+        return False
+
+    def create_weights(self, layer: Any, *args: Any, **kwargs: Any) -> None:
+        device = torch.get_default_device()
+        with torch.device("meta") if self.only_quantized else nullcontext():
+            super().create_weights(layer, *args, **kwargs)
+        copy = weights = 0
+        for weight in (layer.w13_weight, layer.w2_weight):
+            experts, rows, columns = weight.shape
+            copy += experts * nbytes_of(self.format, rows, columns)
+            weights += weight.nbytes
+        self.shape = tuple(layer.w13_weight.shape)
+        if self.only_quantized:
+            load_in_turn(self, layer)
+            self.freed = weights
+            self.ledger.reserve(device, self.prefix, copy, 0, _ADVICE_FOR_PREFILL)
+        else:
+            self.ledger.reserve(layer.w13_weight.device, self.prefix, copy, weights, _ADVICE)
+
+    def process_weights_after_loading(self, layer: Any) -> None:
+        if self.only_quantized and not begins(layer, loaded_before=self.quantized is not None):
+            return
+        # Before super's, which swaps halves or shuffles blocks for some kernels.
+        _zero_padding(layer)
+        if self.quantized is None:
+            self.quantized = _quantized_experts(layer, self.format, self.block_scale)
+        if self.prefill_model is None:
+            self.quantized.load(layer)
+        else:
+            self._take(layer, self.quantized)
+        # Also where no row will take what it sets up: vLLM asks it how a layer of experts is run.
+        super().process_weights_after_loading(layer)
+        self.samples = _samples(layer)
+        if self.only_quantized:
+            for name in ("w13_weight", "w2_weight"):
+                weight = getattr(layer, name)
+                nothing = torch.empty(len(weight), 0, 0, dtype=weight.dtype, device=weight.device)
+                setattr(layer, name, torch.nn.Parameter(nothing, requires_grad=False))
+
+    def renew(self, layer: Any) -> None:
+        """Refuses weights that were written to where they are: they may lie as a kernel wants them."""
+        if self.only_quantized or not self.samples:
+            return
+        if not all(map(torch.equal, self.samples, _samples(layer))):
+            raise CannotReload(
+                f"the experts {self.prefix} were written to and not processed, so that their copy is "
+                "of old ones; load weights by vLLM's reload_weights"
+            )
+
+    def apply(
+        self,
+        layer: Any,
+        x: Tensor,
+        topk_weights: Tensor,
+        topk_ids: Tensor,
+        shared_experts: Any,
+        shared_experts_input: Tensor | None,
+    ) -> Tensor:
+        stock = super().apply
+        if self.only_quantized and not len(x):
+            return torch.empty_like(x)
+        plan = self._plan(x, lambda: (topk_weights, topk_ids), layer)
+        if plan is None:
+            return stock(layer, x, topk_weights, topk_ids, shared_experts, shared_experts_input)
+        # Shared experts: without data parallelism vLLM runs them around this call, once, whatever
+        # the kernel is handed.
+        return by_rows(
+            plan,
+            (x, topk_weights, topk_ids),
+            precise=lambda x, weights, ids: stock(layer, x, weights, ids, None, None),
+            quantized=lambda x, weights, ids: self._experts(layer, x, weights, ids),
+        )
+
+    def apply_monolithic(
+        self, layer: Any, x: Tensor, router_logits: Tensor, input_ids: Tensor | None = None
+    ) -> Tensor:
+        """BF16 kernels that route by themselves (TensorRT-LLM's, vLLM's choice on Blackwell).
+
+        Precise rows take them, so that without quantized rows nothing differs from vLLM alone; for
+        the quantized ones vLLM's router, which is idle otherwise, is asked.
+        """
+        stock = super().apply_monolithic
+
+        def route() -> tuple[Tensor, Tensor]:
+            router = get_forward_context().no_compile_layers[layer.layer_name].router
+            routed: tuple[Tensor, Tensor] = router.select_experts(
+                hidden_states=x, router_logits=router_logits, input_ids=input_ids
+            )
+            return routed
+
+        if self.only_quantized and not len(x):
+            return torch.empty_like(x)
+        plan = self._plan(x, route, layer)
+        if plan is None:
+            return stock(layer, x, router_logits, input_ids)
+        of_rows = (x, *route(), router_logits) + (() if input_ids is None else (input_ids,))
+        return by_rows(
+            plan,
+            of_rows,
+            precise=lambda x, weights, ids, *rest: stock(layer, x, *rest),
+            quantized=lambda x, weights, ids, *rest: self._experts(layer, x, weights, ids),
+        )
+
+    def described(self, name: str) -> list[Layer]:
+        """The layer's line in the table."""
+        assert self.quantized is not None
+        kernel, nbytes = self.quantized.kernel, self.quantized.nbytes
+        return [Layer(name, self.shape, self.format, kernel, True, nbytes, None, self.freed)]
+
+    def _take(self, layer: Any, quantized: QuantizedExperts) -> None:
+        """Out of the prefill model, whose experts have the names of the layer and their numbers."""
+        assert self.prefill_model is not None
+        source, moe = opened(self.prefill_model), layer.moe_config
+        for expert in range(moe.num_experts):
+            parts = source.expert(self.prefix, expert, moe.moe_parallel_config, _features(moe))
+            quantized.take(expert, *parts)
+
+    def _experts(self, layer: Any, x: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
+        assert self.quantized is not None
+        if self.only_quantized:
+            ids = ids.clamp(min=0)  # padding rows have no expert, and are not told apart here
+        return self.quantized(layer, x, weights, ids)
+
+    def _plan(
+        self, x: Tensor, route: Callable[[], tuple[Tensor, Tensor]], layer: Any
+    ) -> PhasePlan | None:
+        """The plan, if these rows are its rows and some of them are quantized."""
+        plan = everything_quantized(len(x)) if self.only_quantized else plan_in_force()
+        if plan is None or not plan.quantized or plan.rows != x.shape[0]:
+            return None
+        if not self._warm:
+            self._warm = True
+            self._warm_up(layer, x, *route())
+        return plan
+
+    def _warm_up(self, layer: Any, x: Tensor, weights: Tensor, ids: Tensor) -> None:
+        """In the profiling pass: compiles for the common row counts.
+
+        That pass has the most rows there can be, so its own call gives vLLM's workspace, which is
+        locked afterwards, its size.
+        """
+        shape = (self.format, *self.shape)
+        if shape in _warmed:
+            return
+        _warmed.add(shape)
+        ids = ids.clamp(min=0)  # padding rows have no expert
+        for rows in _WARM_ROWS:
+            if rows < x.shape[0]:
+                self._experts(layer, x[:rows], weights[:rows], ids[:rows])
+
+
+def _samples(layer: Any) -> list[Tensor]:
+    return [sample(weight.flatten(0, -2)).clone() for weight in (layer.w13_weight, layer.w2_weight)]
+
+
+_warmed: set[tuple[Any, ...]] = set()
+
+
+class Fp8Experts:
+    """E4M3 codes ``[E, N, K]`` and FP32 scales ``[E, N, 1]``; vLLM's kernel quantizes the rows."""
+
+    def __init__(self, layer: Any) -> None:
+        self.w13, self.w13_scale = _fp8_storage(layer.w13_weight)
+        self.w2, self.w2_scale = _fp8_storage(layer.w2_weight)
+        config = fp8_w8a8_moe_quant_config(
+            w1_scale=self.w13_scale,
+            w2_scale=self.w2_scale,
+            per_act_token_quant=True,
+            per_out_ch_quant=True,
+            gemm1_alpha=layer.swiglu_alpha,
+            gemm1_beta=layer.swiglu_beta,
+            gemm1_clamp_limit=layer.swiglu_limit,
+        )
+        cls = _fp8_experts_class(layer.moe_config)
+        assert cls is not None
+        from vllm.model_executor.layers.fused_moe.prepare_finalize.no_dp_ep import (
+            make_moe_prepare_and_finalize_no_dp_ep,
+        )
+
+        self._apply = mk.FusedMoEKernel(
+            make_moe_prepare_and_finalize_no_dp_ep(use_monolithic=False),
+            cls(moe_config=layer.moe_config, quant_config=config),
+        ).apply
+        self.kernel = f"vLLM {cls.__name__}"
+        self.nbytes = sum(
+            tensor.nbytes for tensor in (self.w13, self.w13_scale, self.w2, self.w2_scale)
+        )
+
+    def load(self, layer: Any) -> None:
+        for weight, codes, scale in (
+            (layer.w13_weight, self.w13, self.w13_scale),
+            (layer.w2_weight, self.w2, self.w2_scale),
+        ):
+            for expert in range(weight.shape[0]):  # one at a time: there is an FP32 copy in between
+                quantized, of_rows = fp8.quantize(weight[expert].data)
+                codes[expert].copy_(quantized)
+                scale[expert].copy_(of_rows)
+
+    def take(self, expert: int, gate: Fp8Tensors, up: Fp8Tensors, down: Fp8Tensors) -> None:
+        half, features = self.w13.shape[1] // 2, gate.shape[0]
+        for codes, scale, start, part in (
+            (self.w13, self.w13_scale, 0, gate),
+            (self.w13, self.w13_scale, half, up),
+        ):
+            codes[expert][start : start + half].zero_()
+            scale[expert][start : start + half] = 1
+            codes[expert][start : start + features].copy_(part.codes)
+            scale[expert][start : start + features].copy_(part.scale)
+        self.w2[expert].zero_()
+        self.w2[expert][:, :features].copy_(down.codes)
+        self.w2_scale[expert].copy_(down.scale)
+
+    def __call__(self, layer: Any, x: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
+        return self._apply(
+            hidden_states=x,
+            w1=self.w13,
+            w2=self.w2,
+            topk_weights=weights,
+            topk_ids=ids,
+            activation=layer.activation,
+            global_num_experts=layer.global_num_experts,
+            expert_map=layer.expert_map,
+            apply_router_weight_on_input=layer.apply_router_weight_on_input,
+            shared_experts=None,
+            shared_experts_input=None,
+        )
+
+
+def by_rows(
+    plan: PhasePlan,
+    of_rows: tuple[Tensor, ...],
+    precise: Callable[..., Tensor],
+    quantized: Callable[..., Tensor],
+) -> Tensor:
+    """Both kinds of rows, each through its function, in one tensor.
+
+    Args:
+        plan: with at least one quantized row.
+        of_rows: what belongs to the rows, ``[rows, ...]`` each; the first are the rows themselves.
+
+    Returns:
+        ``[rows, K]``; padding rows are zero, and reach neither function: vLLM routes them nowhere.
+    """
+    x = of_rows[0]
+    real = plan.quantized_rows + plan.precise_rows
+    at_the_end = max(stop for _, stop in plan.quantized + plan.precise) == real
+    if plan.precise_rows <= _OVERWRITE_UP_TO * plan.rows and at_the_end:
+        out = quantized(*(tensor[:real] for tensor in of_rows))
+        if real < plan.rows:
+            out = torch.cat([out, out.new_zeros(plan.rows - real, out.shape[1])])
+    else:
+        out = torch.zeros_like(x) if real < plan.rows else torch.empty_like(x)
+        put(quantized(*(select(t, plan, "quantized") for t in of_rows)), out, plan, "quantized")
+    if plan.precise:
+        put(precise(*(select(t, plan, "precise") for t in of_rows)), out, plan, "precise")
+    return out
+
+
+def _format_of(layer: RoutedExperts, recipe: Recipe, prefix: str) -> tuple[str, str | None]:
+    if recipe.ignores(prefix):
+        return "bf16", IGNORED
+    if recipe.prefill_model is not None:
+        moe = layer.moe_config
+        if not moe.is_act_and_mul:
+            return "bf16", "experts without a gate are not taken from a prefill model"
+        found, why = opened(recipe.prefill_model).format_of_experts(prefix, moe.num_experts)
+        return found or "bf16", why
+    fmt = recipe.format_of(prefix)
+    return fmt, THE_RECIPE if fmt == "bf16" else None
+
+
+def _features(moe: Any) -> int:
+    """Of an expert's middle on this rank, without what some kernels have it rounded up by."""
+    used = getattr(moe, "intermediate_size_per_partition_unpadded", None)
+    size: int = moe.intermediate_size_per_partition if used is None else used
+    return size
+
+
+def _quantized_experts(layer: Any, fmt: str, block_scale: BlockScale) -> QuantizedExperts:
+    if fmt == "fp8":
+        return Fp8Experts(layer)
+    from mixquant.engines.vllm.experts.nvfp4 import Nvfp4Experts
+
+    return Nvfp4Experts(layer, block_scale)
+
+
+def _fp8_experts_class(moe: Any) -> Any:
+    """vLLM's order for weights per channel and activations per token: CUTLASS, then Triton.
+
+    Not vLLM's own selection: that follows --moe-backend, which is the user's choice for the BF16
+    experts, and may pick a kernel that leaves activations in BF16.
+    """
+    from vllm.model_executor.layers.fused_moe.experts.triton_cutlass_moe import (
+        TritonOrCutlassExperts,
+    )
+    from vllm.model_executor.layers.fused_moe.experts.triton_moe import TritonExperts
+    from vllm.model_executor.layers.quantization.utils.quant_utils import (
+        kFp8DynamicTokenSym,
+        kFp8StaticChannelSym,
+    )
+
+    for cls in (TritonOrCutlassExperts, TritonExperts):
+        supported, _ = cls.is_supported_config(
+            cls,
+            moe,
+            kFp8StaticChannelSym,
+            kFp8DynamicTokenSym,
+            mk.FusedMoEActivationFormat.Standard,
+        )
+        if supported:
+            return cls
+    return None
+
+
+def _fp8_storage(weight: Tensor) -> tuple[Tensor, Tensor]:
+    return (
+        torch.empty_like(weight.data, dtype=torch.float8_e4m3fn),
+        torch.empty(*weight.shape[:2], 1, dtype=torch.float32, device=weight.device),
+    )
+
+
+def _zero_padding(layer: Any) -> None:
+    """Some kernels have the intermediate size rounded up; vLLM clears the rest in super's, too late."""
+    moe = layer.moe_config
+    size = moe.intermediate_size_per_partition
+    used = getattr(moe, "intermediate_size_per_partition_unpadded", None)
+    if used is None or size <= used:
+        return
+    layer.w13_weight.data[:, used:size].zero_()
+    if moe.is_act_and_mul:
+        layer.w13_weight.data[:, size + used :].zero_()
+    layer.w2_weight.data[:, :, used:].zero_()

@@ -1,0 +1,1 @@
+"""What happens while vLLM loads a model."""

@@ -1,0 +1,1 @@
+"""Products of quantized rows with quantized weights, in the kernels that vLLM has for them."""

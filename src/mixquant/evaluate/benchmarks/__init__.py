@@ -1,0 +1,1 @@
+"""`mixquant evaluate`: benchmarks in several arms."""

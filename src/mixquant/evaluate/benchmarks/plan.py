@@ -1,0 +1,192 @@
+"""What `mixquant evaluate` is asked for, checked and loaded before anything long begins."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from mixquant.checkpoints.models import find, load_tokenizer
+from mixquant.evaluate.benchmarks.answer_file import AnswerFile
+from mixquant.evaluate.benchmarks.runner import Work
+from mixquant.evaluate.benchmarks.settings import MiddleCutter, Settings
+from mixquant.evaluate.tasks import Item, Task, TaskError
+from mixquant.evaluate.tasks.registry import task as find_task
+from mixquant.servers.arms import Arm, served_models, served_name
+
+
+class EvaluationError(ValueError):
+    """An evaluation that cannot begin. The message is one line."""
+
+
+@dataclass(frozen=True)
+class Judge:
+    """A model that says whether answers are right."""
+
+    url: str  # without /v1
+    model: str
+    key: str = field(repr=False)
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the user asked for."""
+
+    model: str
+    benchmarks: Sequence[str]
+    arms: Sequence[Arm]
+    out: Path
+    data: Mapping[str, Path] = field(default_factory=dict)  # by benchmark
+    settings: Mapping[str, Any] = field(default_factory=dict)  # those of `Settings` that were given
+    judge: Judge | None = None
+    served_name: str | None = None  # what servers call the model; None: as ``model``
+    key: str | None = field(default=None, repr=False)  # of the arms' servers
+    limit: int | None = None  # items of each benchmark
+    context: int | None = None  # of the model, in tokens; None: what it and the servers say
+    concurrency: int = 16
+    retries: int = 8
+    timeout: float = 3600
+    command: str = ""
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """One that is loaded."""
+
+    task: Task
+    settings: Settings
+    items: Sequence[Item]  # those to ask
+    digest: str  # of all that it has
+
+
+def chosen_tasks(options: Options) -> list[Task]:
+    names = list(dict.fromkeys(options.benchmarks))
+    tasks = [find_task(name) for name in names]
+    for name, file in options.data.items():
+        if name not in names:
+            raise EvaluationError(f"--data is for {name!r}, which is not among the benchmarks")
+        if not os.path.exists(file):
+            raise EvaluationError(f"cannot read {file}: no such file")
+    for task in tasks:
+        if task.needs_judge and options.judge is None:
+            raise EvaluationError(
+                f"{task.name} needs a second model, as judge or as simulated user: give --judge-url "
+                "and --judge-model, and its key in the environment variable MIXQUANT_JUDGE_KEY"
+            )
+    if options.judge is not None:
+        served = served_models(options.judge.url, options.judge.key)
+        if options.judge.model not in served:
+            some = ", ".join(map(repr, list(served)[:10])) or "nothing"
+            raise EvaluationError(
+                f"the judge at {options.judge.url} does not serve {options.judge.model!r}; "
+                f"it serves {some}{' and others' if len(served) > 10 else ''}"
+            )
+    return tasks
+
+
+def context_of(options: Options) -> int | None:
+    """How long a prompt and its answer may be in every arm."""
+    known = [options.context]
+    for arm in options.arms:
+        if arm.url is not None:
+            served = served_models(arm.url, options.key)
+            name = served_name(served, name_at_servers(options), arm.url)
+            known.append(served[name])
+        else:
+            known += [find(options.model).context, _max_model_len(arm.arguments)]
+    return min((tokens for tokens in known if tokens is not None), default=None)
+
+
+def on_cpu(arm: Arm, context: int | None) -> Arm:
+    """The arm for a machine without GPU: it reads each prompt in one chunk.
+
+    vLLM's runner on CPUs (0.32) ends with "CPU Generator does not use offset" when a request with a
+    seed is read in several.
+    """
+    given = {argument.partition("=")[0].replace("_", "-") for argument in arm.arguments}
+    chunks = {"--enable-chunked-prefill", "--no-enable-chunked-prefill", "--max-num-batched-tokens"}
+    if arm.url is not None or context is None or given & chunks:
+        return arm
+    added = ["--no-enable-chunked-prefill", "--max-num-batched-tokens", str(context)]
+    if "--max-model-len" not in given:
+        added += ["--max-model-len", str(context)]
+    return replace(arm, arguments=(*arm.arguments, *added))
+
+
+def _max_model_len(arguments: Sequence[str]) -> int | None:
+    """What ``--max-model-len`` says, if it is a plain number."""
+    for place, argument in enumerate(arguments):
+        option, _, value = argument.partition("=")
+        if option.replace("_", "-") == "--max-model-len":
+            value = value or " ".join(arguments[place + 1 : place + 2])
+            return int(value) if value.isdecimal() else None
+    return None
+
+
+def name_at_servers(options: Options) -> str:
+    return options.served_name or options.model
+
+
+def load(
+    task: Task, options: Options, context: int | None, note: Callable[[str], None]
+) -> Benchmark:
+    settings = Settings.of(task, options.settings, context)
+    cut = MiddleCutter(settings, context, lambda: load_tokenizer(find(options.model, note)))
+    items = task.load(options.data.get(task.name), cut)
+    if not items:
+        raise TaskError(f"{task.name}: the data holds no item")
+    seen: set[str] = set()
+    for item in items:
+        if item.id in seen:
+            raise TaskError(f"{task.name}: two items have the id {item.id!r}")
+        seen.add(item.id)
+    text = json.dumps([asdict(item) for item in items], sort_keys=True)
+    digest = hashlib.sha256(text.encode()).hexdigest()[:16]
+    return Benchmark(
+        task, settings, some_items(items, options.limit, in_turns=bool(task.weights)), digest
+    )
+
+
+def some_items(items: Sequence[Item], limit: int | None, *, in_turns: bool) -> Sequence[Item]:
+    """So many of the items, drawn by chance but always the same, in their order.
+
+    A smaller number draws some of what a larger one draws, so that a run can be enlarged.
+
+    Args:
+        in_turns: draw from one group after the other, so that every group is there.
+    """
+    if limit is None or limit >= len(items):
+        return items
+    drawn = sorted(items, key=lambda item: hashlib.sha256(item.id.encode()).digest())
+    if in_turns:
+        seen: Counter[str] = Counter()
+        rank = {}
+        for item in drawn:
+            rank[item.id] = seen[item.group]
+            seen[item.group] += 1
+        drawn.sort(key=lambda item: rank[item.id])  # stable
+    kept = {item.id for item in drawn[:limit]}
+    return [item for item in items if item.id in kept]
+
+
+def work_of(benchmark: Benchmark, arm: Arm, options: Options, context: int | None) -> Work:
+    settings = benchmark.settings.to_dict()
+    configuration = {
+        "model": options.model,
+        "benchmark": benchmark.task.name,
+        # Not its address, which may change between runs.
+        "arm": {**arm.to_result().model_dump(exclude={"url"}), "started": arm.url is None},
+        # More seeds or items continue a file.
+        "settings": {key: value for key, value in settings.items() if key != "seeds"},
+        "context": context if settings["context_tokens"] is not None else None,
+        "items": benchmark.digest,
+    }
+    file = AnswerFile(options.out / benchmark.task.name / f"{arm.name}.jsonl", configuration)
+    return Work(
+        benchmark.task, benchmark.items, benchmark.settings.seeds, benchmark.settings.sampling, file
+    )

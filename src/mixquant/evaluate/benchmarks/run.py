@@ -1,0 +1,217 @@
+"""`mixquant evaluate`: benchmarks in several arms, from the options to the results."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from mixquant import results
+from mixquant.checkpoints.models import find
+from mixquant.evaluate.benchmarks.answer_file import Entry
+from mixquant.evaluate.benchmarks.chat import Endpoint
+from mixquant.evaluate.benchmarks.plan import (
+    Benchmark,
+    EvaluationError,
+    Options,
+    chosen_tasks,
+    context_of,
+    load,
+    name_at_servers,
+    on_cpu,
+    work_of,
+)
+from mixquant.evaluate.benchmarks.runner import Work, run
+from mixquant.evaluate.benchmarks.scoring import Answered, differences_of, recoveries_of, scores_of
+from mixquant.servers.arms import Arm, ArmError, running, served_models
+
+
+class Progress(Protocol):
+    """Where a run says what it does."""
+
+    def note(self, message: str) -> None:
+        """One line that stays."""
+
+    def doing(self, what: str) -> None:
+        """What goes on now."""
+
+    def total(self, answers: int) -> None:
+        """How many are missing in all arms together."""
+
+    def advance(self) -> None:
+        """One of them is finished, or failed."""
+
+
+def evaluate(options: Options, progress: Progress) -> tuple[results.Evaluation, list[str]]:
+    """Asks whatever is missing in all arms, and computes the results.
+
+    Returns:
+        The results; and what failed in the end, a line for each benchmark and arm.
+
+    Raises:
+        EvaluationError, ArmError, TaskError, AnswerFileError, ModelError: the options cannot be used.
+        ServerError, RunError: a server did not start, or is gone. What is finished is kept.
+    """
+    tasks = chosen_tasks(options)
+    with _alone_in(options.out):
+        context = context_of(options)
+        if not torch.cuda.is_available():
+            options = replace(options, arms=[on_cpu(arm, context) for arm in options.arms])
+        benchmarks = []
+        for task in tasks:
+            progress.doing(f"reading {task.name}")
+            benchmarks.append(load(task, options, context, progress.note))
+        work = {
+            arm.name: [work_of(benchmark, arm, options, context) for benchmark in benchmarks]
+            for arm in options.arms
+        }
+        judge_name = options.judge.model if options.judge else None
+        missing = {
+            name: sum(len(one.missing(judge_name)) for one in its) for name, its in work.items()
+        }
+        progress.total(sum(missing.values()))
+        for arm in options.arms:
+            whole = sum(len(one.items) * one.seeds for one in work[arm.name])
+            progress.note(
+                f"{arm.name}: {whole - missing[arm.name]} of {whole} answers are finished"
+            )
+        for arm in options.arms:
+            if missing[arm.name]:
+                _run_arm(arm, work[arm.name], options, context, progress)
+    answered = [
+        Answered(
+            benchmark.task,
+            benchmark.items,
+            benchmark.settings.seeds,
+            {arm.name: work[arm.name][number].file for arm in options.arms},
+            judge_name,
+        )
+        for number, benchmark in enumerate(benchmarks)
+    ]
+    return _results(options, benchmarks, answered, context), _problems(options, answered)
+
+
+def _run_arm(
+    arm: Arm, work: Sequence[Work], options: Options, context: int | None, progress: Progress
+) -> None:
+    def starting(what: str) -> None:
+        progress.doing(f"{arm.name}: {what}")
+
+    source = options.model if arm.url is not None else find(options.model).source
+    log = options.out / f"{arm.name}.log"
+    with running(arm, source, name=name_at_servers(options), log=log, progress=starting) as url:
+        if arm.url is None:
+            served = served_models(url, options.key)[name_at_servers(options)]
+            if context is not None and served is not None and served < context:
+                raise ArmError(
+                    f"{arm.name}: vLLM serves {served} tokens, but prompts were cut for {context}: "
+                    f"give --context {served}"
+                )
+        asyncio.run(_ask(arm, url, work, options, progress))
+
+
+async def _ask(
+    arm: Arm, url: str, work: Sequence[Work], options: Options, progress: Progress
+) -> None:
+    failed = 0
+
+    def tell(one: Work, entry: Entry) -> None:
+        nonlocal failed
+        failed += entry.answer is None
+        problem = f", {failed} failed" if failed else ""
+        progress.doing(f"{arm.name}: {one.task.name}{problem}")
+        progress.advance()
+
+    async with contextlib.AsyncExitStack() as stack:
+        patience = {"retries": options.retries, "timeout": options.timeout}
+        endpoint = Endpoint(url, name_at_servers(options), key=options.key, **patience)  # type: ignore[arg-type]
+        await stack.enter_async_context(endpoint)
+        judge = None
+        if options.judge is not None:
+            judge = Endpoint(
+                options.judge.url,
+                options.judge.model,
+                key=options.judge.key,
+                **patience,  # type: ignore[arg-type]
+            )
+            await stack.enter_async_context(judge)
+        progress.doing(f"{arm.name}: {work[0].task.name}")
+        await run(work, endpoint, judge, concurrency=options.concurrency, tell=tell)
+
+
+@contextlib.contextmanager
+def _alone_in(out: Path) -> Iterator[None]:
+    """Keeps other processes from writing the same files; a kill frees it, too."""
+    import filelock
+
+    lock = filelock.FileLock(out / ".lock")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        lock.acquire(blocking=False)
+    except filelock.Timeout:
+        raise EvaluationError(
+            f"another process evaluates into {out}: wait for it, or give another --out"
+        ) from None
+    except OSError as error:
+        raise EvaluationError(f"cannot write to {out}: {error.strerror or error}") from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _results(
+    options: Options,
+    benchmarks: Sequence[Benchmark],
+    answered: Sequence[Answered],
+    context: int | None,
+) -> results.Evaluation:
+    names = [arm.name for arm in options.arms]
+    scores: list[results.Score] = []
+    parts: list[results.Score] = []
+    for one in answered:
+        for name in names:
+            whole, its_parts = scores_of(one, name)
+            scores += [] if whole is None else [whole]
+            parts += its_parts
+    return results.Evaluation(
+        environment=results.Environment.here(),
+        command=options.command,
+        model=options.model,
+        arms=tuple(arm.to_result() for arm in options.arms),
+        settings={
+            "benchmarks": {
+                one.task.name: {**one.settings.to_dict(), "items": len(one.items)}
+                for one in benchmarks
+            },
+            "judge": options.judge.model if options.judge else None,
+            "context": context,
+            "concurrency": options.concurrency,
+        },
+        scores=tuple(scores),
+        differences=tuple(found for one in answered for found in differences_of(one, names)),
+        recoveries=tuple(recoveries_of(scores)),
+        subscores=tuple(parts),
+    )
+
+
+def _problems(options: Options, answered: Sequence[Answered]) -> list[str]:
+    found = []
+    for one in answered:
+        for arm in options.arms:
+            for what, those in (
+                ("requests failed", one.failed(arm.name)),
+                ("answers have no verdict", one.unjudged(arm.name)),
+            ):
+                if those:
+                    item, seed, reason = those[0]
+                    found.append(
+                        f"{one.task.name}, {arm.name}: {len(those)} {what}; the first, item {item} "
+                        f"with seed {seed}: {reason}"
+                    )
+    return found

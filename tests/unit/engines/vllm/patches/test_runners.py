@@ -1,0 +1,539 @@
+"""The plan from runner to layer, in stand-ins for vLLM's model runners."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("vllm")
+
+import vllm.distributed
+from vllm.config import CUDAGraphMode
+from vllm.forward_context import ForwardContext, override_forward_context
+
+from mixquant.core.phase import PhasePlan, plan_in_force
+from mixquant.core.recipe import Recipe
+from mixquant.engines.vllm import counters
+from mixquant.engines.vllm.config import MixQuantConfig
+from mixquant.engines.vllm.counters import Counters
+from mixquant.engines.vllm.loading.online import CannotReload
+from mixquant.engines.vllm.patches import runners as passes
+
+
+class Model(torch.nn.Module):
+    """Notes the plan in force whenever it runs. With ``quantized`` it has a layer with a copy."""
+
+    def __init__(self, quantized: bool = True) -> None:
+        super().__init__()
+        self.layer: Any = torch.nn.Module()
+        if quantized:
+            self.layer.mixquant_method = SimpleNamespace(fp8=None)
+        self.plans: list[PhasePlan | None] = []
+        self.fails = False
+
+    def forward(self, input_ids: Any = None, positions: Any = None, **kwargs: Any) -> Any:
+        self.plans.append(plan_in_force())
+        if self.fails:
+            raise RuntimeError("out of something")
+        return positions
+
+    def run(self, rows: int, mode: CUDAGraphMode = CUDAGraphMode.NONE, mrope: bool = False) -> None:
+        context = ForwardContext(
+            no_compile_layers={}, attn_metadata={}, slot_mapping={}, cudagraph_runtime_mode=mode
+        )
+        shape = (3, rows) if mrope else (rows,)
+        with override_forward_context(context):
+            self(input_ids=torch.zeros(rows), positions=torch.zeros(shape), inputs_embeds=None)
+
+    @property
+    def last(self) -> PhasePlan | None:
+        return self.plans[-1]
+
+
+@dataclass
+class Step:
+    """What the scheduler asks for: sequences of (first position, rows, prompt), and how they run."""
+
+    sequences: list[tuple[int, int, int]]
+    padding: int = 0
+    mode: CUDAGraphMode = CUDAGraphMode.NONE
+    replayed: bool = False  # the model's forward is not called
+    mrope: bool = False
+    num_scheduled_tokens: dict[str, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        rows = [count for _, count, _ in self.sequences]
+        self.num_scheduled_tokens = {f"r{i}": count for i, count in enumerate(rows)}
+        self.rows = sum(rows) + self.padding
+
+
+class Runner:
+    """The parts that the two model runners have in common."""
+
+    def __init__(self, method: Any, model: Model) -> None:
+        self.vllm_config = SimpleNamespace(
+            quant_config=method,
+            parallel_config=SimpleNamespace(
+                data_parallel_rank=0, data_parallel_index=0, tensor_parallel_size=1
+            ),
+            model_config=SimpleNamespace(max_model_len=4096),
+            lora_config=None,
+        )
+        self.model, self.drafter = model, Model()
+
+    def get_model(self) -> Model:
+        return self.model
+
+    def forward(self, step: Step) -> None:
+        if not step.replayed:
+            self.model.run(step.rows, step.mode, step.mrope)
+        self.drafter.run(step.rows)
+
+    def profile_run(self, randomize_inputs: bool = False) -> str:
+        self._dummy_run(40)
+        return "profiled"
+
+
+class RunnerV1(Runner):
+    def _prepare_inputs(self, scheduler_output: Step, num_scheduled: Any) -> tuple[Any, ...]:
+        first, _, prompt = np.array(scheduler_output.sequences).T
+        spare = np.array([7, 7])  # rows of the table that hold no request
+        self.input_batch = SimpleNamespace(
+            num_reqs=len(first),
+            req_ids=[f"r{i}" for i in range(len(first))],
+            num_computed_tokens_cpu=np.append(first, spare).astype(np.int32),
+            num_prompt_tokens=np.append(prompt, spare).astype(np.int32),
+        )
+        return (None, None, 1)
+
+    def execute_model(self, scheduler_output: Step, intermediate_tensors: Any = None) -> str:
+        if scheduler_output.sequences:
+            assert self._prepare_inputs(scheduler_output, None) == (None, None, 1)
+            self.forward(scheduler_output)
+        return "executed"
+
+    def _dummy_run(self, rows: int, mode: CUDAGraphMode = CUDAGraphMode.NONE) -> None:
+        self.model.run(rows, mode)
+
+
+class RunnerV2(Runner):
+    def prepare_inputs(self, scheduler_output: Step, batch_desc: Any, **more: Any) -> Any:
+        first, rows, prompt = np.array(scheduler_output.sequences).T
+        count = len(first)
+        slots = np.arange(count)[::-1] + 3  # requests lie in the table in another order
+        table = np.full(count + 5, 10_000)
+        table[slots] = prompt
+        # After a preemption generated tokens are in here, too.
+        prefill = SimpleNamespace(np=table + 10)
+        self.req_states = SimpleNamespace(prompt_len=SimpleNamespace(np=table), prefill_len=prefill)
+        return SimpleNamespace(
+            num_reqs=count,
+            req_ids=[f"r{i}" for i in range(count)],
+            idx_mapping_np=np.append(slots, 0).astype(np.int32),
+            num_computed_tokens_np=np.append(first, 0).astype(np.int32),
+            num_scheduled_tokens=np.append(rows, 0).astype(np.int32),
+        )
+
+    def execute_model(
+        self, scheduler_output: Step, intermediate_tensors: Any = None, dummy_run: bool = False
+    ) -> str:
+        if dummy_run:
+            self.model.run(scheduler_output.rows)
+        elif scheduler_output.sequences:
+            assert self.prepare_inputs(scheduler_output, None).num_reqs
+            self.forward(scheduler_output)
+        return "executed"
+
+    def _dummy_run(self, rows: int, mode: CUDAGraphMode = CUDAGraphMode.NONE) -> None:
+        if mode == CUDAGraphMode.NONE:
+            self.execute_model(Step([(0, rows, 0)]), dummy_run=True)
+        else:
+            self.model.run(rows, mode)
+
+
+@pytest.fixture(autouse=True)
+def _one_worker(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vllm.distributed, "get_tensor_model_parallel_rank", lambda: 0)
+    group = SimpleNamespace(is_first_rank=True)
+    monkeypatch.setattr(vllm.distributed, "get_pp_group", lambda: group)
+    monkeypatch.setattr(counters, "_export", lambda path: None)
+
+
+@pytest.fixture
+def method() -> MixQuantConfig:
+    config = MixQuantConfig()
+    config.recipe = Recipe(format="int8", min_prefill_tokens=6, precise_head=1).resolved(
+        frozenset({"int8"})
+    )
+    config.counters = Counters.create(2)
+    return config
+
+
+@pytest.fixture(params=["V1", "V2"])
+def make(
+    request: Any, method: MixQuantConfig, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., Any]:
+    """Makes a runner of either kind, of a class that is followed."""
+    base, name = {"V1": (RunnerV1, passes.V1), "V2": (RunnerV2, passes.V2)}[request.param]
+    for each in (passes.V1, passes.V2):
+        monkeypatch.delitem(sys.modules, each, raising=False)
+    module: Any = ModuleType(name)
+    module.GPUModelRunner = type("GPUModelRunner", (base,), dict(vars(base)))
+    monkeypatch.setitem(sys.modules, name, module)
+    passes.install(method)
+    # As vLLM's own for CPUs does.
+    runner_class = type("CPUModelRunner", (module.GPUModelRunner,), {})
+
+    def make(of: Any = method, model: Model | None = None) -> Any:
+        return runner_class(of, Model() if model is None else model)
+
+    return make
+
+
+def counted(method: MixQuantConfig) -> tuple[list[int], dict[str, int]]:
+    """Rows (of prompts and others, of each quantized and precise) and passes."""
+    assert method.counters is not None
+    table = Counters(method.counters)
+    return list(table.rows().values()), {k: v for k, v in table.passes().items() if v}
+
+
+# --- the plan ----------------------------------------------------------------------------------------
+
+
+def test_the_plan_is_in_force_in_the_forward_pass_alone(
+    make: Callable[..., Any], method: MixQuantConfig
+) -> None:
+    runner = make()
+    steps = Step([(0, 10, 10), (20, 1, 12), (5, 8, 30)], padding=3)
+    assert runner.execute_model(steps) == "executed"
+    plan = runner.model.last
+    assert (plan.rows, plan.quantized) == (22, ((1, 9), (11, 19)))
+    assert plan.precise == ((0, 1), (9, 11))  # the last three are padding
+    assert runner.drafter.plans == [None]
+    assert plan_in_force() is None
+    runner.drafter.run(22)
+    runner.model.run(22)  # by somebody else, not the runner
+    assert [runner.drafter.last, runner.model.last] == [None, None]
+    assert counted(method) == ([16, 2, 0, 1], {"quantized": 1})
+
+
+def test_the_rule_holds_in_a_run(make: Callable[..., Any], method: MixQuantConfig) -> None:
+    runner = make()
+    for sequences in (
+        [(10, 1, 10), (33, 1, 12)],  # decode
+        [(0, 7, 7)],  # five rows are allowed, one fewer than pay
+        [(10, 3, 10), (12, 4, 12)],  # decode with drafted tokens
+    ):
+        runner.execute_model(Step(sequences))
+        plan = runner.model.last
+        assert plan is None or not plan.quantized
+    assert counted(method) == ([0, 7, 0, 9], {"precise": 3})
+    runner.execute_model(Step([(0, 8, 8)]))
+    assert runner.model.last.quantized == ((1, 7),)
+    runner.execute_model(Step([(30, 10, 200), (4, 1, 4)], mrope=True))
+    assert runner.model.last.quantized == ((0, 10),)
+    assert counted(method) == ([16, 9, 0, 10], {"precise": 3, "quantized": 2})
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        {"preset": "exact"},
+        {"role": "decode"},
+        {"preset": "exact", "role": "prefill"},
+        {"preset": "exact", "prefill_attention": "fp8"},  # which no CPU has
+        {"ignore": ("*",)},
+        {"ignore": ("*",), "everywhere": True},
+        {"ignore": ("*",), "role": "prefill"},
+    ],
+)
+def test_where_nothing_is_quantized_there_are_no_plans(
+    recipe: dict[str, Any],
+    make: Callable[..., Any],
+    method: MixQuantConfig,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    monkeypatch.setenv(passes.TRACE, str(tmp_path / "trace.jsonl"))
+    method.recipe = Recipe(min_prefill_tokens=0, **recipe).resolved(frozenset({"int8"}))
+    runner = make(model=Model(quantized=False))
+    runner.execute_model(Step([(0, 10, 10)]))
+    assert runner.model.last is None or not runner.model.last.quantized
+    runner.execute_model(Step([(10, 1, 10)], replayed=True))
+    assert counted(method) == ([0, 10, 0, 1], {"precise": 1, "graph": 1})
+    lines = (tmp_path / "trace.jsonl").read_text().splitlines()
+    assert [json.loads(line)["quantized"] for line in lines] == [[], []]
+
+
+def test_a_layer_of_experts_alone_is_quantized(make: Callable[..., Any]) -> None:
+    model = Model(quantized=False)
+    model.layer.quant_method = SimpleNamespace(quantized=object())
+    runner = make(model=model)
+    runner.execute_model(Step([(0, 10, 10)]))
+    assert runner.model.last.quantized == ((1, 9),)
+
+
+@pytest.mark.parametrize("recipe", [{"everywhere": True}, {"role": "prefill"}])
+def test_everywhere_and_in_a_prefill_engine_every_row_of_every_pass_is_quantized(
+    recipe: dict[str, Any], make: Callable[..., Any], method: MixQuantConfig
+) -> None:
+    method.recipe = Recipe(preset="fast", **recipe).resolved(frozenset({"int8"}))
+    runner = make()
+    runner.execute_model(Step([(10, 1, 10), (0, 4, 4)], padding=3))
+    assert (runner.model.last.rows, runner.model.last.quantized) == (8, ((0, 8),))
+    runner._dummy_run(50, CUDAGraphMode.PIECEWISE)  # what a graph holds
+    assert runner.model.last.quantized == ((0, 50),)
+    runner.execute_model(Step([(11, 1, 10)], replayed=True))
+    assert counted(method) == ([4, 0, 2, 0], {"quantized": 1, "graph": 1})
+    assert plan_in_force() is None
+
+
+def test_generated_tokens_computed_again_are_precise(make: Callable[..., Any]) -> None:
+    """After a preemption a request comes back with what it had generated."""
+    runner = make()
+    runner.execute_model(Step([(0, 20, 12)]))
+    assert runner.model.last.quantized == ((1, 11),)
+    runner.execute_model(Step([(12, 20, 12)]))
+    assert runner.model.last is None or not runner.model.last.quantized
+
+
+def test_a_pass_of_another_row_count_is_precise(make: Callable[..., Any]) -> None:
+    """Fewer rows than the sequences have: nobody knows which they are."""
+    runner = make()
+    runner.execute_model(Step([(0, 10, 10)], padding=-1))
+    assert runner.model.last is None
+
+
+def test_dummy_runs_are_precise_and_count_nothing(
+    make: Callable[..., Any], method: MixQuantConfig
+) -> None:
+    runner = make()
+    for _ in range(2):
+        runner._dummy_run(50)
+        runner._dummy_run(50, CUDAGraphMode.PIECEWISE)
+        assert runner.model.plans[-2:] == [None, None]
+        runner.execute_model(Step([(0, 50, 50)]))
+        assert runner.model.last is not None
+    assert counted(method)[1] == {"quantized": 2}
+
+
+def test_profiling_runs_the_largest_pass_quantized(
+    make: Callable[..., Any], method: MixQuantConfig
+) -> None:
+    runner = make()
+    assert runner.profile_run(randomize_inputs=True) == "profiled"
+    plan = runner.model.last
+    assert (plan.rows, plan.quantized_rows) == (40, 39)
+    runner._dummy_run(40)
+    assert runner.model.last is None
+    runner.model.fails = True
+    with pytest.raises(RuntimeError):
+        runner.profile_run()
+    runner.model.fails = False
+    runner._dummy_run(40)
+    assert runner.model.last is None
+    assert counted(method) == ([0, 0, 0, 0], {})
+
+
+def test_a_replayed_graph_is_counted_and_leaves_nothing_behind(
+    make: Callable[..., Any], method: MixQuantConfig
+) -> None:
+    runner = make()
+    runner.execute_model(Step([(0, 10, 10), (20, 1, 5)], replayed=True))
+    assert (runner.model.plans, runner.drafter.last) == ([], None)
+    assert counted(method) == ([0, 10, 0, 1], {"graph": 1})
+    runner._dummy_run(11)
+    assert runner.model.last is None
+
+
+@pytest.mark.parametrize("mode", [CUDAGraphMode.PIECEWISE, CUDAGraphMode.FULL])
+def test_a_pass_in_a_graph_is_precise(
+    mode: CUDAGraphMode, make: Callable[..., Any], method: MixQuantConfig
+) -> None:
+    runner = make()
+    runner.execute_model(Step([(0, 10, 10)], mode=mode))
+    plan = runner.model.last
+    assert plan is None or not plan.quantized
+    assert counted(method) == ([0, 10, 0, 0], {"graph": 1})
+
+
+def test_a_pass_that_is_captured_is_precise(
+    make: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The V2 runner captures whole passes in a context that says NONE."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    runner = make()
+    runner.execute_model(Step([(0, 10, 10)]))
+    assert runner.model.last is None or not runner.model.last.quantized
+
+
+def test_an_error_in_the_forward_pass_ends_the_plan(make: Callable[..., Any]) -> None:
+    runner = make()
+    runner.model.fails = True
+    with pytest.raises(RuntimeError, match="out of something"):
+        runner.execute_model(Step([(0, 10, 10)]))
+    assert runner.model.last is not None
+    assert plan_in_force() is None
+    runner.model.fails = False
+    runner._dummy_run(10)
+    assert runner.model.last is None
+    runner.execute_model(Step([(0, 10, 10)]))
+    assert runner.model.last.quantized == ((1, 9),)
+
+
+def test_steps_without_tokens(make: Callable[..., Any], method: MixQuantConfig) -> None:
+    runner = make()
+    assert runner.execute_model(Step([])) == "executed"
+    assert counted(method) == ([0, 0, 0, 0], {})
+
+
+def test_a_model_that_is_loaded_anew_is_followed(make: Callable[..., Any]) -> None:
+    runner = make()
+    runner.execute_model(Step([(0, 10, 10)]))
+    runner.model = Model()
+    for _ in range(3):
+        runner.execute_model(Step([(0, 10, 10)]))
+        assert runner.model.last.quantized == ((1, 9),)
+        assert plan_in_force() is None
+    assert len(runner.model._forward_pre_hooks) == len(runner.model._forward_hooks) == 1
+
+
+def test_two_runners_do_not_meet(make: Callable[..., Any]) -> None:
+    one, other = make(), make()
+    one.execute_model(Step([(0, 10, 10)]))
+    other._dummy_run(10)
+    assert (one.model.last is None, other.model.last) == (False, None)
+
+
+def test_another_methods_runner_is_left_alone(
+    make: Callable[..., Any], method: MixQuantConfig
+) -> None:
+    for other in (None, object()):
+        runner = make(other)
+        assert runner.execute_model(Step([(0, 10, 10)])) == "executed"
+        assert runner.profile_run() == "profiled"
+        assert runner.model.plans == [None, None]
+        assert not runner.model._forward_hooks and not runner.model._forward_pre_hooks
+        assert "mixquant_follower" not in vars(runner)
+    assert counted(method) == ([0, 0, 0, 0], {})
+
+
+def test_installing_again_changes_nothing(make: Callable[..., Any], method: MixQuantConfig) -> None:
+    runner = make()
+    before = type(runner).execute_model
+    passes.install(method)
+    assert type(runner).execute_model is before
+    runner.execute_model(Step([(0, 10, 10)]))
+    assert counted(method)[1] == {"quantized": 1}
+
+
+@pytest.mark.parametrize("which", ["tensor rank", "pipeline stage"])
+def test_only_the_first_worker_of_an_engine_counts(
+    which: str,
+    make: Callable[..., Any],
+    method: MixQuantConfig,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if which == "tensor rank":
+        monkeypatch.setattr(vllm.distributed, "get_tensor_model_parallel_rank", lambda: 1)
+    else:
+        group = SimpleNamespace(is_first_rank=False)
+        monkeypatch.setattr(vllm.distributed, "get_pp_group", lambda: group)
+    runner = make()
+    runner.execute_model(Step([(0, 10, 10)]))
+    assert runner.model.last.quantized == ((1, 9),)  # it quantizes all the same
+    assert counted(method) == ([0, 0, 0, 0], {})
+
+
+def test_without_counters_all_else_works(make: Callable[..., Any], method: MixQuantConfig) -> None:
+    for gone in (None, "/no/such/file"):  # the latter on another host
+        method.counters = gone
+        runner = make()
+        runner.execute_model(Step([(0, 10, 10)]))
+        assert runner.model.last.quantized == ((1, 9),)
+
+
+def test_data_parallel_ranks_of_a_dense_model_count_apart(
+    make: Callable[..., Any], method: MixQuantConfig
+) -> None:
+    """vLLM tells each of them that it is rank 0 of one; but two who add to one number lose some."""
+    runner = make()
+    runner.vllm_config.parallel_config.data_parallel_index = 1
+    runner.execute_model(Step([(0, 10, 10)]))
+    assert method.counters is not None
+    table = Counters(method.counters)._table
+    assert not table[0].any() and table[1].any()
+
+
+def test_the_trace_has_a_line_for_each_pass(
+    make: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "trace.jsonl"
+    monkeypatch.setenv(passes.TRACE, str(file))
+    runner = make()
+    runner.profile_run()
+    runner.execute_model(Step([(0, 10, 10), (20, 2, 21)], padding=4))
+    runner._dummy_run(8)
+    runner.execute_model(Step([(20, 1, 20)]))
+    runner.execute_model(Step([(0, 10, 10)], replayed=True))
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    assert [line["kind"] for line in lines] == ["quantized", "precise", "graph"]
+    assert lines[0] == {
+        "kind": "quantized",
+        "requests": ["r0", "r1"],
+        "first_positions": [0, 20],
+        "row_counts": [10, 2],
+        "prompt_lengths": [10, 21],
+        "quantized": [[1, 9]],
+    }
+    assert [line["quantized"] for line in lines[1:]] == [[], []]
+
+
+# --- weights that are loaded anew --------------------------------------------------------------------
+
+
+def test_a_reload_in_the_kernels_format_is_refused(method: MixQuantConfig) -> None:
+    class Reloading(RunnerV1):
+        def reload_weights(
+            self,
+            weights_iterator: Any = None,
+            weights_path: str | None = None,
+            is_checkpoint_format: bool = True,
+        ) -> str:
+            return "reloaded"
+
+    passes._wrap(Reloading, "_prepare_inputs", passes.note_v1, method)
+    runner = Reloading(method, Model())
+    assert runner.reload_weights(weights_path="a/path") == "reloaded"
+    for refused in (
+        lambda: runner.reload_weights([], is_checkpoint_format=False),
+        lambda: runner.reload_weights([], None, False),
+    ):
+        with pytest.raises(CannotReload, match="is_checkpoint_format=True"):
+            refused()
+    other = Reloading(SimpleNamespace(), Model())  # another method's
+    assert other.reload_weights([], None, False) == "reloaded"
+
+
+def test_the_models_own_loading_is_followed(
+    make: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, renewed = Model(), []
+    model.layer = torch.nn.Linear(2, 2)
+    model.layer.quant_method = SimpleNamespace(renew=renewed.append)
+    model.load_weights = lambda weights: {"layer.weight"}  # type: ignore[assignment]
+    runner = make(model=model)
+    runner.execute_model(Step([(0, 10, 10)]))
+    runner.execute_model(Step([(0, 10, 10)]))
+    assert model.load_weights([]) == {"layer.weight"}
+    assert renewed == [model.layer]
