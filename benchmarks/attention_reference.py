@@ -196,7 +196,7 @@ def _flash(sum_up: Sum) -> Any:
         if bounds is not None:
             ends = [bounds.rows.tolist(), bounds.keys.tolist()]
             longest = [max(b - a for a, b in pairwise(one)) for one in ends]
-            assert longest == [bounds.most_rows, bounds.most_keys]
+            assert longest == [bounds.max_rows, bounds.max_keys]
         assert [one[-1] for one in ends] == [q.shape[1], k.shape[1]]
         lse = torch.full((q.shape[2], q.shape[1]), -torch.inf, device=q.device)
         for (first, last), (begin, end) in zip(*map(pairwise, ends), strict=True):

@@ -21,8 +21,8 @@ import vllm._custom_ops as ops
 from triton.testing import do_bench  # type: ignore[import-not-found, import-untyped]
 from vllm.vllm_flash_attn import flash_attn_varlen_func
 
-from mixquant.engines.vllm.attention.layers import flash_attention
-from mixquant.kernels.triton.fused import room_for, silu_and_mul
+from mixquant.engines.vllm.attention.fp8 import flash_attention
+from mixquant.kernels.triton.fused import empty_codes, silu_and_mul
 
 CHUNK = 8192
 
@@ -65,7 +65,7 @@ def activation_ms(rows: int, width: int) -> tuple[float, float, float]:
     """ms of vLLM's SiLU-and-multiply, of its FP8 quantizer after it, and of ours, which is both."""
     x = torch.randn(rows, 2 * width, device="cuda", dtype=torch.bfloat16)
     out = torch.empty(rows, width, device="cuda", dtype=torch.bfloat16)
-    codes = room_for("fp8", rows, width, x.device)
+    codes = empty_codes("fp8", rows, width, x.device)
     return (
         median_ms(lambda: torch.ops._C.silu_and_mul(out, x)),
         median_ms(lambda: ops.scaled_fp8_quant(out, use_per_token_if_dynamic=True)),

@@ -37,12 +37,12 @@ def count_products() -> None:
     """
     from mixquant.engines.vllm.attention import layers as attention
     from mixquant.engines.vllm.experts import method as experts
-    from mixquant.engines.vllm.linear import fp8_layer
+    from mixquant.engines.vllm.linear import fp8_layer, operator
     from mixquant.engines.vllm.linear import method as linear
 
     of_attention, encoded = attention.attend, linear.PhaseLinearMethod.encoded
     in_fp8 = fp8_layer.Fp8Layer.multiplied
-    linear_layer, experts_layer = linear._quantized, experts.PhaseExpertsMethod._experts
+    linear_layer, experts_layer = operator._quantized, experts.PhaseExpertsMethod._experts
 
     def counted_linear(*arguments: Any) -> None:
         products["linear"] += 1
@@ -70,7 +70,7 @@ def count_products() -> None:
     attention.attend = counted_attention
     linear.PhaseLinearMethod.encoded = counted_activations  # type: ignore[method-assign]
     fp8_layer.Fp8Layer.multiplied = counted_fp8  # type: ignore[method-assign]
-    linear._quantized = counted_linear
+    operator._quantized = counted_linear
     experts.PhaseExpertsMethod._experts = counted_experts  # type: ignore[method-assign]
 
 

@@ -17,12 +17,15 @@ Engines say where each sequence stands; they never decide about a row themselves
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+if TYPE_CHECKING:
+    import torch
 
 Range = tuple[int, int]
 
@@ -41,14 +44,28 @@ class PhasePlan:
     """For one forward pass: which rows are quantized and which are precise.
 
     ``quantized`` and ``precise`` are ranges ``(start, stop)`` of row numbers: ascending, disjoint,
-    none empty, no two adjacent. Rows in neither are padding. ``memo`` is scratch space that lives
-    as long as the plan; callers of the rule keep there what they derive from it.
+    none empty, no two adjacent. Rows in neither are padding.
+
+    The other fields hold what is derived from the plan once and read by many layers. Each has one
+    owner, the only module that reads and writes it.
+
+    Attributes:
+        index: row numbers, int64, by group of rows and device. Owner: `mixquant.core.rows`.
+        encoded: an activation, its version, and its quantized rows, by format, kernel and options.
+            Owner: `mixquant.core.rows`.
+        engine: what an engine's layers derive, one object by its type. Owner: that engine.
     """
 
     rows: int
     quantized: tuple[Range, ...]
     precise: tuple[Range, ...]
-    memo: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
+    index: dict[tuple[str, torch.device], torch.Tensor] = field(
+        default_factory=dict, compare=False, repr=False
+    )
+    encoded: dict[Hashable, tuple[torch.Tensor, int, Any]] = field(
+        default_factory=dict, compare=False, repr=False
+    )
+    engine: dict[type, Any] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def quantized_rows(self) -> int:
@@ -141,12 +158,17 @@ class in_force:
     """Puts a plan in force for the forward pass inside the block.
 
     A class, because torch.compile does not trace generators that set context variables.
+
+    Raises:
+        RuntimeError: a plan is in force already. The rows of one pass would follow another's plan.
     """
 
     def __init__(self, plan: PhasePlan | None) -> None:
         self.plan = plan
 
     def __enter__(self) -> None:
+        if self.plan is not None and _in_force.get() is not None:
+            raise RuntimeError("a forward pass with a plan begins inside another one")
         self.token = _in_force.set(self.plan)
 
     def __exit__(self, *exception: object) -> None:

@@ -103,8 +103,8 @@ def quantize_once(
 ) -> Any:
     """The quantized rows of ``x``, which the next layer may read as well (q, k and v, say)."""
     key = _rows_key(fmt, kernel, options)
-    if key in plan.memo:
-        of, version, rows = plan.memo[key]
+    if key in plan.encoded:
+        of, version, rows = plan.encoded[key]
         if of is x and version == x._version:
             return rows
     some = select(x.reshape(plan.rows, x.shape[-1]), plan, "quantized")
@@ -127,11 +127,11 @@ def remember_quantized(
     whether it was, so its rows are not kept.
     """
     if not x.is_inference():
-        plan.memo[_rows_key(fmt, kernel, options)] = (x, x._version, rows)
+        plan.encoded[_rows_key(fmt, kernel, options)] = (x, x._version, rows)
 
 
 def _rows_key(fmt: str, kernel: Kernel, options: Mapping[str, Any]) -> tuple[Any, ...]:
-    return ("quantized rows", fmt, kernel, *sorted(options.items()))
+    return (fmt, kernel, *sorted(options.items()))
 
 
 def select(flat: Tensor, plan: PhasePlan, group: str) -> Tensor:
@@ -153,14 +153,13 @@ def put(rows: Tensor, out: Tensor, plan: PhasePlan, group: str) -> None:
 
 def index_of(plan: PhasePlan, group: str, device: torch.device) -> Tensor:
     """The numbers of the rows of a group, int64."""
-    key = ("index", group, device)
-    if key not in plan.memo:
+    key = (group, device)
+    if key not in plan.index:
         ranges: tuple[Range, ...] = getattr(plan, group)
         rows = torch.from_numpy(np.concatenate([np.arange(*piece) for piece in ranges]))
         if device.type == "cuda":
             # Pinned, and a new buffer for each plan, so that the copy need not be waited for.
             rows = rows.pin_memory()
         rows = rows.to(device, non_blocking=device.type == "cuda")
-        plan.memo[key] = rows
-    index: Tensor = plan.memo[key]
-    return index
+        plan.index[key] = rows
+    return plan.index[key]

@@ -32,7 +32,7 @@ class Summary:
 
     recipe: Recipe
     layers: tuple[Layer, ...]
-    attention: str = ""  # what prefill attention is multiplied in, where there is a choice
+    patches: tuple[str, ...] = ()  # what was changed in the model, and in how many places
 
     @property
     def extra_bytes(self) -> int:
@@ -61,8 +61,7 @@ class Summary:
             f"of a prompt, passes with fewer than {recipe.min_prefill_tokens} quantizable tokens, "
             "every generated token"
         )
-        if self.attention:
-            rule += f"; prefill attention: {self.attention}"
+        rule = "\n".join((rule, *self.patches))
         table = Table(
             caption=rule,
             caption_justify="left",

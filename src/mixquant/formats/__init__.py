@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from mixquant.formats.base import EMULATION, Format, Kernel, QuantizedWeight, cuda_capability
+from mixquant.formats.base import EMULATION, Format, Kernel, QuantizedWeight
 from mixquant.formats.fp8 import FP8
 from mixquant.formats.int8 import INT8
 from mixquant.formats.nvfp4 import NVFP4
@@ -44,7 +44,6 @@ __all__ = [
     "Format",
     "Kernel",
     "QuantizedWeight",
-    "cuda_capability",
     "native_formats",
     "why_not_on",
 ]

@@ -25,17 +25,6 @@ class Kernel:
 EMULATION = Kernel("emulation", native=False)
 
 
-def cuda_capability(device: torch.device) -> tuple[int, int]:
-    """The compute capability of an NVIDIA GPU; (0, 0) for any other device.
-
-    ROCm calls its devices ``cuda``, too, and their architectures capabilities: MI300 is "9.4", and its
-    FP8 is another.
-    """
-    if device.type != "cuda" or torch.version.cuda is None:
-        return (0, 0)
-    return torch.cuda.get_device_capability(device)
-
-
 class QuantizedWeight(Protocol):
     """A weight matrix in a format, laid out for one kernel."""
 

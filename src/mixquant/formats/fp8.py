@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import ScalingType, scaled_mm
 
-from mixquant.formats.base import EMULATION, Kernel, cuda_capability
+from mixquant.formats.base import EMULATION, Kernel
+from mixquant.hardware import cuda_capability, cuda_formats
 
 E4M3_MAX = 448.0
 # The smallest scale: the E4M3 codes of smaller rows would need scales that FP32 holds badly. It is
@@ -74,7 +75,7 @@ class _Fp8:
         return None
 
     def kernel(self, device: torch.device) -> Kernel:
-        return SCALED_MM if cuda_capability(device) >= (8, 9) else EMULATION
+        return SCALED_MM if "fp8" in cuda_formats(cuda_capability(device)) else EMULATION
 
     def quantize_weight(self, weight: Tensor, kernel: Kernel) -> Fp8Weight:
         codes, scale = quantize(weight)

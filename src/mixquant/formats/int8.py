@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mixquant.formats.base import EMULATION, Kernel, cuda_capability
+from mixquant.formats.base import EMULATION, Kernel
+from mixquant.hardware import cuda_capability, cuda_formats
 from mixquant.kernels.cpu import int8 as int8_cpu
 from mixquant.kernels.cpu.int8 import QMAX
 
@@ -82,7 +83,7 @@ class _Int8:
     def kernel(self, device: torch.device) -> Kernel:
         if device.type == "cpu" and _onednn_multiplies():
             return ONEDNN
-        return INT_MM if cuda_capability(device) >= (8, 0) else EMULATION
+        return INT_MM if "int8" in cuda_formats(cuda_capability(device)) else EMULATION
 
     def quantize_weight(self, weight: Tensor, kernel: Kernel) -> Int8Weight:
         codes, scale = quantize(weight)

@@ -21,7 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mixquant.formats.base import EMULATION, Kernel, cuda_capability
+from mixquant.formats.base import EMULATION, Kernel
+from mixquant.hardware import cuda_capability, cuda_formats
 
 BlockScale = Literal["6", "4/6"]
 
@@ -440,7 +441,7 @@ def _check(x: Tensor, block_scale: str, matrix: bool = False) -> None:
 @functools.cache
 def _kernel(device: torch.device) -> Kernel:
     if (
-        cuda_capability(device)[0] in (10, 12)
+        "nvfp4" in cuda_formats(cuda_capability(device))
         and hasattr(F, "scaled_mm")
         and hasattr(torch, "float4_e2m1fn_x2")
     ):

@@ -217,16 +217,23 @@ def test_what_is_no_pass_is_refused(
 # --- the plan in force -----------------------------------------------------------------------------
 
 
-def test_plans_nest_and_end() -> None:
-    outer, inner = everything_quantized(3), everything_quantized(4)
+def test_a_plan_ends_with_its_pass() -> None:
+    plan = everything_quantized(3)
     assert plan_in_force() is None
-    with in_force(outer):
-        assert plan_in_force() is outer
-        with in_force(inner):
-            assert plan_in_force() is inner
-            with in_force(None):
-                assert plan_in_force() is None  # a pass without a plan hides the one around it
-        assert plan_in_force() is outer
+    with in_force(plan):
+        assert plan_in_force() is plan
+        with in_force(None):
+            assert plan_in_force() is None  # a pass without a plan hides the one around it
+        assert plan_in_force() is plan
+    assert plan_in_force() is None
+
+
+def test_a_pass_cannot_begin_inside_another_one() -> None:
+    plan = everything_quantized(3)
+    with in_force(plan):
+        with pytest.raises(RuntimeError, match="inside another one"), in_force(plan):
+            pass
+        assert plan_in_force() is plan
     assert plan_in_force() is None
 
 
@@ -251,8 +258,8 @@ def test_everything_quantized_has_no_precise_row() -> None:
     assert everything_quantized(0) == PhasePlan(0, (), ())
 
 
-def test_a_memo_belongs_to_one_plan() -> None:
+def test_what_is_derived_belongs_to_one_plan() -> None:
     one, other = everything_quantized(3), everything_quantized(3)
-    one.memo["key"] = 1
+    one.engine[int] = 1
     assert one == other
-    assert other.memo == {}
+    assert other.engine == other.index == other.encoded == {}

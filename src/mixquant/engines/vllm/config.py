@@ -21,7 +21,7 @@ from mixquant.engines.vllm.log import refusals
 METHOD = "mixquant"
 
 
-class MixQuantConfig(QuantizationConfig):  # type: ignore[misc]
+class PhaseQuantizationConfig(QuantizationConfig):  # type: ignore[misc]
     """`quantization="mixquant"`: BF16 weights, and for prefill a quantized copy of them.
 
     vLLM makes one per engine, in the process that was asked for it, and sends it to the workers.
@@ -51,7 +51,7 @@ class MixQuantConfig(QuantizationConfig):  # type: ignore[misc]
         return []
 
     @classmethod
-    def from_config(cls, config: dict[str, Any]) -> MixQuantConfig:
+    def from_config(cls, config: dict[str, Any]) -> PhaseQuantizationConfig:
         """From the config.json that `save_pretrained` of a prepared model wrote."""
         return cls(config.get("recipe"))
 
@@ -70,13 +70,13 @@ class MixQuantConfig(QuantizationConfig):  # type: ignore[misc]
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
         from mixquant.engines.vllm.linear.method import PhaseLinearMethod
-        from mixquant.engines.vllm.patches import runners as passes
+        from mixquant.engines.vllm.patches import runners
 
         why = self.why_precise(prefix)
         if self.recipe is None:  # vLLM makes some drafters a configuration of their own
             assert why is not None, "mixquant's settings were not installed"
             return UnquantizedLinearMethod() if isinstance(layer, LinearBase) else None
-        passes.install(self)
+        runners.install(self)
         if isinstance(layer, LinearBase):
             if why is not None:
                 layer.mixquant_why_precise = why  # type: ignore[assignment]

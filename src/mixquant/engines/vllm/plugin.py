@@ -9,9 +9,10 @@ def register() -> None:
     from vllm.config import VllmConfig
     from vllm.model_executor.layers.quantization import register_quantization_config
 
-    from mixquant.engines.vllm import settings, versions
-    from mixquant.engines.vllm.config import METHOD, MixQuantConfig
+    from mixquant.engines.vllm import versions
+    from mixquant.engines.vllm.config import METHOD, PhaseQuantizationConfig
+    from mixquant.engines.vllm.patches import configuration
 
     versions.warn_if_unknown(vllm.__version__)
-    register_quantization_config(METHOD)(MixQuantConfig)
-    settings.install(VllmConfig)
+    register_quantization_config(METHOD)(PhaseQuantizationConfig)
+    configuration.install(VllmConfig)

@@ -3,57 +3,29 @@
 from __future__ import annotations
 
 import difflib
-import functools
 import os
 from dataclasses import fields, replace
 from typing import Any
 
 import torch
 
-from mixquant import formats
 from mixquant.checkpoints.prefill import directory_of
 from mixquant.core.recipe import FormatName, Recipe, RecipeError
-from mixquant.engines.vllm import versions
-from mixquant.engines.vllm.config import METHOD, MixQuantConfig
+from mixquant.engines.vllm import hardware, versions
+from mixquant.engines.vllm.config import METHOD, PhaseQuantizationConfig
 from mixquant.engines.vllm.counters import Counters
 from mixquant.engines.vllm.loading.second_checkpoint import opened
-from mixquant.engines.vllm.log import logger, refusals
+from mixquant.engines.vllm.log import logger
 
 
 class SettingsError(ValueError):
     """An engine that mixquant cannot serve as asked. The message is one line."""
 
 
-def install(config_class: Any) -> None:
-    """Makes vLLM's configuration read the recipe and check it as soon as it is made.
-
-    Args:
-        config_class: vLLM's VllmConfig. It has no hook that sees the whole configuration, so its
-            ``__post_init__`` is wrapped.
-    """
-    original = config_class.__post_init__
-    if getattr(original, "mixquant", False):
-        return
-
-    @functools.wraps(original)
-    def post_init(self: Any, *args: Any, **kwargs: Any) -> None:
-        if self.model_config is None or self.model_config.quantization != METHOD:
-            original(self, *args, **kwargs)
-            return
-        with refusals():
-            _check(self)
-        original(self, *args, **kwargs)
-        with refusals():
-            _settle(self)
-
-    post_init.mixquant = True  # type: ignore[attr-defined]
-    config_class.__post_init__ = post_init
-
-
-def _settle(vllm_config: Any) -> None:
+def settle(vllm_config: Any) -> None:
     """Decides the recipe, and writes it where vLLM hashes it into the key of its compile cache."""
     method = vllm_config.quant_config
-    if not isinstance(method, MixQuantConfig):
+    if not isinstance(method, PhaseQuantizationConfig):
         return
     from mixquant import __version__
     from mixquant.engines.vllm import beams
@@ -102,7 +74,7 @@ def resolve(given: Any) -> Recipe:
             although ``emulate`` was not asked for.
     """
     recipe = _recipe_of(given)
-    native, device = native_formats()
+    native, device = hardware.native_formats()
     if recipe.prefill_model is not None and recipe.role != "decode":
         recipe = _with_format_of(recipe)
     resolved = recipe.resolved(native)
@@ -155,25 +127,6 @@ def _with_format_of(recipe: Recipe) -> Recipe:
     return replace(recipe, format=wanted)
 
 
-def native_formats() -> tuple[frozenset[str], str]:
-    """What this machine multiplies natively in vLLM, without starting CUDA, and the machine's name."""
-    from vllm.platforms import current_platform
-
-    if current_platform.is_cpu():
-        # vLLM's oneDNN has what torch's has: without VNNI its INT8 sums saturate.
-        return formats.native_formats(torch.device("cpu")), "this CPU"
-    if not current_platform.is_cuda():
-        return frozenset(), f"vLLM's platform {current_platform.device_name}"
-    capability = current_platform.get_device_capability()
-    level = capability.to_int() if capability is not None else 0
-    native = {"int8"} if level < 100 else set()  # Blackwell's CUTLASS kernels have no INT8
-    if level >= 89:
-        native.add("fp8")
-    if level // 10 in (10, 12):
-        native.add("nvfp4")
-    return frozenset(native), current_platform.get_device_name()
-
-
 def _check_recipe(vllm_config: Any, recipe: Recipe) -> None:
     """Refuses what cannot work with a recipe that quantizes. Raises SettingsError."""
     from vllm.platforms import current_platform
@@ -200,7 +153,7 @@ def _check_recipe(vllm_config: Any, recipe: Recipe) -> None:
         )
 
 
-def _check(vllm_config: Any) -> None:
+def check(vllm_config: Any) -> None:
     """Refuses what cannot work. Raises UnsupportedVersion or SettingsError."""
     import vllm
     from vllm.platforms import current_platform

@@ -9,7 +9,7 @@ from mixquant.core.summary import IGNORED, THE_RECIPE, Layer, Summary
 from mixquant.engines.vllm.log import logger
 
 
-def summary(model: torch.nn.Module, recipe: Recipe, attention: str = "") -> Summary:
+def summary(model: torch.nn.Module, recipe: Recipe, patches: tuple[str, ...] = ()) -> Summary:
     """The layers of a loaded model, those that stay BF16 with the reason."""
     from vllm.model_executor.layers.linear import LinearBase
 
@@ -27,7 +27,7 @@ def summary(model: torch.nn.Module, recipe: Recipe, attention: str = "") -> Summ
         elif isinstance(module, (LinearBase, *experts)):
             why = getattr(module, "mixquant_why_precise", "")
             layers.append(Layer(name, (0, 0), "bf16", "vLLM", True, 0, why))
-    return Summary(recipe, tuple(layers), attention)
+    return Summary(recipe, tuple(layers), patches)
 
 
 def names_of_linears(model: torch.nn.Module) -> tuple[list[str], list[str]]:
@@ -55,14 +55,14 @@ def names_of_linears(model: torch.nn.Module) -> tuple[list[str], list[str]]:
     return free, others
 
 
-def log_table(model: torch.nn.Module, recipe: Recipe, attention: str) -> None:
+def log_table(model: torch.nn.Module, recipe: Recipe, patches: tuple[str, ...]) -> None:
     """Writes the table, and what the recipe asks for in vain, into the log of the first worker."""
     from vllm.distributed import get_tensor_model_parallel_rank
     from vllm.model_executor.models.utils import PPMissingLayer
 
     if get_tensor_model_parallel_rank() != 0:
         return
-    made = summary(model, recipe, attention)
+    made = summary(model, recipe, patches)
     logger.info("mixquant\n%s", made)
     elsewhere = any(isinstance(module, PPMissingLayer) for module in model.modules())
     where = " (of the layers of this pipeline stage)" if elsewhere else ""

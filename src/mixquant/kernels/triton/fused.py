@@ -160,7 +160,7 @@ class Codes:
     places: Tensor | None = None
 
 
-def room_for(fmt: str, rows: int, width: int, device: torch.device) -> Codes:
+def empty_codes(fmt: str, rows: int, width: int, device: torch.device) -> Codes:
     """Uninitialized codes of rows ``[rows, width]`` in the format "fp8" or "nvfp4"."""
     scale = torch.empty(rows, 1, device=device)
     if fmt == "fp8":
@@ -170,7 +170,7 @@ def room_for(fmt: str, rows: int, width: int, device: torch.device) -> Codes:
     return Codes(packed, scale, blocks)
 
 
-def why_not(fmt: str, width: int) -> str | None:
+def unsupported_width(fmt: str, width: int) -> str | None:
     """Why rows of this many elements are not quantized here, or None if they are."""
     if width > LONGEST_ROW:
         return f"{width} elements; one program holds up to {LONGEST_ROW}"

@@ -22,8 +22,9 @@ from vllm.model_executor.layers.linear import ReplicatedLinear, UnquantizedLinea
 
 import mixquant
 from mixquant.core.recipe import Recipe, RecipeError
-from mixquant.engines.vllm import counters, plugin, settings, versions
-from mixquant.engines.vllm.config import MixQuantConfig
+from mixquant.engines.vllm import counters, hardware, plugin, settings, versions
+from mixquant.engines.vllm.config import PhaseQuantizationConfig
+from mixquant.engines.vllm.patches import configuration
 from mixquant.engines.vllm.patches import runners as passes
 from mixquant.engines.vllm.settings import SettingsError, resolve
 from mixquant.formats import int8
@@ -39,7 +40,7 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Makes this machine one that multiplies the given formats natively."""
 
     def becomes(*formats: str, name: str = "this GPU") -> None:
-        monkeypatch.setattr(settings, "native_formats", lambda: (frozenset(formats), name))
+        monkeypatch.setattr(hardware, "native_formats", lambda: (frozenset(formats), name))
 
     return becomes
 
@@ -267,7 +268,7 @@ def test_what_nvidia_gpus_multiply(
         get_device_name=lambda: "a GPU",
     )
     monkeypatch.setattr(vllm.platforms, "current_platform", platform)
-    assert settings.native_formats() == (frozenset(formats), "a GPU")
+    assert hardware.native_formats() == (frozenset(formats), "a GPU")
 
 
 def test_what_other_platforms_multiply(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -280,7 +281,7 @@ def test_what_other_platforms_multiply(monkeypatch: pytest.MonkeyPatch) -> None:
             is_cpu=lambda cpu=cpu: cpu, is_cuda=lambda: False, device_name="tpu"
         )
         monkeypatch.setattr(vllm.platforms, "current_platform", platform)
-        found, name = settings.native_formats()
+        found, name = hardware.native_formats()
         assert found == formats
         assert ("CPU" if cpu else "tpu") in name
 
@@ -306,7 +307,7 @@ def config_like(**changes: Any) -> Any:
     return SimpleNamespace(
         model_config=SimpleNamespace(**model | changes.pop("model", {})),
         parallel_config=SimpleNamespace(**parallel | changes.pop("parallel", {})),
-        quant_config=changes.pop("quant_config", None) or MixQuantConfig(),
+        quant_config=changes.pop("quant_config", None) or PhaseQuantizationConfig(),
         additional_config=changes.pop("additional_config", {}),
         **changes,
     )
@@ -325,9 +326,9 @@ def test_the_hook_is_put_on_once_and_runs_around_vllms_own(device: Callable[...,
             calls.append("vLLM")
             self.additional_config["seen"] = "mixquant" in self.additional_config
 
-    settings.install(Config)
+    configuration.install(Config)
     once = Config.__post_init__
-    settings.install(Config)
+    configuration.install(Config)
     assert Config.__post_init__ is once
     config = Config(config_like())
     assert calls == ["vLLM"]
@@ -365,9 +366,9 @@ def test_registering_again_changes_nothing() -> None:
     ],
 )
 def test_engines_that_are_refused(changes: dict[str, Any], named: str) -> None:
-    settings._check(config_like())
+    settings.check(config_like())
     with pytest.raises(SettingsError) as caught:
-        settings._check(config_like(**changes))
+        settings.check(config_like(**changes))
     assert named in said(caught.value)
 
 
@@ -376,7 +377,7 @@ def test_older_configurations_lack_some_fields() -> None:
     del config.model_config.quantization_config
     for name in ("enable_dbo", "ubatch_size", "prefill_context_parallel_size"):
         delattr(config.parallel_config, name)
-    settings._check(config)
+    settings.check(config)
 
 
 def test_an_unknown_version_is_refused_when_it_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -384,16 +385,16 @@ def test_an_unknown_version_is_refused_when_it_is_used(monkeypatch: pytest.Monke
 
     monkeypatch.setattr(vllm, "__version__", "0.99.0")
     monkeypatch.delenv(versions.OVERRIDE, raising=False)
-    assert "0.99.0" in refusal(config_like(), by=settings._check)
+    assert "0.99.0" in refusal(config_like(), by=settings.check)
     monkeypatch.setenv(versions.OVERRIDE, "1")
-    settings._check(config_like())
+    settings.check(config_like())
 
 
 def test_settling_writes_recipe_and_version_and_keeps_the_rest(device: Callable[..., None]) -> None:
     device("int8")
     given = {"mixquant": {"min_prefill_tokens": 5}, "other": 1}
     config = config_like(additional_config=given)
-    settings._settle(config)
+    settings.settle(config)
     recipe = resolve({"min_prefill_tokens": 5})
     assert config.quant_config.recipe == recipe
     assert config.additional_config == {
@@ -403,7 +404,7 @@ def test_settling_writes_recipe_and_version_and_keeps_the_rest(device: Callable[
     assert given == {"mixquant": {"min_prefill_tokens": 5}, "other": 1}  # the caller's, untouched
     before, path = dict(config.additional_config), config.quant_config.counters
     assert Path(path).stat().st_size == 2 * 7 * 8  # seven counters for each of two ranks
-    settings._settle(config)  # as `replace` of a configuration does
+    settings.settle(config)  # as `replace` of a configuration does
     assert (config.additional_config, config.quant_config.counters) == (before, path)
 
 
@@ -414,8 +415,8 @@ def test_a_setting_without_effect_is_said_once(
     monkeypatch.setattr(settings.logger, "warning", lambda text, *args: said.append(text % args))
     device("int8")
     config = config_like(additional_config={"mixquant": {"preset": "exact", "format": "int8"}})
-    settings._settle(config)
-    settings._settle(config)  # as `replace` of a configuration does, and other processes do
+    settings.settle(config)
+    settings.settle(config)  # as `replace` of a configuration does, and other processes do
     assert said == ["recipe key 'format' changes nothing: preset exact quantizes nothing"]
 
 
@@ -431,22 +432,22 @@ def test_a_setting_without_effect_is_said_once(
 )
 def test_a_recipe_in_the_wrong_place_is_refused(given: dict[str, Any], key: str) -> None:
     with pytest.raises(settings.SettingsError, match=f"the key {key!r}, and no 'mixquant'"):
-        settings._check(config_like(additional_config=given))
+        settings.check(config_like(additional_config=given))
 
 
 @pytest.mark.parametrize("given", [{}, {"other": 1, "quantizer": 2}, {"mixquant": "fast", "a": 1}])
 def test_keys_of_other_plugins_are_left_alone(given: dict[str, Any]) -> None:
-    settings._check(config_like(additional_config=given))
+    settings.check(config_like(additional_config=given))
 
 
 def test_a_given_recipe_goes_before_the_checkpoints(device: Callable[..., None]) -> None:
     device("int8")
-    method = MixQuantConfig.from_config({"recipe": {"min_prefill_tokens": 9}})
+    method = PhaseQuantizationConfig.from_config({"recipe": {"min_prefill_tokens": 9}})
     config = config_like(quant_config=method)
-    settings._settle(config)
+    settings.settle(config)
     assert method.recipe is not None and method.recipe.min_prefill_tokens == 9
     config = config_like(quant_config=method, additional_config={"mixquant": "exact"})
-    settings._settle(config)
+    settings.settle(config)
     assert method.recipe == resolve("exact")
 
 
@@ -455,7 +456,7 @@ def test_a_given_recipe_goes_before_the_checkpoints(device: Callable[..., None])
 
 def test_the_method_is_sent_to_workers_with_its_recipe(device: Callable[..., None]) -> None:
     device("int8")
-    method = MixQuantConfig()
+    method = PhaseQuantizationConfig()
     method.recipe, method.counters = resolve("fast"), "/a/file"
     method.ledger._copies["a"] = 1
     there = pickle.loads(pickle.dumps(method))
@@ -476,7 +477,7 @@ ORDINARY = (
 
 @pytest.mark.parametrize("prefix", ORDINARY)
 def test_layers_of_the_decoder_are_taken(prefix: str) -> None:
-    assert MixQuantConfig().why_precise(prefix) is None
+    assert PhaseQuantizationConfig().why_precise(prefix) is None
 
 
 @pytest.mark.parametrize(
@@ -503,7 +504,7 @@ def test_layers_that_are_left_as_they_are(
     prefix: str, why: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(passes, "install", lambda method: None)
-    method = MixQuantConfig()
+    method = PhaseQuantizationConfig()
     method.recipe = Recipe(format="int8").resolved(frozenset({"int8"}))
     found = method.why_precise(prefix)
     assert found is not None and why in found
@@ -521,14 +522,14 @@ def test_a_drafter_is_told_by_who_builds_it(tag: str, monkeypatch: pytest.Monkey
     from vllm.compilation.backends import set_model_tag
 
     monkeypatch.setattr(passes, "install", lambda method: None)
-    method = MixQuantConfig()
+    method = PhaseQuantizationConfig()
     method.recipe = Recipe(format="int8", role="prefill").resolved(frozenset({"int8"}))
     layer = ReplicatedLinear.__new__(ReplicatedLinear)
     torch.nn.Module.__init__(layer)
     with set_model_tag(tag):
         assert type(method.get_quant_method(layer, ORDINARY[0])) is UnquantizedLinearMethod
         # One that vLLM made for the drafter alone, without a recipe.
-        assert type(MixQuantConfig().get_quant_method(layer, ORDINARY[0])) is (
+        assert type(PhaseQuantizationConfig().get_quant_method(layer, ORDINARY[0])) is (
             UnquantizedLinearMethod
         )
     assert layer.mixquant_why_precise == "it drafts"
@@ -538,7 +539,7 @@ def test_a_drafter_is_told_by_who_builds_it(tag: str, monkeypatch: pytest.Monkey
 
 
 def test_layers_behind_the_last_one_draft() -> None:
-    method = MixQuantConfig()
+    method = PhaseQuantizationConfig()
     assert method.why_precise("model.layers.61.mlp.down_proj") is None
     method.layers = 61
     assert method.why_precise("model.layers.61.mlp.down_proj") == "it drafts"
@@ -546,7 +547,7 @@ def test_layers_behind_the_last_one_draft() -> None:
 
 
 def test_only_a_checkpoint_of_another_method_is_refused() -> None:
-    override = MixQuantConfig.override_quantization_method
+    override = PhaseQuantizationConfig.override_quantization_method
     for found in ("compressed-tensors", "awq"):
         assert found in refusal({"quant_method": found}, "mixquant", by=override)
         # vLLM asks every method about every quantized checkpoint.
@@ -590,7 +591,7 @@ def test_the_recipe_reaches_the_method_and_additional_config(
 ) -> None:
     device("int8")
     config = engine_config(directory, {"min_prefill_tokens": 3})
-    assert isinstance(config.quant_config, MixQuantConfig)
+    assert isinstance(config.quant_config, PhaseQuantizationConfig)
     assert config.quant_config.recipe == resolve({"min_prefill_tokens": 3})
     there = pickle.loads(pickle.dumps(config))
     assert there.quant_config.recipe == config.quant_config.recipe
@@ -661,7 +662,7 @@ def test_a_prefill_engine_that_sends_to_nobody_says_so(
     assert len(warnings) == 1 and "--kv-transfer-config" in warnings[0]
     warnings.clear()
     config.kv_transfer_config = object() if sends else None
-    settings._settle(config)
+    settings.settle(config)
     assert bool(warnings) != sends
     for role in ("both", "decode"):
         engine_config(directory, {"role": role})

@@ -36,8 +36,8 @@ import torch
 from torch import Tensor
 
 from mixquant.engines.vllm.attention.rows import (
-    MOST_KEYS,
-    MOST_ROWS,
+    MAX_KEYS,
+    MAX_ROWS,
     PRECISE_KEYS,
     UNIT,
     Piece,
@@ -63,12 +63,12 @@ class Bounds:
 
     rows: Tensor
     keys: Tensor
-    most_rows: int
-    most_keys: int
+    max_rows: int
+    max_keys: int
 
 
 @dataclass(frozen=True)
-class Part:
+class Launch:
     """Segments, one of each of a run's sequences, that are multiplied in one launch."""
 
     codes: slice  # of keys
@@ -77,12 +77,12 @@ class Part:
 
 
 class Run:
-    """Pieces that are attended to together, and what the kernels have to know of them."""
+    """Pieces that share their launches, and what the kernels have to know of them."""
 
     def __init__(self, pieces: tuple[Piece, ...], device: torch.device) -> None:
         self.start, self.stop = pieces[0].start, pieces[-1].stop
         rows = [piece.stop - piece.start for piece in pieces]
-        self.most_rows = max(rows)
+        self.max_rows = max(rows)
         starts = [piece.start - self.start for piece in pieces]
         self.sequences = integers(
             [
@@ -92,7 +92,7 @@ class Run:
             device,
         )
         contexts, chunks = zip(*map(segments_of, pieces), strict=True)
-        self.parts: list[Part] = []
+        self.launches: list[Launch] = []
         numbers, offset = [], 0
         for part in (contexts, chunks):
             keys = [one.count for one in part]
@@ -103,7 +103,7 @@ class Run:
                 ends = [integers([0, *accumulate(counts)], device) for counts in (rows, keys)]
                 bounds = Bounds(ends[0], ends[1], max(rows), max(keys))
             codes = slice(offset, offset + sum(keys))
-            self.parts.append(Part(codes, part is chunks, bounds))
+            self.launches.append(Launch(codes, part is chunks, bounds))
             for one in part:
                 numbers.append((one.sequence, one.first, one.count, offset, one.stride))
                 offset += one.count
@@ -112,7 +112,7 @@ class Run:
 
 
 @dataclass
-class Room:
+class Workspace:
     """Where codes, and what is attended to in segments, are kept for one run of one layer."""
 
     q: Tensor  # [rows, heads, size] E4M3
@@ -121,7 +121,7 @@ class Room:
     partial: Tensor | None  # [parts, rows, heads, size] BF16, if there are two
 
     @classmethod
-    def of(cls, shape: Shape, rows: int, keys: int, parts: int, device: torch.device) -> Room:
+    def of(cls, shape: Shape, rows: int, keys: int, parts: int, device: torch.device) -> Workspace:
         fp8 = torch.float8_e4m3fn
         q = torch.empty(rows, shape.heads, shape.size, dtype=fp8, device=device)
         k = torch.empty(keys, shape.kv_heads, shape.size, dtype=fp8, device=device)
@@ -131,7 +131,7 @@ class Room:
         return cls(q, k, torch.empty_like(k), partial)
 
     @classmethod
-    def largest(cls, shape: Shape, rows: int, longest: int, device: torch.device) -> Room:
+    def largest(cls, shape: Shape, rows: int, longest: int, device: torch.device) -> Workspace:
         """What a pass may need at the most.
 
         Args:
@@ -139,8 +139,8 @@ class Room:
             longest: a sequence may be, in tokens.
         """
         # A run of several pieces has no more rows than keys.
-        rows = max(min(rows, MOST_ROWS), min(rows, MOST_KEYS))
-        return cls.of(shape, rows, max(longest, MOST_KEYS), 2, device)
+        rows = max(min(rows, MAX_ROWS), min(rows, MAX_KEYS))
+        return cls.of(shape, rows, max(longest, MAX_KEYS), 2, device)
 
 
 def attend(
@@ -163,22 +163,22 @@ def attend(
     rows = run.stop - run.start
     q = query[run.start : run.stop].view(rows, shape.heads, shape.size)
     out = output[run.start : run.stop].view(rows, shape.heads, shape.size)
-    room = Room.of(shape, rows, run.keys, len(run.parts), query.device)
-    of_rows = (table, run.sequences, run.most_rows)
-    first = kernels.encode_queries(q, keys, *of_rows, shape.scale, room.q, PRECISE_KEYS)
+    work = Workspace.of(shape, rows, run.keys, len(run.launches), query.device)
+    of_rows = (table, run.sequences, run.max_rows)
+    first = kernels.encode_queries(q, keys, *of_rows, shape.scale, work.q, PRECISE_KEYS)
     sums = kernels.value_sums(values, table, run.segments)
-    lost = kernels.encode_cache(keys, values, table, run.segments, sums, room.k, room.v, UNIT)
-    partial = out[None] if room.partial is None else room.partial
+    lost = kernels.encode_cache(keys, values, table, run.segments, sums, work.k, work.v, UNIT)
+    partial = out[None] if work.partial is None else work.partial
     logarithms = []
-    for number, part in enumerate(run.parts):
+    for number, launch in enumerate(run.launches):
         lse = flash_attention(
-            room.q[None],
-            room.k[None, part.codes],
-            room.v[None, part.codes],
+            work.q[None],
+            work.k[None, launch.codes],
+            work.v[None, launch.codes],
             shape.scale,
             partial[number : number + 1],
-            causal=part.causal,
-            bounds=part.bounds,
+            causal=launch.causal,
+            bounds=launch.bounds,
         )
         logarithms.append(lse.view(1, shape.heads, rows))
     lse = torch.cat(logarithms) if len(logarithms) > 1 else logarithms[0]
@@ -186,11 +186,9 @@ def attend(
 
 
 def _kernels() -> Any:
-    from mixquant.kernels.triton import (
-        fp8_attention as fp8_triton,  # not before it is needed: it imports Triton
-    )
+    from mixquant.kernels.triton import fp8_attention  # not before it is needed: it imports Triton
 
-    return fp8_triton
+    return fp8_attention
 
 
 def flash_attention(
@@ -219,7 +217,7 @@ def flash_attention(
     lengths: list[Any] = [None] * 7
     if bounds is not None:
         q, k, v, out = q[0], k[0], v[0], out[0]
-        lengths = [bounds.rows, bounds.keys, *[None] * 3, bounds.most_rows, bounds.most_keys]
+        lengths = [bounds.rows, bounds.keys, *[None] * 3, bounds.max_rows, bounds.max_keys]
     _, lse, *_ = torch.ops.fa3_fwd.fwd(
         q,
         k,

@@ -19,10 +19,10 @@ UNIT = 16
 
 # Of one launch. A chunk with more is cut: the longer it is, the less is its values' mean that of the
 # keys which its first rows see.
-MOST_ROWS = 8192
+MAX_ROWS = 8192
 
 # Of sequences that are attended to together; a longer one stands alone.
-MOST_KEYS = 32768
+MAX_KEYS = 32768
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def pieces_of(plan: PhasePlan, batch: Any, worth: Callable[[int, int], bool]) ->
 
 
 def runs_of(
-    pieces: list[Piece], batch: Any, most_rows: int = MOST_ROWS, most_keys: int = MOST_KEYS
+    pieces: list[Piece], batch: Any, max_rows: int = MAX_ROWS, max_keys: int = MAX_KEYS
 ) -> list[tuple[Piece, ...]]:
     """The pieces of a pass, in order, as runs of consecutive rows, each for one launch.
 
@@ -73,24 +73,24 @@ def runs_of(
     ends = np.cumsum(batch.row_counts).tolist()
     runs: list[list[Piece]] = []
     for whole in pieces:
-        for piece in _cut(whole, most_rows):
+        for piece in _cut(whole, max_rows):
             if runs and runs[-1][-1].sequence == piece.sequence - 1:
                 *before, last = runs[-1]
                 end = ends[last.sequence]
                 last = replace(last, stop=end, keys=last.keys + end - last.stop)
-                together = [*before, last, replace(piece, start=end)]
-                if sum(one.keys for one in together) <= most_keys:
-                    runs[-1] = together
+                joined = [*before, last, replace(piece, start=end)]
+                if sum(one.keys for one in joined) <= max_keys:
+                    runs[-1] = joined
                     continue
             runs.append([piece])
     return [tuple(run) for run in runs]
 
 
-def _cut(piece: Piece, most_rows: int) -> list[Piece]:
+def _cut(piece: Piece, max_rows: int) -> list[Piece]:
     return [
         replace(piece, start=start, stop=stop, keys=piece.keys - (piece.stop - stop))
-        for start in range(piece.start, piece.stop, most_rows)
-        if (stop := min(start + most_rows, piece.stop))
+        for start in range(piece.start, piece.stop, max_rows)
+        if (stop := min(start + max_rows, piece.stop))
     ]
 
 

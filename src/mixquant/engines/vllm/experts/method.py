@@ -8,35 +8,28 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-import vllm.model_executor.layers.fused_moe.modular_kernel as mk
 from torch import Tensor
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.fused_moe import RoutedExperts
-from vllm.model_executor.layers.fused_moe.config import fp8_w8a8_moe_quant_config
 from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import (
     UnquantizedFusedMoEMethod,
 )
 from vllm.platforms import current_platform
 
-from mixquant.checkpoints.prefill import Fp8Tensors
 from mixquant.core.fingerprint import sample
 from mixquant.core.phase import PhasePlan, everything_quantized, plan_in_force
 from mixquant.core.recipe import Recipe
-from mixquant.core.rows import put, select
 from mixquant.core.summary import IGNORED, THE_RECIPE, Layer
+from mixquant.engines.vllm.experts import fp8 as fp8_experts
+from mixquant.engines.vllm.experts.base import QuantizedExperts, by_rows
 from mixquant.engines.vllm.loading.memory import Ledger
-from mixquant.engines.vllm.loading.online import CannotReload, begins, load_in_turn
+from mixquant.engines.vllm.loading.online import CannotReload, load_in_turn, should_process
 from mixquant.engines.vllm.loading.second_checkpoint import opened
-from mixquant.engines.vllm.products.choose import nbytes_of
-from mixquant.formats import fp8
+from mixquant.engines.vllm.products.base import nbytes_of
 from mixquant.formats.nvfp4 import BlockScale
-
-# Of a pass's rows, so many may be precise for it to be cheaper to push all of them through the
-# quantized kernel and to overwrite the precise ones than to gather the quantized ones.
-_OVERWRITE_UP_TO = 1 / 8
 
 # Row counts whose Triton kernels are compiled in the profiling pass, besides the largest: vLLM picks
 # tile sizes by row count, and a compilation in the first request costs seconds.
@@ -44,28 +37,6 @@ _WARM_ROWS = (256, 512, 1024, 1536, 2048, 3072, 4096)
 
 _ADVICE = "name experts in the recipe's 'ignore', or spread the model with --tensor-parallel-size"
 _ADVICE_FOR_PREFILL = "spread the model with --tensor-parallel-size"
-
-
-class QuantizedExperts(Protocol):
-    """The quantized copy of one layer's experts."""
-
-    kernel: str
-    nbytes: int
-
-    def load(self, layer: Any) -> None:
-        """Quantizes the layer's BF16 weights into storage that stays where it is."""
-        ...
-
-    def take(self, expert: int, gate: Any, up: Any, down: Any) -> None:
-        """Puts quantized weights of one expert, of this rank, into that storage instead."""
-        ...
-
-    def __call__(self, layer: Any, x: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
-        """The weighted sums of the experts' outputs, ``[M, K]``, of rows ``[M, K]``.
-
-        ``weights`` and ``ids`` are the router's, ``[M, top-k]``.
-        """
-        ...
 
 
 def experts_method(
@@ -77,7 +48,7 @@ def experts_method(
     """
     fmt, why = _format_of(layer, recipe, prefix)
     if why is None:
-        why = why_not(layer, fmt)
+        why = why_bf16(layer, fmt)
     if why is not None:
         layer.mixquant_why_precise = why
         return None
@@ -92,7 +63,7 @@ def experts_method(
     )
 
 
-def why_not(layer: RoutedExperts, fmt: str) -> str | None:
+def why_bf16(layer: RoutedExperts, fmt: str) -> str | None:
     """Why these experts cannot be multiplied per row in this format, or None if they can."""
     moe = layer.moe_config
     parallel = moe.moe_parallel_config
@@ -113,13 +84,13 @@ def why_not(layer: RoutedExperts, fmt: str) -> str | None:
     if layer.params_dtype != torch.bfloat16:
         return f"weights in {layer.params_dtype}"
     if fmt == "fp8":
-        if _fp8_experts_class(moe) is None:
+        if fp8_experts.kernel_class(moe) is None:
             return "vLLM has no FP8 experts for this GPU and activation"
         return None
     if fmt == "nvfp4":
         from mixquant.engines.vllm.experts.nvfp4 import Nvfp4Experts
 
-        return Nvfp4Experts.why_not(layer)
+        return Nvfp4Experts.why_bf16(layer)
     return f"no experts in {fmt}"
 
 
@@ -177,7 +148,9 @@ class PhaseExpertsMethod(UnquantizedFusedMoEMethod):  # type: ignore[misc]
             self.ledger.reserve(layer.w13_weight.device, self.prefix, copy, weights, _ADVICE)
 
     def process_weights_after_loading(self, layer: Any) -> None:
-        if self.only_quantized and not begins(layer, loaded_before=self.quantized is not None):
+        if self.only_quantized and not should_process(
+            layer, loaded_before=self.quantized is not None
+        ):
             return
         # Before super's, which swaps halves or shuffles blocks for some kernels.
         _zero_padding(layer)
@@ -315,106 +288,6 @@ def _samples(layer: Any) -> list[Tensor]:
 _warmed: set[tuple[Any, ...]] = set()
 
 
-class Fp8Experts:
-    """E4M3 codes ``[E, N, K]`` and FP32 scales ``[E, N, 1]``; vLLM's kernel quantizes the rows."""
-
-    def __init__(self, layer: Any) -> None:
-        self.w13, self.w13_scale = _fp8_storage(layer.w13_weight)
-        self.w2, self.w2_scale = _fp8_storage(layer.w2_weight)
-        config = fp8_w8a8_moe_quant_config(
-            w1_scale=self.w13_scale,
-            w2_scale=self.w2_scale,
-            per_act_token_quant=True,
-            per_out_ch_quant=True,
-            gemm1_alpha=layer.swiglu_alpha,
-            gemm1_beta=layer.swiglu_beta,
-            gemm1_clamp_limit=layer.swiglu_limit,
-        )
-        cls = _fp8_experts_class(layer.moe_config)
-        assert cls is not None
-        from vllm.model_executor.layers.fused_moe.prepare_finalize.no_dp_ep import (
-            make_moe_prepare_and_finalize_no_dp_ep,
-        )
-
-        self._apply = mk.FusedMoEKernel(
-            make_moe_prepare_and_finalize_no_dp_ep(use_monolithic=False),
-            cls(moe_config=layer.moe_config, quant_config=config),
-        ).apply
-        self.kernel = f"vLLM {cls.__name__}"
-        self.nbytes = sum(
-            tensor.nbytes for tensor in (self.w13, self.w13_scale, self.w2, self.w2_scale)
-        )
-
-    def load(self, layer: Any) -> None:
-        for weight, codes, scale in (
-            (layer.w13_weight, self.w13, self.w13_scale),
-            (layer.w2_weight, self.w2, self.w2_scale),
-        ):
-            for expert in range(weight.shape[0]):  # one at a time: there is an FP32 copy in between
-                quantized, of_rows = fp8.quantize(weight[expert].data)
-                codes[expert].copy_(quantized)
-                scale[expert].copy_(of_rows)
-
-    def take(self, expert: int, gate: Fp8Tensors, up: Fp8Tensors, down: Fp8Tensors) -> None:
-        half, features = self.w13.shape[1] // 2, gate.shape[0]
-        for codes, scale, start, part in (
-            (self.w13, self.w13_scale, 0, gate),
-            (self.w13, self.w13_scale, half, up),
-        ):
-            codes[expert][start : start + half].zero_()
-            scale[expert][start : start + half] = 1
-            codes[expert][start : start + features].copy_(part.codes)
-            scale[expert][start : start + features].copy_(part.scale)
-        self.w2[expert].zero_()
-        self.w2[expert][:, :features].copy_(down.codes)
-        self.w2_scale[expert].copy_(down.scale)
-
-    def __call__(self, layer: Any, x: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
-        return self._apply(
-            hidden_states=x,
-            w1=self.w13,
-            w2=self.w2,
-            topk_weights=weights,
-            topk_ids=ids,
-            activation=layer.activation,
-            global_num_experts=layer.global_num_experts,
-            expert_map=layer.expert_map,
-            apply_router_weight_on_input=layer.apply_router_weight_on_input,
-            shared_experts=None,
-            shared_experts_input=None,
-        )
-
-
-def by_rows(
-    plan: PhasePlan,
-    of_rows: tuple[Tensor, ...],
-    precise: Callable[..., Tensor],
-    quantized: Callable[..., Tensor],
-) -> Tensor:
-    """Both kinds of rows, each through its function, in one tensor.
-
-    Args:
-        plan: with at least one quantized row.
-        of_rows: what belongs to the rows, ``[rows, ...]`` each; the first are the rows themselves.
-
-    Returns:
-        ``[rows, K]``; padding rows are zero, and reach neither function: vLLM routes them nowhere.
-    """
-    x = of_rows[0]
-    real = plan.quantized_rows + plan.precise_rows
-    at_the_end = max(stop for _, stop in plan.quantized + plan.precise) == real
-    if plan.precise_rows <= _OVERWRITE_UP_TO * plan.rows and at_the_end:
-        out = quantized(*(tensor[:real] for tensor in of_rows))
-        if real < plan.rows:
-            out = torch.cat([out, out.new_zeros(plan.rows - real, out.shape[1])])
-    else:
-        out = torch.zeros_like(x) if real < plan.rows else torch.empty_like(x)
-        put(quantized(*(select(t, plan, "quantized") for t in of_rows)), out, plan, "quantized")
-    if plan.precise:
-        put(precise(*(select(t, plan, "precise") for t in of_rows)), out, plan, "precise")
-    return out
-
-
 def _format_of(layer: RoutedExperts, recipe: Recipe, prefix: str) -> tuple[str, str | None]:
     if recipe.ignores(prefix):
         return "bf16", IGNORED
@@ -437,45 +310,10 @@ def _features(moe: Any) -> int:
 
 def _quantized_experts(layer: Any, fmt: str, block_scale: BlockScale) -> QuantizedExperts:
     if fmt == "fp8":
-        return Fp8Experts(layer)
+        return fp8_experts.Fp8Experts(layer)
     from mixquant.engines.vllm.experts.nvfp4 import Nvfp4Experts
 
     return Nvfp4Experts(layer, block_scale)
-
-
-def _fp8_experts_class(moe: Any) -> Any:
-    """vLLM's order for weights per channel and activations per token: CUTLASS, then Triton.
-
-    Not vLLM's own selection: that follows --moe-backend, which is the user's choice for the BF16
-    experts, and may pick a kernel that leaves activations in BF16.
-    """
-    from vllm.model_executor.layers.fused_moe.experts.triton_cutlass_moe import (
-        TritonOrCutlassExperts,
-    )
-    from vllm.model_executor.layers.fused_moe.experts.triton_moe import TritonExperts
-    from vllm.model_executor.layers.quantization.utils.quant_utils import (
-        kFp8DynamicTokenSym,
-        kFp8StaticChannelSym,
-    )
-
-    for cls in (TritonOrCutlassExperts, TritonExperts):
-        supported, _ = cls.is_supported_config(
-            cls,
-            moe,
-            kFp8StaticChannelSym,
-            kFp8DynamicTokenSym,
-            mk.FusedMoEActivationFormat.Standard,
-        )
-        if supported:
-            return cls
-    return None
-
-
-def _fp8_storage(weight: Tensor) -> tuple[Tensor, Tensor]:
-    return (
-        torch.empty_like(weight.data, dtype=torch.float8_e4m3fn),
-        torch.empty(*weight.shape[:2], 1, dtype=torch.float32, device=weight.device),
-    )
 
 
 def _zero_padding(layer: Any) -> None:

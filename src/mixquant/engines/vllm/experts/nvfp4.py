@@ -8,13 +8,10 @@ import torch
 from torch import Tensor
 from vllm import _custom_ops as ops
 from vllm.model_executor.layers.fused_moe.activation import MoEActivation, apply_moe_activation
-from vllm.model_executor.layers.quantization.utils.nvfp4_utils import (
-    cutlass_fp4_supported,
-    swizzle_blockscale,
-)
-from vllm.platforms import current_platform
+from vllm.model_executor.layers.quantization.utils.nvfp4_utils import swizzle_blockscale
 
 from mixquant.checkpoints.prefill import CheckpointError, Nvfp4Tensors
+from mixquant.engines.vllm import hardware
 from mixquant.formats import nvfp4
 
 
@@ -41,11 +38,11 @@ class Nvfp4Experts:
         self.nbytes = sum(tensor.nbytes for tensor in (*self.w13, *self.w2))
 
     @staticmethod
-    def why_not(layer: Any) -> str | None:
+    def why_bf16(layer: Any) -> str | None:
         """Why these experts cannot be in NVFP4, or None if they can."""
         moe = layer.moe_config
         n, k = moe.intermediate_size_per_partition, moe.hidden_dim
-        if not cutlass_fp4_supported() or not current_platform.has_device_capability(100):
+        if not hardware.has_nvfp4_experts():
             return "NVFP4 experts need Blackwell"
         if n % 64 or (2 * n) % 128 or k % 128:  # so that swizzling pads nothing
             return f"NVFP4 experts need multiples of 64 and 128, not {n} x {k}"

@@ -13,96 +13,24 @@ gained nothing that could be measured (docs/performance.md).
 
 from __future__ import annotations
 
-import functools
-import importlib.util
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from mixquant.core.phase import PhasePlan, Thresholds, everything_quantized, plan_pass
-from mixquant.core.rows import index_of
-from mixquant.engines.vllm.products.choose import ScaledProduct
-
-MOST_ROWS = 16  # that count as few
-
-
-@functools.cache
-def why_not() -> str | None:
-    """Why this machine has no such layers, or None if it has."""
-    if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
-        return "needs a GPU of compute capability 9.0"
-    if importlib.util.find_spec("triton") is None:
-        return "needs Triton"
-    return None
-
-
-class Route:
-    """How the rows of one plan go through each of its layers.
-
-    Attributes:
-        quantized: the rows that are multiplied with the copy: all that should be, and others that lie
-            among them or beside them, whose products are then written over.
-        index: the precise rows, int64, or None if there are none.
-        few: whether the kernel for few rows multiplies them.
-    """
-
-    def __init__(self, plan: PhasePlan, device: torch.device) -> None:
-        self.rows = plan.rows
-        first, last = plan.quantized[0][0], plan.quantized[-1][1]
-        count = plan.precise_rows
-        padded = plan.quantized_rows + count < plan.rows
-        self.index = index_of(plan, "precise", device) if count else None
-        self.few = 0 < count <= MOST_ROWS
-        # Padding is read by nobody, but must not be what lay in this memory.
-        some = last - first < 0.9 * plan.rows and not padded
-        # cuBLASLt needs scales at multiples of 16 bytes.
-        self.quantized = (first - first % 4, last) if some else (0, plan.rows)
-        self._places: Tensor | None = None
-        self._rooms: dict[tuple[int, bool], tuple[Any, tuple[Tensor, Tensor]]] = {}
-
-    def room(
-        self, width: int, with_precise: bool, device: torch.device
-    ) -> tuple[Any, tuple[Tensor, Tensor]]:
-        """Room for the codes of all rows, and what of it is multiplied: one for all layers.
-
-        Layers follow each other on one stream, so the next one's codes may take the place of the last
-        one's.
-
-        Args:
-            with_precise: whether the precise rows are put apart as they are quantized.
-        """
-        found = self._rooms.get((width, with_precise))
-        if found is None:
-            from mixquant.kernels.triton.fused import room_for
-
-            room = room_for("fp8", self.rows, width, device)
-            if with_precise and self.index is not None:
-                precise = torch.empty(len(self.index), width, dtype=torch.bfloat16, device=device)
-                room = replace(room, precise=precise, places=self._places_on(device))
-            rows = slice(*self.quantized)
-            found = room, (room.codes[rows], room.scale[rows])
-            self._rooms[width, with_precise] = found
-        return found
-
-    def _places_on(self, device: torch.device) -> Tensor:
-        """Which of the precise rows each row is, int32, or -1."""
-        if self._places is None:
-            assert self.index is not None
-            places = torch.full((self.rows,), -1, dtype=torch.int32, device=device)
-            numbers = torch.arange(len(self.index), dtype=torch.int32, device=device)
-            self._places = places.index_copy_(0, self.index, numbers)
-        return self._places
+from mixquant.engines.vllm.context import state_of
+from mixquant.engines.vllm.linear.route import Route
+from mixquant.engines.vllm.products.scaled import ScaledProduct
 
 
 def route_of(plan: PhasePlan, device: torch.device) -> Route:
-    found: Route | None = plan.memo.get("route")
-    if found is None:
-        found = plan.memo["route"] = Route(plan, device)
-    return found
+    """The route of a plan, made by the first layer that asks."""
+    state = state_of(plan)
+    if state.route is None:
+        state.route = Route(plan, device)
+    return state.route
 
 
 class Fp8Layer:
@@ -121,7 +49,7 @@ class Fp8Layer:
         self.norm: tuple[Tensor, float] | None = None
         self.activated = False
 
-    def hold(self, weight: Tensor, product: ScaledProduct) -> None:
+    def set_weights(self, weight: Tensor, product: ScaledProduct) -> None:
         """Takes the weights, which may have been loaded anew; of BF16, nothing may be left."""
         self.weight = weight.data.as_subclass(Tensor)  # vLLM's parameters are slow to look at
         self.product = product
@@ -142,17 +70,17 @@ class Fp8Layer:
 
         out = x.new_empty(route.rows, self.features)
         plain = self.norm is None and not self.activated
-        room, codes = route.room(self.width, not plain, x.device)
+        into, codes = route.buffers(self.width, not plain, x.device)
         if self.norm is not None:
-            rms_norm(x, residual, *self.norm, room, total)
+            rms_norm(x, residual, *self.norm, into, total)
         elif self.activated:
-            silu_and_mul(x, room)
+            silu_and_mul(x, into)
         else:  # not by vLLM's Python wrapper, which takes as long as the operator
-            torch.ops._C.dynamic_per_token_scaled_fp8_quant(room.codes, x, room.scale, None)
+            torch.ops._C.dynamic_per_token_scaled_fp8_quant(into.codes, x, into.scale, None)
         start, stop = route.quantized
         self.product.multiply(codes, None, out if stop - start == route.rows else out[start:stop])
         if route.index is not None:
-            self._precise(x if plain else room.precise, route.index if plain else None, route, out)
+            self._precise(x if plain else into.precise, route.index if plain else None, route, out)
         return out
 
     def _precise(self, x: Tensor, rows: Tensor | None, route: Route, out: Tensor) -> None:

@@ -9,14 +9,14 @@ from mixquant.core.phase import Range
 from mixquant.core.recipe import FUSED_PROJECTIONS, INTERLEAVED, Recipe
 from mixquant.core.summary import IGNORED, THE_RECIPE
 from mixquant.engines.vllm.loading.second_checkpoint import opened
-from mixquant.engines.vllm.products.choose import why_not
+from mixquant.engines.vllm.products.base import unsupported_shape
 
 # Formats from the most precise to the least: what a fused layer takes whose parts are not known.
 _PRECISION = ("bf16", "fp8", "int8", "nvfp4")
 
 
 @dataclass(frozen=True)
-class Part:
+class OutputSlice:
     """Consecutive output features of a layer that share a format.
 
     ``projections`` are those that it consists of, by the last component of their names, with the
@@ -39,7 +39,7 @@ def lay_out(
     sizes: Sequence[int],
     in_features: int,
     members: Sequence[str] | None = None,
-) -> tuple[Part, ...]:
+) -> tuple[OutputSlice, ...]:
     """The parts of a layer, in order; parts of one format that touch are one.
 
     Args:
@@ -55,8 +55,8 @@ def lay_out(
     last = prefix.rpartition(".")[2]
     total = sum(sizes)
 
-    def whole(fmt: str, why: str | None = None) -> tuple[Part, ...]:
-        return (_possible(Part((0, total), fmt, ((last, total),), why), in_features),)
+    def whole(fmt: str, why: str | None = None) -> tuple[OutputSlice, ...]:
+        return (_possible(OutputSlice((0, total), fmt, ((last, total),), why), in_features),)
 
     if recipe.ignores(prefix):
         return whole("bf16", IGNORED)
@@ -79,10 +79,10 @@ def lay_out(
             return whole(min(formats, key=_PRECISION.index))
         return whole("bf16", "vLLM has it in other parts than the prefill model")
 
-    parts: list[Part] = []
+    parts: list[OutputSlice] = []
     start = 0
     for name, fmt, size in zip(names, formats, sizes, strict=True):
-        part = Part((start, start + size), fmt, ((name, size),))
+        part = OutputSlice((start, start + size), fmt, ((name, size),))
         start += size
         if parts and parts[-1].format == fmt and _may_join(recipe, prefix, parts[-1], name):
             before = parts.pop()
@@ -95,7 +95,7 @@ def lay_out(
     return tuple(_possible(part, in_features) for part in parts)
 
 
-def beside(prefix: str, projection: str) -> str:
+def sibling(prefix: str, projection: str) -> str:
     """The full name of a projection that the layer of this name is fused from."""
     path = prefix.rpartition(".")[0]
     return f"{path}.{projection}" if path else projection
@@ -109,7 +109,7 @@ def _formats(recipe: Recipe, prefix: str, names: Sequence[str]) -> tuple[str, ..
     if formats is None or recipe.prefill_model is None:
         return formats
     source = opened(recipe.prefill_model)
-    layers = [beside(prefix, name) for name in names]
+    layers = [sibling(prefix, name) for name in names]
     there = [source.format_of(layer) for layer in layers]
     if not any(there) and source.format_of(prefix) is not None:
         return None  # fused in the checkpoint, too
@@ -125,20 +125,20 @@ def _format(recipe: Recipe, prefix: str) -> str:
     return opened(recipe.prefill_model).format_of(prefix) or "bf16"
 
 
-def _may_join(recipe: Recipe, prefix: str, before: Part, name: str) -> bool:
+def _may_join(recipe: Recipe, prefix: str, before: OutputSlice, name: str) -> bool:
     """Whether a projection may be held in one tensor with those before it, in the same format."""
     if recipe.prefill_model is None or before.format == "bf16":
         return True
-    first = beside(prefix, before.projections[-1][0])
-    return opened(recipe.prefill_model).have_one_scale(first, beside(prefix, name))
+    first = sibling(prefix, before.projections[-1][0])
+    return opened(recipe.prefill_model).have_one_scale(first, sibling(prefix, name))
 
 
-def _possible(part: Part, in_features: int) -> Part:
+def _possible(part: OutputSlice, in_features: int) -> OutputSlice:
     """The part, in BF16 if the kernel of its format cannot hold it."""
     if part.format == "bf16":
         return replace(part, why_precise=part.why_precise or THE_RECIPE)
     out_features = part.features[1] - part.features[0]
-    reason = why_not(part.format, out_features, in_features)
+    reason = unsupported_shape(part.format, out_features, in_features)
     if reason is None:
         return part
     return replace(part, format="bf16", why_precise=f"{part.format} cannot hold it: {reason}")

@@ -7,7 +7,6 @@ read they are made, filled and processed at once.
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
@@ -28,7 +27,7 @@ def load_in_turn(method: Any, layer: torch.nn.Module) -> None:
     initialize_online_processing(layer)
 
 
-def begins(layer: Any, *, loaded_before: bool) -> bool:
+def should_process(layer: Any, *, loaded_before: bool) -> bool:
     """Whether a layer is to be processed now: False if it was already, as it was loaded.
 
     Raises:
@@ -75,35 +74,3 @@ def replays_graphs() -> bool:
         config is not None and config.model_config is not None and config.model_config.enforce_eager
     )
     return torch.cuda.is_available() and not eager
-
-
-def follow_loading(model: Any) -> None:
-    """Has the copies made again whose weights are written to where they are.
-
-    vLLM's own reload processes each layer; a worker extension that calls ``model.load_weights`` (as for
-    reinforcement learning) processes none.
-    """
-    load = getattr(model, "load_weights", None)
-    if load is None:
-        return
-
-    @functools.wraps(load)
-    def load_weights(*args: Any, **kwargs: Any) -> Any:
-        loaded = load(*args, **kwargs)
-        methods = [(layer, getattr(layer, "quant_method", None)) for layer in model.modules()]
-        ours = [(layer, method) for layer, method in methods if hasattr(method, "renew")]
-        if not any(is_loading(layer) for layer, _ in ours):  # or vLLM will process them
-            for layer, method in ours:
-                method.renew(layer)  # type: ignore[union-attr]
-        return loaded
-
-    model.load_weights = load_weights
-
-
-def refuse_kernel_format(is_checkpoint_format: bool) -> None:
-    """Raises CannotReload for weights that vLLM would write over its own, layer by layer unprocessed."""
-    if not is_checkpoint_format:
-        raise CannotReload(
-            "mixquant makes its copies of weights in the checkpoint's format; reload them with "
-            "is_checkpoint_format=True"
-        )

@@ -14,7 +14,6 @@ tensor parallelism, where vLLM may fuse them with the all-reduce in front of the
 
 from __future__ import annotations
 
-import importlib.util
 import os
 from types import MethodType
 from typing import Any
@@ -23,7 +22,10 @@ import torch
 from torch import Tensor
 
 from mixquant.engines.source import statements_of_forward
+from mixquant.engines.vllm import hardware
 from mixquant.engines.vllm.linear.method import PhaseLinearMethod
+from mixquant.engines.vllm.patches.outcome import Outcome
+from mixquant.engines.vllm.products.scaled import ScaledProduct
 
 # The bodies of forward, statement by statement, as ast.unparse writes them.
 _MLPS = [
@@ -51,44 +53,74 @@ _DECODER_LAYER = [
 _ATTENTION_BEGINS = "qkv, _ = self.qkv_proj(hidden_states)"
 
 
-def follow_activations(model: torch.nn.Module, with_lora: bool) -> int:
-    """Leaves the activations of a loaded model to the layers that read them; returns how many.
+def fuse_activations(model: torch.nn.Module, with_lora: bool) -> Outcome:
+    """Leaves the activations of a loaded model to the layers that read them.
 
     Args:
         with_lora: whether adapters are served: they read what the layers are given.
     """
-    if with_lora or not torch.cuda.is_available() or importlib.util.find_spec("triton") is None:
-        return 0
-    return sum(
-        _join(module.act_fn, module.down_proj)
+    what = "activations fused"
+    places = sum(type(module).__name__.endswith("AndMul") for module in model.modules())
+    why = "LoRA adapters read them" if with_lora else hardware.why_no_triton()
+    if why is not None:
+        return Outcome.nowhere(what, places, why)
+    found = [
+        _fuse_activation(module.act_fn, module.down_proj)
         for module in model.modules()
         if _body_of(module) in _MLPS
-    )
+    ]
+    return Outcome(what, tuple(found + [_WRITTEN_OTHERWISE] * (places - len(found))))
 
 
-def follow_norms(model: torch.nn.Module, with_lora: bool, ranks: int) -> int:
-    """Leaves the norms of a loaded model to the layers that read them; returns how many.
+def fuse_norms(model: torch.nn.Module, with_lora: bool, ranks: int) -> Outcome:
+    """Leaves the norms of a loaded model to the layers that read them.
 
-    After `follow_activations`: what it has joined is an MLP whose layers follow each other.
+    After `fuse_activations`, which decides for an MLP whether its layers follow each other.
 
     Args:
-        with_lora: as of `follow_activations`.
+        with_lora: as of `fuse_activations`.
         ranks: of tensor parallelism.
     """
-    if with_lora or ranks > 1 or os.environ.get("VLLM_BATCH_INVARIANT", "0") != "0":
-        return 0
-    found = 0
+    what = "norms fused"
+    places = _norms_of_layers(model)
+    why = (
+        "LoRA adapters read them"
+        if with_lora
+        else "vLLM fuses them with the all-reduce of tensor parallelism"
+        if ranks > 1
+        else "VLLM_BATCH_INVARIANT is set"
+        if os.environ.get("VLLM_BATCH_INVARIANT", "0") != "0"
+        else None
+    )
+    if why is not None:
+        return Outcome.nowhere(what, places, why)
+    found: list[str | None] = []
     for module in model.modules():
         if _body_of(module) != _DECODER_LAYER:
             continue
         attention: Any = module.self_attn
         body = _body_of(attention)
         if body[:1] == [_ATTENTION_BEGINS] and "hidden_states" not in " ".join(body[1:]):
-            found += _join_norm(module.input_layernorm, getattr(attention, "qkv_proj", None))
+            found.append(_fuse_norm(module.input_layernorm, getattr(attention, "qkv_proj", None)))
         mlp: Any = module.mlp
         if _body_of(mlp) in _MLPS:
-            found += _join_norm(module.post_attention_layernorm, mlp.gate_up_proj, mlp.down_proj)
-    return found
+            why = _fuse_norm(module.post_attention_layernorm, mlp.gate_up_proj, mlp.down_proj)
+            found.append(why)
+    return Outcome(what, tuple(found + [_WRITTEN_OTHERWISE] * (places - len(found))))
+
+
+_WRITTEN_OTHERWISE = "the model's code is another"
+
+
+def _norms_of_layers(model: torch.nn.Module) -> int:
+    """How many norms stand in the decoder layers themselves: not a head's, nor the last one."""
+    return sum(
+        type(child).__name__.endswith("RMSNorm")
+        for layers in model.modules()
+        if isinstance(layers, torch.nn.ModuleList)
+        for layer in layers
+        for child in layer.children()
+    )
 
 
 def _body(kind: Any) -> list[str]:
@@ -101,63 +133,70 @@ def _body_of(module: torch.nn.Module) -> list[str]:
     return [] if "forward" in vars(module) else _body(type(module))
 
 
-def _join(activation: Any, layer: Any) -> bool:
-    own = getattr(activation, "_forward_method", None)  # of vLLM's versions that are known
-    if type(activation).__name__ != "SiluAndMul" or own is None or not _fusable(layer):
-        return False
+def _fuse_activation(activation: Any, layer: Any) -> str | None:
+    """Leaves an activation to the layer behind it; or returns why that cannot be."""
+    if type(activation).__name__ != "SiluAndMul":
+        return f"{type(activation).__name__} has no fused kernel"
+    if getattr(activation, "_forward_method", None) is None:
+        return "this vLLM calls activations in another way"
+    if (why := _why_no_codes(layer)) is not None:
+        return why
     layer.quant_method.activated = True
     if layer.quant_method.fp8 is not None:
         layer.quant_method.fp8.activated = True
     activation._forward_method = MethodType(_unapplied, activation)
-    return True
+    return None
 
 
-def _join_norm(norm: Any, layer: Any, behind: Any = None) -> bool:
+def _fuse_norm(norm: Any, layer: Any, following: Any = None) -> str | None:
+    """Leaves a norm to the layer behind it, and to the one ``following``; or returns why not."""
     method = getattr(layer, "quant_method", None)
-    if (
-        not isinstance(method, PhaseLinearMethod)
-        or method.fp8 is None
-        or method.in_norm
-        or type(norm).__name__ != "RMSNorm"
-        or getattr(norm, "_forward_method", None) is None  # of vLLM's versions that are known
-        or not getattr(norm, "has_weight", False)
-        or norm.variance_size_override is not None
-        or norm.weight.dtype != torch.bfloat16
-    ):
-        return False
+    if not isinstance(method, PhaseLinearMethod) or method.fp8 is None:
+        return hardware.why_no_fp8_layers() or "the layer behind it is not FP8 as a whole"
+    if method.in_norm:
+        return "another norm stands in front of its layer"
+    if type(norm).__name__ != "RMSNorm" or not getattr(norm, "has_weight", False):
+        return f"{type(norm).__name__} has no fused kernel"
+    if getattr(norm, "_forward_method", None) is None:
+        return "this vLLM calls norms in another way"
+    if norm.variance_size_override is not None or norm.weight.dtype != torch.bfloat16:
+        return "its weight is not BF16 over the whole row"
     # Not before: where there is no such layer, there may be no Triton.
-    from mixquant.kernels.triton.fused import why_not
+    from mixquant.kernels.triton.fused import unsupported_width
 
-    if why_not("fp8", method.shape[1]) is not None:
-        return False
+    if (why := unsupported_width("fp8", method.shape[1])) is not None:
+        return why
     method.fp8.norm = norm.weight.data, norm.variance_epsilon
     method.in_norm = True
     norm.mixquant_number = layer.mixquant_number
     norm.mixquant_features = method.shape[0]
-    its = getattr(behind, "quant_method", None)
-    if isinstance(its, PhaseLinearMethod) and its.fp8 is not None and its.activated:
-        its.in_norm, method.behind = True, behind
-        norm.mixquant_features = its.shape[0]
+    next_method = getattr(following, "quant_method", None)
+    if (
+        isinstance(next_method, PhaseLinearMethod)
+        and next_method.fp8 is not None
+        and next_method.activated
+    ):
+        next_method.in_norm, method.following = True, following
+        norm.mixquant_features = next_method.shape[0]
     norm._forward_method = MethodType(_with_product, norm)
-    return True
+    return None
 
 
-def _fusable(layer: Any) -> bool:
-    """Whether every product of a layer takes FP8 codes that were made elsewhere."""
-    from mixquant.engines.vllm.products.choose import ScaledProduct
-    from mixquant.kernels.triton.fused import why_not
+def _why_no_codes(layer: Any) -> str | None:
+    """Why not every product of a layer takes FP8 codes that were made elsewhere, or None."""
+    from mixquant.kernels.triton.fused import unsupported_width
 
     method = getattr(layer, "quant_method", None)
-    return (
-        isinstance(method, PhaseLinearMethod)
-        and hasattr(layer, "mixquant_number")
-        and method.dtype == torch.bfloat16
-        and why_not("fp8", method.shape[1]) is None
-        and all(
-            isinstance(product, ScaledProduct) and product.format == "fp8"
-            for _, product in method.products
-        )
-    )
+    if not isinstance(method, PhaseLinearMethod) or not hasattr(layer, "mixquant_number"):
+        return "the layer behind it stays BF16"
+    if method.dtype != torch.bfloat16:
+        return f"activations are {method.dtype}"
+    if not all(
+        isinstance(product, ScaledProduct) and product.format == "fp8"
+        for _, product in method.products
+    ):
+        return "the layer behind it is not FP8 as a whole"
+    return unsupported_width("fp8", method.shape[1])
 
 
 def _unapplied(self: Any, x: Tensor) -> Tensor:

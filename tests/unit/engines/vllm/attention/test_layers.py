@@ -18,12 +18,11 @@ from vllm_engines import require_vllm
 require_vllm()
 
 from mixquant.core.phase import Thresholds, in_force, plan_pass  # noqa: E402
-from mixquant.core.recipe import Recipe  # noqa: E402
 from mixquant.engines.vllm.attention import layers as attention  # noqa: E402
 from mixquant.engines.vllm.attention.fp8 import Run, Shape  # noqa: E402
-from mixquant.engines.vllm.attention.layers import PrefillAttention, follow_attention, is_plain  # noqa: E402
+from mixquant.engines.vllm.attention.layers import PrefillAttention, is_plain  # noqa: E402
 from mixquant.engines.vllm.attention.rows import pieces_of, runs_of, worth  # noqa: E402
-from mixquant.engines.vllm.patches.runners import Batch  # noqa: E402
+from mixquant.engines.vllm.context import Batch, state_of  # noqa: E402
 
 HEADS, KV_HEADS, SIZE, PAGE = 6, 2, 16, 4
 SCALE = 0.3
@@ -39,7 +38,7 @@ def batch_of(sequences: list[tuple[int, int, int]]) -> Batch:
 
 def plan_of(batch: Batch, thresholds: Thresholds) -> Any:
     plan = plan_pass(thresholds, batch.first_positions, batch.row_counts, batch.prompt_lengths)
-    plan.memo["batch"] = batch
+    state_of(plan).batch = batch
     return plan
 
 
@@ -122,7 +121,7 @@ def test_runs_are_pieces_of_sequences_that_follow_each_other(
 
 
 def test_where_fp8_is_asked_for_every_row_attends_in_it() -> None:
-    implementation = flash_implementation(forward=None)
+    implementation = SimpleNamespace(num_heads=8, num_kv_heads=2, head_size=128, scale=0.1)
     always, auto = (PrefillAttention(len, implementation, one) for one in (True, False))
     assert WORTH(always, 1, 17) and not WORTH(always, 1, 16)  # the first 16 keys are precise
     assert not WORTH(auto, 1, 17) and WORTH(auto, 8192, 131_072)
@@ -337,7 +336,7 @@ def test_everything_else_is_vllms_own(case: str) -> None:
     elif case == "no metadata":
         given = None
     elif case == "no batch":
-        plan.memo.clear()
+        state_of(plan).batch = None
     elif case == "fewer queries":
         query = query[:5]  # as of layers that share another's keys, where only last rows are wanted
     for name, value in STRANGE.get(case, {}).items():
@@ -368,128 +367,3 @@ def test_plain_metadata_may_say_what_changes_nothing() -> None:
     assert is_plain(metadata, batch, 20)
     metadata.num_actual_tokens = 24  # with padding
     assert is_plain(metadata, batch, 24) and not is_plain(metadata, batch, 23)
-
-
-# --- which layers -------------------------------------------------------------------------------------
-
-
-def flash_implementation(**changes: Any) -> Any:
-    values = {
-        "kv_cache_dtype": "auto",
-        "head_size": 128,
-        "sliding_window": (-1, -1),
-        "alibi_slopes": None,
-        "logits_soft_cap": 0,
-        "sinks": None,
-        "dcp_world_size": 1,
-        "num_heads": 8,
-        "num_kv_heads": 2,
-        "scale": 0.1,
-    }
-    one = type("FlashAttentionImpl", (), {})()
-    one.__dict__.update(values | changes)
-    return one
-
-
-class Plain:
-    """Stands for vLLM's `Attention`."""
-
-
-class ChunkedLocal(Plain):
-    """Stands for a layer that derives from it, whose metadata are of virtual sequences."""
-
-
-PLAIN = Plain()
-
-
-@pytest.fixture
-def _hopper(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = SimpleNamespace()
-    monkeypatch.setattr(attention.importlib.util, "find_spec", lambda name: found)
-    monkeypatch.setattr(attention.versions, "attention_layer_class", lambda: Plain)
-
-
-@pytest.mark.usefixtures("_hopper")
-@pytest.mark.parametrize(
-    ("changes", "word"),
-    [
-        ({}, None),
-        ({"head_size": 64}, None),
-        ({"head_size": 96}, "head size 96"),
-        ({"kv_cache_dtype": "fp8"}, "KV cache"),
-        ({"sliding_window": (127, 0)}, "sliding window"),
-        ({"alibi_slopes": torch.ones(2)}, "ALiBi"),
-        ({"logits_soft_cap": 30.0}, "capped"),
-        ({"sinks": torch.ones(2)}, "sinks"),
-        ({"dcp_world_size": 2}, "context parallelism"),
-        ({"attn_type": "encoder_only"}, "decoder"),
-    ],
-)
-def test_layers_that_stay_bf16_say_why(changes: dict[str, Any], word: str | None) -> None:
-    why = attention.why_not(PLAIN, flash_implementation(**changes), torch.bfloat16, (9, 0))
-    assert why is None if word is None else word in str(why)
-
-
-@pytest.mark.usefixtures("_hopper")
-def test_other_machines_stay_bf16() -> None:
-    one = flash_implementation()
-    for capability in (None, (8, 9), (10, 0), (12, 0)):
-        assert "9.0" in str(attention.why_not(PLAIN, one, torch.bfloat16, capability))
-    assert "BF16" in str(attention.why_not(PLAIN, one, torch.float16, (9, 0)))
-    other = type("MlaImpl", (), {})()
-    assert "MlaImpl" in str(attention.why_not(PLAIN, other, torch.bfloat16, (9, 0)))
-    assert "ChunkedLocal" in str(attention.why_not(ChunkedLocal(), one, torch.bfloat16, (9, 0)))
-
-
-def test_vllms_other_attention_layers_derive_from_the_plain_one() -> None:
-    """So that a look at the class tells them apart."""
-    from vllm.model_executor.layers import attention as layers
-
-    plain = attention.versions.attention_layer_class()
-    assert plain.__name__ == "Attention"
-    assert issubclass(layers.ChunkedLocalAttention, plain) and plain is not (
-        layers.ChunkedLocalAttention
-    )
-
-
-def test_a_missing_package_is_named() -> None:
-    one = flash_implementation()
-    assert "fa3-fwd" in str(attention.why_not(PLAIN, one, torch.bfloat16, (9, 0)))
-
-
-def test_what_a_model_does_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
-
-    class Layer(torch.nn.Module, AttentionLayerBase):
-        def __init__(self, head_size: int) -> None:
-            super().__init__()
-            self.impl = flash_implementation(head_size=head_size, forward=lambda *args: None)
-            self.dtype = torch.bfloat16
-
-        def get_attn_backend(self) -> Any: ...
-
-        def get_kv_cache_spec(self, vllm_config: Any) -> Any: ...
-
-    monkeypatch.setattr(attention.versions, "attention_layer_class", lambda: Layer)
-    monkeypatch.setattr(attention.importlib.util, "find_spec", lambda name: SimpleNamespace())
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
-    model = torch.nn.ModuleList([Layer(128), Layer(80), Layer(128)])
-    fast = Recipe(preset="fast").resolved(frozenset({"fp8"}))
-    for _ in range(2):  # also when it is loaded anew
-        said, one = follow_attention(model, fast)
-        assert (
-            said
-            == "FP8 in 2 layers, BF16 in 1 layers (head size 80; expected one of (64, 128, 256))"
-        )
-    assert one in (model[0].impl.forward, model[2].impl.forward)
-    room = one.room(700, 100_000, torch.device("cpu"))
-    assert (room.q.shape, room.k.shape) == ((700, 8, 128), (100_000, 2, 128))
-    assert room.partial.shape == (2, 700, 8, 128)
-    assert isinstance(model[0].impl.forward, PrefillAttention)
-    assert not isinstance(model[0].impl.forward._forward, PrefillAttention)
-    assert not isinstance(model[1].impl.forward, PrefillAttention)
-    for recipe in (Recipe(preset="exact"), Recipe(preset="fast", prefill_attention="bf16")):
-        model = torch.nn.ModuleList([Layer(128)])
-        assert follow_attention(model, recipe.resolved(frozenset({"fp8"}))) == ("", None)
-        assert not isinstance(model[0].impl.forward, PrefillAttention)

@@ -49,11 +49,13 @@ from mixquant.checkpoints.prefill import CheckpointError, Fp8Tensors, Nvfp4Tenso
 from mixquant.core.phase import PhasePlan, Thresholds, everything_quantized, in_force, plan_pass
 from mixquant.core.recipe import Recipe
 from mixquant.core.summary import IGNORED, Layer
-from mixquant.engines.vllm.config import MixQuantConfig
+from mixquant.engines.vllm import hardware
+from mixquant.engines.vllm.config import PhaseQuantizationConfig
+from mixquant.engines.vllm.experts import fp8 as fp8_experts
 from mixquant.engines.vllm.experts import method as experts
 from mixquant.engines.vllm.experts import nvfp4 as experts_nvfp4
+from mixquant.engines.vllm.experts.fp8 import Fp8Experts, kernel_class
 from mixquant.engines.vllm.experts.method import (
-    Fp8Experts,
     PhaseExpertsMethod,
     by_rows,
     experts_method,
@@ -63,7 +65,7 @@ from mixquant.engines.vllm.loading.memory import CopyDoesNotFit, Ledger
 from mixquant.engines.vllm.loading.online import CannotReload
 from mixquant.engines.vllm.loading.second_checkpoint import SecondCheckpoint
 from mixquant.engines.vllm.patches import runners as passes
-from mixquant.engines.vllm.products.choose import nbytes_of
+from mixquant.engines.vllm.products.base import nbytes_of
 from mixquant.formats import EMULATION, fp8, nvfp4
 from mixquant.formats.nvfp4 import NVFP4
 
@@ -1119,7 +1121,7 @@ def kernel_calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[dict[str, Any
         return given["hidden_states"].clone()
 
     monkeypatch.setattr(mk.FusedMoEKernel, "apply", apply)
-    monkeypatch.setattr(experts, "_fp8_experts_class", lambda moe: TritonExperts)
+    monkeypatch.setattr(fp8_experts, "kernel_class", lambda moe: TritonExperts)
     with set_current_vllm_config(VllmConfig()):
         yield calls
 
@@ -1220,12 +1222,12 @@ def test_the_kernel_of_fp8_experts(
 
     for cls in (TritonOrCutlassExperts, TritonExperts):
         monkeypatch.setattr(cls, "is_supported_config", staticmethod(is_supported_config))
-    assert experts._fp8_experts_class(moe) is chosen
+    assert kernel_class(moe) is chosen
 
 
 @on_cpu
 def test_a_cpu_has_no_kernel_for_fp8_experts() -> None:
-    assert experts._fp8_experts_class(moe_config()) is None
+    assert kernel_class(moe_config()) is None
 
 
 # --- which layers ------------------------------------------------------------------------------------
@@ -1242,13 +1244,9 @@ def recipe_of(format: Any, **fields: Any) -> Recipe:
 @pytest.fixture
 def on_blackwell(bare: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """As if on such a GPU, with all the kernels."""
-    platform = SimpleNamespace(
-        is_cuda=lambda: True, has_device_capability=lambda capability: capability <= 100
-    )
-    monkeypatch.setattr(experts, "current_platform", platform)
-    monkeypatch.setattr(experts_nvfp4, "current_platform", platform)
-    monkeypatch.setattr(experts_nvfp4, "cutlass_fp4_supported", lambda: True)
-    monkeypatch.setattr(experts, "_fp8_experts_class", lambda moe: TritonExperts)
+    monkeypatch.setattr(experts, "current_platform", SimpleNamespace(is_cuda=lambda: True))
+    monkeypatch.setattr(hardware, "has_nvfp4_experts", lambda: True)
+    monkeypatch.setattr(fp8_experts, "kernel_class", lambda moe: TritonExperts)
 
 
 @pytest.mark.parametrize("fmt", ["fp8", "nvfp4"])
@@ -1325,7 +1323,7 @@ def test_a_recipe_for_experts_alone(on_blackwell: None) -> None:
 
 
 def test_no_fp8_kernel(on_blackwell: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(experts, "_fp8_experts_class", lambda moe: None)
+    monkeypatch.setattr(fp8_experts, "kernel_class", lambda moe: None)
     assert "no FP8 experts" in precise(layer_of(moe_config()), recipe_of("fp8"))
 
 
@@ -1350,16 +1348,15 @@ def test_experts_that_nvfp4_cannot_hold(
     assert experts_method(layer_of(moe, **of_layer), recipe_of("fp8"), PREFIX, Ledger())
 
 
-@pytest.mark.parametrize(("operators", "capability"), [(False, 100), (True, 90)])
+@pytest.mark.parametrize(("operators", "native"), [(False, "nvfp4"), (True, "fp8")])
 def test_nvfp4_experts_need_blackwell(
-    operators: bool, capability: int, on_blackwell: None, monkeypatch: pytest.MonkeyPatch
+    operators: bool, native: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(experts_nvfp4, "cutlass_fp4_supported", lambda: operators)
-    monkeypatch.setattr(
-        experts_nvfp4,
-        "current_platform",
-        SimpleNamespace(has_device_capability=lambda asked: asked <= capability),
-    )
+    from vllm.model_executor.layers.quantization.utils import nvfp4_utils
+
+    monkeypatch.setattr(nvfp4_utils, "cutlass_fp4_supported", lambda: operators)
+    monkeypatch.setattr(hardware, "native_formats", lambda: (frozenset({native}), "a GPU"))
+    monkeypatch.setattr(experts, "current_platform", SimpleNamespace(is_cuda=lambda: True))
     assert "Blackwell" in precise(layer_of(moe_config()), recipe_of("nvfp4"))
 
 
@@ -1559,13 +1556,13 @@ def test_in_a_layer_of_vllm(
     torch.cpu._init_amx()  # as vLLM's worker does
     monkeypatch.setattr(passes, "install", lambda method: None)
     monkeypatch.setattr(experts, "current_platform", SimpleNamespace(is_cuda=lambda: True))
-    monkeypatch.setattr(experts, "_fp8_experts_class", lambda moe: TritonExperts)
+    monkeypatch.setattr(fp8_experts, "kernel_class", lambda moe: TritonExperts)
     monkeypatch.setattr(experts, "_quantized_experts", lambda layer, fmt, block_scale: Copy())
-    config = MixQuantConfig()
+    config = PhaseQuantizationConfig()
     config.recipe = recipe_of("fp8")
     source = with_weights(moe_config())
 
-    def layer_with(name: str, quant_config: MixQuantConfig | None) -> tuple[Any, Any]:
+    def layer_with(name: str, quant_config: PhaseQuantizationConfig | None) -> tuple[Any, Any]:
         runner = FusedMoEFactory(
             num_experts=EXPERTS,
             top_k=TOP_K,

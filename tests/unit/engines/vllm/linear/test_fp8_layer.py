@@ -15,10 +15,12 @@ from torch import Tensor
 pytest.importorskip("vllm", reason="vLLM is not installed")
 
 from mixquant.core.phase import PhasePlan, Thresholds, everything_quantized, in_force, plan_pass
-from mixquant.engines.vllm.linear import fp8_layer
+from mixquant.engines.vllm import hardware
+from mixquant.engines.vllm.linear import fp8_layer, operator
 from mixquant.engines.vllm.linear import method as linear
-from mixquant.engines.vllm.linear.fp8_layer import Fp8Layer, Route, multiply
-from mixquant.engines.vllm.products.choose import ScaledProduct
+from mixquant.engines.vllm.linear.fp8_layer import Fp8Layer, multiply
+from mixquant.engines.vllm.linear.route import FEW_ROWS, Route
+from mixquant.engines.vllm.products.scaled import ScaledProduct
 
 K, N = 16, 24
 EPS = 1e-5
@@ -64,7 +66,7 @@ def a_hopper() -> Any:
             rows_of_out: Tensor | None = None,
         ) -> None:
             x = x if rows_of_x is None else x[rows_of_x]
-            assert 0 < len(x) <= few.MOST_ROWS == fp8_layer.MOST_ROWS
+            assert 0 < len(x) <= few.MAX_ROWS == FEW_ROWS
             assert weight.is_contiguous()
             LOG.append("few")
             products = (x.double() @ weight.double().T).to(out.dtype)
@@ -84,24 +86,24 @@ def a_hopper() -> Any:
                 total.copy_(x + residual)
             return rms_norm(x, residual, weight, eps).bfloat16()
 
-        def quantize(room: Any, values: Tensor) -> None:
-            assert room.codes.shape == values.shape
-            room.codes.copy_(values.float() * CODED)
-            if room.precise is not None:
-                there = room.places >= 0
-                room.precise[room.places[there].long()] = values[there].bfloat16()
+        def quantize(into: Any, values: Tensor) -> None:
+            assert into.codes.shape == values.shape
+            into.codes.copy_(values.float() * CODED)
+            if into.precise is not None:
+                there = into.places >= 0
+                into.precise[into.places[there].long()] = values[there].bfloat16()
 
         def quantize_norm(
-            x: Tensor, residual: Any, weight: Tensor, eps: float, room: Any, total: Any
+            x: Tensor, residual: Any, weight: Tensor, eps: float, into: Any, total: Any
         ) -> None:
             if total is not None:
                 total.copy_(x + residual)
-            quantize(room, rms_norm(x, residual, weight, eps))
+            quantize(into, rms_norm(x, residual, weight, eps))
 
         def plain(codes: Tensor, x: Tensor, scale: Tensor, bound: Any) -> None:
             quantize(fused.Codes(codes, scale), x)
 
-        def room_for(fmt: str, rows: int, width: int, device: Any) -> Any:
+        def empty_codes(fmt: str, rows: int, width: int, device: Any) -> Any:
             return fused.Codes(torch.full((rows, width), torch.nan), torch.ones(rows, 1))
 
         operators = SimpleNamespace(dynamic_per_token_scaled_fp8_quant=plain)
@@ -109,10 +111,10 @@ def a_hopper() -> Any:
         patch.setattr(few, "few_rows", few_rows)
         patch.setattr(fused, "precise_silu_and_mul", precise_silu_and_mul)
         patch.setattr(fused, "precise_rms_norm", precise_rms_norm)
-        patch.setattr(fused, "silu_and_mul", lambda x, room: quantize(room, silu_and_mul(x)))
+        patch.setattr(fused, "silu_and_mul", lambda x, into: quantize(into, silu_and_mul(x)))
         patch.setattr(fused, "rms_norm", quantize_norm)
-        patch.setattr(fused, "room_for", room_for)
-        patch.setattr(fp8_layer, "why_not", lambda: None)
+        patch.setattr(fused, "empty_codes", empty_codes)
+        patch.setattr(hardware, "why_no_fp8_layers", lambda: None)
         yield
 
 
@@ -135,7 +137,7 @@ def plans(draw: st.DrawFn) -> PhasePlan:
 def a_layer(kind: str, features: int = N, width: int = K) -> Fp8Layer:
     weight = torch.nn.Parameter(torch.randn(features, width).bfloat16(), requires_grad=False)
     layer = Fp8Layer((features, width))
-    layer.hold(weight, Product(weight))
+    layer.set_weights(weight, Product(weight))
     if kind.startswith("norm"):
         layer.norm = torch.rand(width).bfloat16() + 0.5, EPS
     layer.activated = kind == "activated"
@@ -189,7 +191,7 @@ def test_each_row_is_multiplied_in_its_precision(plan: PhasePlan, kind: str) -> 
                 out[start:stop].double(), wanted[start:stop], rtol=0.02, atol=0.01 * size
             )
     assert not out.isnan().any(), "padding must not be what lay in this memory"
-    few = 0 < plan.precise_rows <= fp8_layer.MOST_ROWS
+    few = 0 < plan.precise_rows <= FEW_ROWS
     assert (["quantized", "few"] if few else ["quantized"]) * len(layers) == LOG
 
 
@@ -204,12 +206,12 @@ def test_what_the_product_leaves_out() -> None:
         assert Route(plan, torch.device("cpu")).quantized == quantized
 
 
-def test_layers_share_the_room_for_codes() -> None:
+def test_layers_share_the_empty_codes_codes() -> None:
     plan = everything_quantized(20)
     route = fp8_layer.route_of(plan, torch.device("cpu"))
     assert route is fp8_layer.route_of(plan, torch.device("cpu"))
-    rooms = {id(route.room(K, apart, torch.device("cpu"))[0]) for apart in (True, False, True)}
-    assert len(rooms) == 2
+    buffers = {id(route.buffers(K, apart, torch.device("cpu"))[0]) for apart in (True, False, True)}
+    assert len(buffers) == 2
 
 
 @pytest.mark.parametrize("plan", ["none", "other rows", "all"])
@@ -227,7 +229,7 @@ def test_the_operators(kind: str, plan: str, monkeypatch: pytest.MonkeyPatch) ->
         fp8 = [a_layer("norm", 2 * N, K), a_layer("activated", K, N)]
     layers: list[Any] = [a_module(one, 10**7 + number) for number, one in enumerate(fp8)]
     if kind == "MLP":
-        layers[0].mixquant_method.behind = layers[1]
+        layers[0].mixquant_method.following = layers[1]
     features = fp8[-1].features
     x, residual = torch.randn(2, 10, K).bfloat16(), torch.randn(2, 10, K).bfloat16()
     in_rows = {"none": None, "other rows": everything_quantized(19)}
@@ -268,11 +270,11 @@ def test_what_is_launched_later_is_launched_at_start(
 
         monkeypatch.setattr(module, name, noted)
 
-    def of_room(room: Any) -> tuple[Any, ...]:
-        return room.codes.shape[1], room.precise is None
+    def of_room(into: Any) -> tuple[Any, ...]:
+        return into.codes.shape[1], into.precise is None
 
-    note(fused_triton, "silu_and_mul", lambda x, room: of_room(room))
-    note(fused_triton, "rms_norm", lambda x, added, w, e, room, t: (added is None, *of_room(room)))
+    note(fused_triton, "silu_and_mul", lambda x, into: of_room(into))
+    note(fused_triton, "rms_norm", lambda x, added, w, e, into, t: (added is None, *of_room(into)))
     note(fused_triton, "precise_silu_and_mul", lambda x: (x.shape[1],))
     note(fused_triton, "precise_rms_norm", lambda x, added, *_: (added is None, x.shape[1]))
     note(
@@ -316,5 +318,5 @@ def a_module(fp8: Fp8Layer, number: int) -> torch.nn.Module:
     method.in_norm, method.only_quantized = True, False
     method.products = (((0, fp8.features), fp8.product),)
     layer.mixquant_number = torch.tensor(number)
-    linear._layers[number] = layer
+    operator._layers[number] = layer
     return layer

@@ -33,13 +33,15 @@ from vllm.platforms import current_platform
 from mixquant.core.phase import PhasePlan, Thresholds, everything_quantized, in_force, plan_pass
 from mixquant.core.recipe import Recipe
 from mixquant.core.summary import Summary
-from mixquant.engines.vllm.config import MixQuantConfig
+from mixquant.engines.vllm.config import PhaseQuantizationConfig
 from mixquant.engines.vllm.linear import method as linear
+from mixquant.engines.vllm.linear import operator
 from mixquant.engines.vllm.linear.layout import lay_out
 from mixquant.engines.vllm.linear.method import PhaseLinearMethod
 from mixquant.engines.vllm.loading import online as loading
 from mixquant.engines.vllm.loading.online import CannotReload
 from mixquant.engines.vllm.patches import runners as passes
+from mixquant.engines.vllm.patches.loading import patch_load_weights, refuse_kernel_format
 
 K = 64
 ATTENTION = "model.layers.0.self_attn"
@@ -218,7 +220,7 @@ def keep_weights(patch: pytest.MonkeyPatch) -> None:
 @functools.cache
 def built(kind: str, biased: bool = False, pack: bool = True, seed: int = 0) -> Built:
     """A layer of 128 features. ``pack``: the CPU backend may pack its weight and throw it away."""
-    config = MixQuantConfig()
+    config = PhaseQuantizationConfig()
     config.recipe = RECIPES[kind]
     default = torch.get_default_dtype()
     patch = pytest.MonkeyPatch()
@@ -436,7 +438,8 @@ def test_one_compiled_graph_serves_every_layer_and_plan() -> None:
         for plan in (None, everything_quantized(rows), plan_of([(0, rows, rows)], 0, Thresholds())):
             for it in layers:
                 with in_force(plan):
-                    assert torch.equal(product(x, it.layer.mixquant_number), it(x, plan))
+                    compiled = product(x, it.layer.mixquant_number)
+                assert torch.equal(compiled, it(x, plan))
     assert len(graphs) == 1
 
 
@@ -457,21 +460,21 @@ def test_a_layer_that_is_loaded_anew_has_a_new_copy_under_its_old_number() -> No
 @on_cpu
 def test_layers_have_numbers_of_their_own_and_go_away() -> None:
     built.cache_clear()
-    linear._layers.clear()
+    operator._layers.clear()
     layers = [built("int8", seed=seed) for seed in range(3)]
-    assert len({int(it.layer.mixquant_number) for it in layers}) == len(linear._layers) == 3
+    assert len({int(it.layer.mixquant_number) for it in layers}) == len(operator._layers) == 3
     x = random(20, K)
     assert not torch.equal(layers[0](x), layers[1](x))
     del layers
     built.cache_clear()
     gc.collect()  # a weight that the backend has not packed knows its layer, by vLLM's loader
-    assert not linear._layers
+    assert not operator._layers
 
 
 @on_cpu
 def test_other_layers_of_vllm() -> None:
     """Without a copy a layer is untouched; fused ones of the MLP and unfused ones are taken, too."""
-    config = MixQuantConfig()
+    config = PhaseQuantizationConfig()
     config.recipe = recipe_of({"gate_up_proj": "int8", "o_proj": "int8", "default": "bf16"})
     x = random(20, K)
     patch = pytest.MonkeyPatch()
@@ -556,7 +559,7 @@ class Loaded:
     """A layer of a prefill engine, loaded as vLLM loads one: a projection at a time, in any order."""
 
     def __init__(self, kind: str, biased: bool = False, order: str = "vkq") -> None:
-        config = MixQuantConfig()
+        config = PhaseQuantizationConfig()
         config.recipe = dataclasses.replace(RECIPES[kind], role="prefill").resolved(frozenset())
         default = torch.get_default_dtype()
         patch = pytest.MonkeyPatch()
@@ -627,7 +630,7 @@ def test_what_a_prefill_engine_holds_and_what_it_gave_back() -> None:
 
 @on_cpu
 def test_a_layer_that_stays_bf16_is_loaded_as_ever_in_a_prefill_engine() -> None:
-    config = MixQuantConfig()
+    config = PhaseQuantizationConfig()
     config.recipe = Recipe(preset="exact", role="prefill").resolved(frozenset({"int8"}))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(passes, "install", lambda method: None)
@@ -692,7 +695,7 @@ def test_a_weight_that_was_written_to_where_it_is_has_a_new_copy() -> None:
         return {"layer.weight"}
 
     model.load_weights = load_weights  # type: ignore[assignment]
-    loading.follow_loading(model)
+    patch_load_weights(model)
     x = random(20, K)
     products = it.method.products
     assert model.load_weights(it.weight) == {"layer.weight"}
@@ -736,7 +739,7 @@ def test_a_reloaded_weight_is_read_where_vllm_keeps_it() -> None:
     it.method.renew = renewed.append  # type: ignore[method-assign]
     model = torch.nn.ModuleDict({"layer": it.layer})
     model.load_weights = lambda weights: None  # type: ignore[assignment]
-    loading.follow_loading(model)
+    patch_load_weights(model)
     model.load_weights([])
     assert renewed == []
     assert loading.kept_weight(it.layer) is kept
@@ -744,6 +747,6 @@ def test_a_reloaded_weight_is_read_where_vllm_keeps_it() -> None:
 
 
 def test_weights_in_a_kernels_format_are_refused() -> None:
-    loading.refuse_kernel_format(True)
+    refuse_kernel_format(True)
     with pytest.raises(CannotReload, match="is_checkpoint_format=True"):
-        loading.refuse_kernel_format(False)
+        refuse_kernel_format(False)

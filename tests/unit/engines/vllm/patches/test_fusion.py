@@ -15,11 +15,13 @@ from vllm_engines import require_vllm
 require_vllm()
 
 from mixquant.core.phase import everything_quantized, in_force  # noqa: E402
+from mixquant.engines.vllm import hardware  # noqa: E402
 from mixquant.engines.vllm.linear import method as linear  # noqa: E402
+from mixquant.engines.vllm.linear import operator  # noqa: E402
 from mixquant.engines.vllm.linear.fp8_layer import Fp8Layer  # noqa: E402
 from mixquant.engines.vllm.patches import fusion  # noqa: E402
-from mixquant.engines.vllm.patches.fusion import follow_activations, follow_norms  # noqa: E402
-from mixquant.engines.vllm.products.choose import ScaledProduct  # noqa: E402
+from mixquant.engines.vllm.patches.fusion import fuse_activations, fuse_norms  # noqa: E402
+from mixquant.engines.vllm.products.scaled import ScaledProduct  # noqa: E402
 
 
 class SiluAndMul(torch.nn.Module):
@@ -88,11 +90,12 @@ class Scaled(MLP):
 @pytest.fixture(autouse=True)
 def with_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(fusion.importlib.util, "find_spec", lambda name: SimpleNamespace())
+    monkeypatch.setattr(hardware, "is_hopper", lambda: True)
+    monkeypatch.setattr(hardware.importlib.util, "find_spec", lambda name: SimpleNamespace())
 
 
 def joined(model: torch.nn.Module, with_lora: bool = False) -> int:
-    return follow_activations(torch.nn.ModuleList([model]), with_lora)
+    return fuse_activations(torch.nn.ModuleList([model]), with_lora).taken
 
 
 def replaced() -> MLP:
@@ -145,7 +148,7 @@ def test_the_layer_computes_it(quantized: bool, monkeypatch: pytest.MonkeyPatch)
     x = torch.randn(300, 16).bfloat16()
     mlp = MLP()
     wanted = reference(x.float()) @ mlp.down_proj.weight.float().T
-    linear._layers[10**6] = mlp.down_proj
+    operator._layers[10**6] = mlp.down_proj
     assert joined(mlp) == 1
     monkeypatch.setattr(fused, "precise_silu_and_mul", reference)
     seen = []
@@ -297,9 +300,9 @@ def test_which_norms_are_joined(
     pytest.importorskip("triton")
     model = layer()
     arguments = {"with_lora": False, "ranks": 1, **options}
-    follow_activations(model, arguments["with_lora"])
-    assert follow_norms(model, **arguments) == sum(expected[:2])
-    assert follow_norms(model, **arguments) == 0  # a model that is loaded anew
+    fuse_activations(model, arguments["with_lora"])
+    assert fuse_norms(model, **arguments).taken == sum(expected[:2])
+    assert fuse_norms(model, **arguments).taken == 0  # a model that is loaded anew
     qkv, mlp = model.self_attn.qkv_proj.quant_method, model.mlp
     gate_up = getattr(getattr(mlp, "gate_up_proj", None), "quant_method", None)
     down = mlp.down_proj.quant_method
@@ -308,7 +311,7 @@ def test_which_norms_are_joined(
     norm = model.post_attention_layernorm
     if expected[1]:
         behind = mlp.down_proj if expected[2] else None
-        assert gate_up is not None and gate_up.behind is behind
+        assert gate_up is not None and gate_up.following is behind
         assert norm.mixquant_features == (8 if expected[2] else 24)
         weight, epsilon = gate_up.fp8.norm
         assert torch.equal(weight, norm.weight) and epsilon == norm.variance_epsilon
@@ -318,22 +321,22 @@ def test_without_triton_norms_stay(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a CPU: there are no layers that take them, and nothing may import Triton."""
     monkeypatch.setitem(sys.modules, "mixquant.kernels.triton.fused", None)
     layer = Layer(fp8=False, mlp=MLP)
-    assert follow_norms(layer, with_lora=False, ranks=1) == 0
+    assert fuse_norms(layer, with_lora=False, ranks=1).taken == 0
     layer.mlp.gate_up_proj = Linear(fp8=False)
-    assert follow_norms(layer, with_lora=False, ranks=1) == 0
+    assert fuse_norms(layer, with_lora=False, ranks=1).taken == 0
 
 
 def test_batch_invariant_vllm_keeps_its_norms(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton")
     monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
-    assert follow_norms(Layer(), with_lora=False, ranks=1) == 0
+    assert fuse_norms(Layer(), with_lora=False, ranks=1).taken == 0
 
 
 def test_a_joined_norm_calls_the_operator(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton")
     layer = Layer()
-    follow_activations(layer, False)
-    follow_norms(layer, with_lora=False, ranks=1)
+    fuse_activations(layer, False)
+    fuse_norms(layer, with_lora=False, ranks=1)
     seen = []
 
     def alone(x: Tensor, bias: Any, number: Tensor, features: int) -> Tensor:

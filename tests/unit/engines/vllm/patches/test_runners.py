@@ -22,8 +22,8 @@ from vllm.forward_context import ForwardContext, override_forward_context
 
 from mixquant.core.phase import PhasePlan, plan_in_force
 from mixquant.core.recipe import Recipe
-from mixquant.engines.vllm import counters
-from mixquant.engines.vllm.config import MixQuantConfig
+from mixquant.engines.vllm import counters, follower
+from mixquant.engines.vllm.config import PhaseQuantizationConfig
 from mixquant.engines.vllm.counters import Counters
 from mixquant.engines.vllm.loading.online import CannotReload
 from mixquant.engines.vllm.patches import runners as passes
@@ -169,8 +169,8 @@ def _one_worker(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def method() -> MixQuantConfig:
-    config = MixQuantConfig()
+def method() -> PhaseQuantizationConfig:
+    config = PhaseQuantizationConfig()
     config.recipe = Recipe(format="int8", min_prefill_tokens=6, precise_head=1).resolved(
         frozenset({"int8"})
     )
@@ -180,7 +180,7 @@ def method() -> MixQuantConfig:
 
 @pytest.fixture(params=["V1", "V2"])
 def make(
-    request: Any, method: MixQuantConfig, monkeypatch: pytest.MonkeyPatch
+    request: Any, method: PhaseQuantizationConfig, monkeypatch: pytest.MonkeyPatch
 ) -> Callable[..., Any]:
     """Makes a runner of either kind, of a class that is followed."""
     base, name = {"V1": (RunnerV1, passes.V1), "V2": (RunnerV2, passes.V2)}[request.param]
@@ -199,7 +199,7 @@ def make(
     return make
 
 
-def counted(method: MixQuantConfig) -> tuple[list[int], dict[str, int]]:
+def counted(method: PhaseQuantizationConfig) -> tuple[list[int], dict[str, int]]:
     """Rows (of prompts and others, of each quantized and precise) and passes."""
     assert method.counters is not None
     table = Counters(method.counters)
@@ -210,7 +210,7 @@ def counted(method: MixQuantConfig) -> tuple[list[int], dict[str, int]]:
 
 
 def test_the_plan_is_in_force_in_the_forward_pass_alone(
-    make: Callable[..., Any], method: MixQuantConfig
+    make: Callable[..., Any], method: PhaseQuantizationConfig
 ) -> None:
     runner = make()
     steps = Step([(0, 10, 10), (20, 1, 12), (5, 8, 30)], padding=3)
@@ -226,7 +226,7 @@ def test_the_plan_is_in_force_in_the_forward_pass_alone(
     assert counted(method) == ([16, 2, 0, 1], {"quantized": 1})
 
 
-def test_the_rule_holds_in_a_run(make: Callable[..., Any], method: MixQuantConfig) -> None:
+def test_the_rule_holds_in_a_run(make: Callable[..., Any], method: PhaseQuantizationConfig) -> None:
     runner = make()
     for sequences in (
         [(10, 1, 10), (33, 1, 12)],  # decode
@@ -259,11 +259,11 @@ def test_the_rule_holds_in_a_run(make: Callable[..., Any], method: MixQuantConfi
 def test_where_nothing_is_quantized_there_are_no_plans(
     recipe: dict[str, Any],
     make: Callable[..., Any],
-    method: MixQuantConfig,
+    method: PhaseQuantizationConfig,
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
 ) -> None:
-    monkeypatch.setenv(passes.TRACE, str(tmp_path / "trace.jsonl"))
+    monkeypatch.setenv(follower.TRACE, str(tmp_path / "trace.jsonl"))
     method.recipe = Recipe(min_prefill_tokens=0, **recipe).resolved(frozenset({"int8"}))
     runner = make(model=Model(quantized=False))
     runner.execute_model(Step([(0, 10, 10)]))
@@ -284,7 +284,7 @@ def test_a_layer_of_experts_alone_is_quantized(make: Callable[..., Any]) -> None
 
 @pytest.mark.parametrize("recipe", [{"everywhere": True}, {"role": "prefill"}])
 def test_everywhere_and_in_a_prefill_engine_every_row_of_every_pass_is_quantized(
-    recipe: dict[str, Any], make: Callable[..., Any], method: MixQuantConfig
+    recipe: dict[str, Any], make: Callable[..., Any], method: PhaseQuantizationConfig
 ) -> None:
     method.recipe = Recipe(preset="fast", **recipe).resolved(frozenset({"int8"}))
     runner = make()
@@ -314,7 +314,7 @@ def test_a_pass_of_another_row_count_is_precise(make: Callable[..., Any]) -> Non
 
 
 def test_dummy_runs_are_precise_and_count_nothing(
-    make: Callable[..., Any], method: MixQuantConfig
+    make: Callable[..., Any], method: PhaseQuantizationConfig
 ) -> None:
     runner = make()
     for _ in range(2):
@@ -327,7 +327,7 @@ def test_dummy_runs_are_precise_and_count_nothing(
 
 
 def test_profiling_runs_the_largest_pass_quantized(
-    make: Callable[..., Any], method: MixQuantConfig
+    make: Callable[..., Any], method: PhaseQuantizationConfig
 ) -> None:
     runner = make()
     assert runner.profile_run(randomize_inputs=True) == "profiled"
@@ -345,7 +345,7 @@ def test_profiling_runs_the_largest_pass_quantized(
 
 
 def test_a_replayed_graph_is_counted_and_leaves_nothing_behind(
-    make: Callable[..., Any], method: MixQuantConfig
+    make: Callable[..., Any], method: PhaseQuantizationConfig
 ) -> None:
     runner = make()
     runner.execute_model(Step([(0, 10, 10), (20, 1, 5)], replayed=True))
@@ -357,7 +357,7 @@ def test_a_replayed_graph_is_counted_and_leaves_nothing_behind(
 
 @pytest.mark.parametrize("mode", [CUDAGraphMode.PIECEWISE, CUDAGraphMode.FULL])
 def test_a_pass_in_a_graph_is_precise(
-    mode: CUDAGraphMode, make: Callable[..., Any], method: MixQuantConfig
+    mode: CUDAGraphMode, make: Callable[..., Any], method: PhaseQuantizationConfig
 ) -> None:
     runner = make()
     runner.execute_model(Step([(0, 10, 10)], mode=mode))
@@ -391,7 +391,7 @@ def test_an_error_in_the_forward_pass_ends_the_plan(make: Callable[..., Any]) ->
     assert runner.model.last.quantized == ((1, 9),)
 
 
-def test_steps_without_tokens(make: Callable[..., Any], method: MixQuantConfig) -> None:
+def test_steps_without_tokens(make: Callable[..., Any], method: PhaseQuantizationConfig) -> None:
     runner = make()
     assert runner.execute_model(Step([])) == "executed"
     assert counted(method) == ([0, 0, 0, 0], {})
@@ -416,7 +416,7 @@ def test_two_runners_do_not_meet(make: Callable[..., Any]) -> None:
 
 
 def test_another_methods_runner_is_left_alone(
-    make: Callable[..., Any], method: MixQuantConfig
+    make: Callable[..., Any], method: PhaseQuantizationConfig
 ) -> None:
     for other in (None, object()):
         runner = make(other)
@@ -428,7 +428,9 @@ def test_another_methods_runner_is_left_alone(
     assert counted(method) == ([0, 0, 0, 0], {})
 
 
-def test_installing_again_changes_nothing(make: Callable[..., Any], method: MixQuantConfig) -> None:
+def test_installing_again_changes_nothing(
+    make: Callable[..., Any], method: PhaseQuantizationConfig
+) -> None:
     runner = make()
     before = type(runner).execute_model
     passes.install(method)
@@ -441,7 +443,7 @@ def test_installing_again_changes_nothing(make: Callable[..., Any], method: MixQ
 def test_only_the_first_worker_of_an_engine_counts(
     which: str,
     make: Callable[..., Any],
-    method: MixQuantConfig,
+    method: PhaseQuantizationConfig,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     if which == "tensor rank":
@@ -455,7 +457,9 @@ def test_only_the_first_worker_of_an_engine_counts(
     assert counted(method) == ([0, 0, 0, 0], {})
 
 
-def test_without_counters_all_else_works(make: Callable[..., Any], method: MixQuantConfig) -> None:
+def test_without_counters_all_else_works(
+    make: Callable[..., Any], method: PhaseQuantizationConfig
+) -> None:
     for gone in (None, "/no/such/file"):  # the latter on another host
         method.counters = gone
         runner = make()
@@ -464,7 +468,7 @@ def test_without_counters_all_else_works(make: Callable[..., Any], method: MixQu
 
 
 def test_data_parallel_ranks_of_a_dense_model_count_apart(
-    make: Callable[..., Any], method: MixQuantConfig
+    make: Callable[..., Any], method: PhaseQuantizationConfig
 ) -> None:
     """vLLM tells each of them that it is rank 0 of one; but two who add to one number lose some."""
     runner = make()
@@ -479,7 +483,7 @@ def test_the_trace_has_a_line_for_each_pass(
     make: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = tmp_path / "trace.jsonl"
-    monkeypatch.setenv(passes.TRACE, str(file))
+    monkeypatch.setenv(follower.TRACE, str(file))
     runner = make()
     runner.profile_run()
     runner.execute_model(Step([(0, 10, 10), (20, 2, 21)], padding=4))
@@ -502,7 +506,7 @@ def test_the_trace_has_a_line_for_each_pass(
 # --- weights that are loaded anew --------------------------------------------------------------------
 
 
-def test_a_reload_in_the_kernels_format_is_refused(method: MixQuantConfig) -> None:
+def test_a_reload_in_the_kernels_format_is_refused(method: PhaseQuantizationConfig) -> None:
     class Reloading(RunnerV1):
         def reload_weights(
             self,
@@ -512,7 +516,7 @@ def test_a_reload_in_the_kernels_format_is_refused(method: MixQuantConfig) -> No
         ) -> str:
             return "reloaded"
 
-    passes._wrap(Reloading, "_prepare_inputs", passes.note_v1, method)
+    passes._wrap(Reloading, "_prepare_inputs", passes.note_v1, type(method))
     runner = Reloading(method, Model())
     assert runner.reload_weights(weights_path="a/path") == "reloaded"
     for refused in (

@@ -22,24 +22,24 @@ from vllm.model_executor.kernels import linear as vllm_kernels
 from vllm.model_executor.kernels.linear.nvfp4 import cutlass, flashinfer
 from vllm.platforms import current_platform
 
-from mixquant import kernels
 from mixquant.core.recipe import Recipe
-from mixquant.engines.vllm import settings
+from mixquant.engines.vllm import hardware
 from mixquant.engines.vllm.products import choose as products
-from mixquant.engines.vllm.products.choose import (
-    EmulatedProduct,
+from mixquant.engines.vllm.products import nvfp4 as nvfp4_products
+from mixquant.engines.vllm.products.base import nbytes_of, unsupported_shape
+from mixquant.engines.vllm.products.choose import product_of
+from mixquant.engines.vllm.products.cpu import OneDnnProduct
+from mixquant.engines.vllm.products.in_torch import EmulatedProduct
+from mixquant.engines.vllm.products.nvfp4 import (
     Nvfp4Product,
-    OneDnnProduct,
-    ScaledProduct,
     TritonNvfp4Product,
-    nbytes_of,
     nvfp4_codes,
     nvfp4_product,
-    product_of,
-    why_not,
 )
+from mixquant.engines.vllm.products.scaled import ScaledProduct
 from mixquant.formats import BY_NAME, EMULATION, int8, nvfp4
 from mixquant.formats import fp8 as fp8_format
+from mixquant.kernels import triton as kernels
 
 on_cpu = pytest.mark.skipif(not current_platform.is_cpu(), reason="vLLM's CPU build")
 
@@ -100,7 +100,7 @@ def test_what_a_cpu_multiplies_with(
     kernel: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(settings, "native_formats", lambda: (frozenset(native), "a CPU"))
+    monkeypatch.setattr(hardware, "native_formats", lambda: (frozenset(native), "a CPU"))
     product = product_of(fmt, random(48, K), Recipe(block_scale="4/6"))
     assert type(product) is kind
     assert (product.format, product.kernel.name) == (fmt, kernel)
@@ -112,16 +112,16 @@ def test_what_a_cpu_multiplies_with(
 def test_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
     import vllm.platforms
 
-    assert "16" in (why_not("nvfp4", 32, 24) or "")
-    assert why_not("nvfp4", 7, 32) is None
-    monkeypatch.setattr(settings, "native_formats", lambda: (frozenset({"fp8"}), ""))
+    assert "16" in (unsupported_shape("nvfp4", 32, 24) or "")
+    assert unsupported_shape("nvfp4", 7, 32) is None
+    monkeypatch.setattr(hardware, "native_formats", lambda: (frozenset({"fp8"}), ""))
     for cuda in (True, False):
         platform = SimpleNamespace(is_cuda=lambda cuda=cuda: cuda)
         monkeypatch.setattr(vllm.platforms, "current_platform", platform)
         for shape in ((24, 32), (32, 24)):
-            assert (why_not("fp8", *shape) is not None) == cuda  # only CUTLASS is choosy
-            assert why_not("int8", *shape) is None  # emulated here
-        assert why_not("fp8", 48, 32) is None
+            assert (unsupported_shape("fp8", *shape) is not None) == cuda  # only CUTLASS is choosy
+            assert unsupported_shape("int8", *shape) is None  # emulated here
+        assert unsupported_shape("fp8", 48, 32) is None
 
 
 @on_cpu
@@ -265,9 +265,9 @@ def test_our_own_nvfp4_product_where_vllm_has_none(
     vllms: str, triton: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kernel = type(vllms, (), {"process_weights_after_loading": lambda self, layer: None})
-    monkeypatch.setattr(products, "nvfp4_kernel", kernel)
-    monkeypatch.setattr(products, "_triton_has_fp4", lambda: triton)
-    monkeypatch.setattr(settings, "native_formats", lambda: (frozenset({"nvfp4"}), "a Blackwell"))
+    monkeypatch.setattr(nvfp4_products, "nvfp4_kernel", kernel)
+    monkeypatch.setattr(hardware, "triton_has_block_scales", lambda: triton)
+    monkeypatch.setattr(hardware, "native_formats", lambda: (frozenset({"nvfp4"}), "a Blackwell"))
     codes = nvfp4_codes(random(48, K), Recipe())
     product = nvfp4_product(*codes, torch.bfloat16)
     ours = triton and vllms.startswith("Marlin")
@@ -291,7 +291,7 @@ def test_what_our_own_nvfp4_product_is_given(monkeypatch: pytest.MonkeyPatch) ->
 
     module = SimpleNamespace(linear=linear)
     monkeypatch.setitem(sys.modules, "mixquant.kernels.triton.nvfp4", module)
-    monkeypatch.setattr(kernels, "nvfp4_triton", module, raising=False)
+    monkeypatch.setattr(kernels, "nvfp4", module, raising=False)
     weight, x, bias = random(48, K), random(5, K, seed=1), random(48, seed=2)
     out = multiplied(TritonNvfp4Product(*nvfp4_codes(weight, Recipe())), x, 48, bias)
     wanted = torch.empty(5, 48, dtype=torch.bfloat16)
@@ -382,7 +382,7 @@ def test_what_vllms_nvfp4_kernels_are_given(
     monkeypatch.setattr(flashinfer, "scaled_fp4_quant", fake.quantize)
     monkeypatch.setattr(flashinfer, "flashinfer_scaled_fp4_mm", fake.multiply)
     monkeypatch.setattr(Tensor, "cuda", lambda self: self)  # vLLM puts swizzled scales there
-    monkeypatch.setattr(settings, "native_formats", lambda: (frozenset({"nvfp4"}), "a GPU"))
+    monkeypatch.setattr(hardware, "native_formats", lambda: (frozenset({"nvfp4"}), "a GPU"))
     monkeypatch.setattr(kernel, "is_supported", lambda *args: (True, None))
     selected = kernel(vllm_kernels.NvFp4LinearLayerConfig())
     monkeypatch.setattr(vllm_kernels, "init_nvfp4_linear_kernel", lambda: selected)

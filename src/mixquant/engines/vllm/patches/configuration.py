@@ -1,0 +1,36 @@
+"""vLLM's configuration: it reads mixquant's recipe and checks it as soon as it is made."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from mixquant.engines.vllm import settings
+from mixquant.engines.vllm.config import METHOD
+from mixquant.engines.vllm.log import refusals
+
+
+def install(config_class: Any) -> None:
+    """Makes vLLM's configuration read the recipe and check it as soon as it is made.
+
+    Args:
+        config_class: vLLM's VllmConfig. It has no hook that sees the whole configuration, so its
+            ``__post_init__`` is wrapped.
+    """
+    original = config_class.__post_init__
+    if getattr(original, "mixquant", False):
+        return
+
+    @functools.wraps(original)
+    def post_init(self: Any, *args: Any, **kwargs: Any) -> None:
+        if self.model_config is None or self.model_config.quantization != METHOD:
+            original(self, *args, **kwargs)
+            return
+        with refusals():
+            settings.check(self)
+        original(self, *args, **kwargs)
+        with refusals():
+            settings.settle(self)
+
+    post_init.mixquant = True  # type: ignore[attr-defined]
+    config_class.__post_init__ = post_init

@@ -1,0 +1,40 @@
+"""What became of a patch of a loaded model: in how many places it took, and why not in the others."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How often a patch took.
+
+    Attributes:
+        what: was done, in words that a number can follow: "norms fused".
+        reasons: one for each place, None where the patch took.
+    """
+
+    what: str
+    reasons: tuple[str | None, ...]
+
+    @classmethod
+    def nowhere(cls, what: str, places: int, why: str) -> Outcome:
+        """The patch took in none of these places, for one reason."""
+        return cls(what, (why,) * places)
+
+    @property
+    def taken(self) -> int:
+        return self.reasons.count(None)
+
+    def __str__(self) -> str:
+        missed = Counter(why for why in self.reasons if why is not None)
+        why = "; ".join(f"{count}: {why}" for why, count in sorted(missed.items()))
+        line = f"{self.what} {self.taken} of {len(self.reasons)}"
+        return f"{line} ({why})" if why else line
+
+
+def lines_of(outcomes: Iterable[Outcome]) -> tuple[str, ...]:
+    """The lines for the table, of the patches that had a place to take."""
+    return tuple(str(outcome) for outcome in outcomes if outcome.reasons)
