@@ -2,18 +2,40 @@
 """Launching Triton kernels without having Triton look at their arguments each time.
 
 To find the compiled kernel, and to ask the driver about every pointer, takes Triton longer than to
-launch it, which shows where passes are so short that the GPU waits for the CPU.
+launch it, which shows where passes are so short that the GPU waits for the CPU. How a compiled kernel
+is launched is no public API of Triton's, so in versions that were not read Triton launches by itself.
 """
 
 from __future__ import annotations
 
+import functools
+import logging
 from collections.abc import Hashable, Sequence
 from typing import Any
 
 import torch
+from packaging.specifiers import SpecifierSet
 from torch import Tensor
 
+READ = SpecifierSet(">=3.6,<3.10")
+"""Versions of Triton whose launcher is known: 3.6 has been run, 3.9 compiled and read."""
+
 _compiled: dict[Hashable, Any] = {}
+
+
+@functools.cache
+def launches_directly() -> bool:
+    """Whether this Triton's launcher is known. Where it is not, the log says so once."""
+    import triton
+
+    if READ.contains(triton.__version__, prereleases=True):
+        return True
+    logging.getLogger(__name__).warning(
+        "mixquant knows the launcher of Triton %s, not of %s: kernels take longer to launch",
+        READ,
+        triton.__version__,
+    )
+    return False
 
 
 def launch(
@@ -51,6 +73,7 @@ def launch(
         run(*grid, stream, function, metadata, None, None, None, *pointers, *numbers, *values)
         return
     made = kernel[grid](*tensors, *numbers, **constants, **options)
-    if bits % 16 == 0 and made is not None:  # None in Triton's interpreter
+    # None in Triton's interpreter.
+    if bits % 16 == 0 and made is not None and launches_directly():
         values = tuple(constants.values())
         _compiled[key] = made.run, made.function, made.packed_metadata, values

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -37,6 +39,7 @@ class Kernel:
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     monkeypatch.setattr(launching, "_compiled", {})
+    monkeypatch.setattr(launching, "launches_directly", lambda: True)
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 7, raising=False)
     return []
 
@@ -74,3 +77,22 @@ def test_nothing_is_kept_of_an_interpreted_kernel(calls: list[Any]) -> None:
     for _ in range(2):
         launching.launch(kernel, (1, 1, 1), (torch.zeros(4),), (), {}, "key")
     assert len(kernel.compiled) == 2 and not launching._compiled
+
+
+@pytest.mark.parametrize(("version", "known"), [("3.6.0", True), ("3.9.1", True), ("4.0.0", False)])
+def test_an_unknown_triton_launches_by_itself(
+    version: str, known: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setitem(sys.modules, "triton", SimpleNamespace(__version__=version))
+    assert launching.launches_directly.__wrapped__() == known
+    assert known or "4.0.0" in caplog.text
+
+
+def test_without_a_known_launcher_nothing_is_kept(
+    calls: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launching, "launches_directly", lambda: False)
+    kernel = Kernel(calls)
+    for _ in range(2):
+        launching.launch(kernel, (1, 1, 1), [torch.zeros(64)[::2]], [3], {}, "key")
+    assert len(kernel.compiled) == 2 and not launching._compiled and not calls
