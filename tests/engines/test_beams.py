@@ -7,10 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, ClassVar
 
-import numpy as np
 import this_machine
 import tiny_models
 from transformers import AutoTokenizer
@@ -93,54 +90,3 @@ def test_every_way_to_beam_search_makes_its_prompts_where_we_look() -> None:
     assert made[beams.KEY] == 3
     assert hasattr(InputProcessor.process_inputs, "__wrapped__")
     assert not hasattr(InputProcessor.process_inputs.__wrapped__, "__wrapped__")
-
-
-class Processor:
-    def process_inputs(self, request_id: str, prompt: Any, params: Any) -> Any:
-        return SimpleNamespace(request_id=request_id, sampling_params=params)
-
-
-class Sequence:
-    orig_prompt: ClassVar = {"prompt_token_ids": [1, 2]}
-
-    def get_prompt(self) -> dict[str, Any]:
-        return {"prompt_token_ids": [1, 2, 3]}
-
-
-def test_the_length_travels_with_parameters_that_are_not_shared() -> None:
-    class Own(Processor):
-        pass
-
-    class Beam(Sequence):
-        pass
-
-    beams._wrap(Beam, Own)
-    shared = SimpleNamespace(extra_args=None)
-    plain = Own().process_inputs("a", {"prompt_token_ids": [1]}, shared)
-    marked = Own().process_inputs("b", prompt=Beam().get_prompt(), params=shared)
-    assert plain.sampling_params is shared
-    assert shared.extra_args is None
-    assert marked.sampling_params.extra_args == {beams.KEY: 2}
-
-
-def test_first_prompts_are_known_from_their_start_to_their_end() -> None:
-    def step(new: dict[str, Any], finished: tuple[str, ...] = ()) -> Any:
-        return SimpleNamespace(
-            scheduled_new_reqs=[
-                SimpleNamespace(req_id=name, sampling_params=SimpleNamespace(extra_args=extra))
-                for name, extra in new.items()
-            ],
-            finished_req_ids=set(finished),
-        )
-
-    first = beams.FirstPrompts()
-    lengths = np.array([9, 9, 9])
-    names = ["a", "b", "c"]
-    assert first.of(names, lengths).tolist() == [9, 9, 9]
-    # What a client says cannot make a prompt longer, and what is no number changes nothing.
-    first.follow(step({"a": {beams.KEY: 4}, "b": {beams.KEY: 99}, "c": {beams.KEY: "4"}}))
-    assert first.of(names, lengths).tolist() == [4, 9, 9]
-    first.follow(step({"d": None}))
-    assert first.of(names, lengths).tolist() == [4, 9, 9]
-    first.follow(step({}, ("a", "b")))
-    assert first.of(names, lengths).tolist() == [9, 9, 9]

@@ -15,6 +15,8 @@ import numpy as np
 
 KEY = "mixquant_prompt_length"  # in a prompt, and in `extra_args` of its sampling parameters
 
+_END = 2**31  # no prompt has as many tokens
+
 # Where `BeamSearchSequence` is defined, by version.
 _PLACES = ("vllm.entrypoints.generate.beam_search.utils", "vllm.beam_search")
 
@@ -47,10 +49,15 @@ def _wrap(sequence_class: Any, processor_class: Any) -> None:
     def process_inputs(self: Any, request_id: Any, prompt: Any, *args: Any, **kwargs: Any) -> Any:
         request = processing(self, request_id, prompt, *args, **kwargs)
         length = prompt.get(KEY) if isinstance(prompt, dict) else None
-        if length is not None and request.sampling_params is not None:
+        given = getattr(request.sampling_params, "extra_args", None) or {}
+        # A client can set any key of them (`vllm_xargs`); only beam search may set this one.
+        if length is not None or KEY in given:
+            kept = {name: value for name, value in given.items() if name != KEY}
+            if length is not None:
+                kept[KEY] = length
             # A copy: the steps of several prompts share theirs.
-            params = request.sampling_params = copy.copy(request.sampling_params)
-            params.extra_args = {**(params.extra_args or {}), KEY: length}
+            request.sampling_params = copy.copy(request.sampling_params)
+            request.sampling_params.extra_args = kept or None
         return request
 
     get_prompt.mixquant = True  # type: ignore[attr-defined]
@@ -70,7 +77,8 @@ class FirstPrompts:
             self._lengths.pop(request, None)
         for new in getattr(scheduler_output, "scheduled_new_reqs", ()):
             length = (getattr(new.sampling_params, "extra_args", None) or {}).get(KEY)
-            if isinstance(length, int):
+            # A request that did not come through `process_inputs` can hold any value.
+            if type(length) is int and 0 <= length < _END:
                 self._lengths[new.req_id] = length
 
     def of(self, requests: list[str], prompt_lengths: np.ndarray) -> np.ndarray:
