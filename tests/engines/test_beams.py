@@ -13,7 +13,7 @@ import tiny_models
 from transformers import AutoTokenizer
 from vllm_engines import require_vllm, rows_of
 
-from mixquant.engines.vllm import beams
+from mixquant.engines.vllm.patches import beams
 
 require_vllm()
 

@@ -17,9 +17,9 @@ import torch
 
 from mixquant.core.phase import PhasePlan, Thresholds, everything_quantized, in_force, plan_pass
 from mixquant.engines.vllm.attention.layers import PrefillAttention
-from mixquant.engines.vllm.beams import FirstPrompts
 from mixquant.engines.vllm.context import Batch, state_of
 from mixquant.engines.vllm.counters import Counters, multiprocess
+from mixquant.engines.vllm.first_prompts import FirstPrompts
 
 TRACE = "MIXQUANT_TRACE"
 """Environment variable: a file to which every pass is appended as a line of JSON."""

@@ -28,9 +28,7 @@ def settle(vllm_config: Any) -> None:
     if not isinstance(method, PhaseQuantizationConfig):
         return
     from mixquant import __version__
-    from mixquant.engines.vllm import beams
 
-    beams.install()
     given = vllm_config.additional_config.get(METHOD)
     if given is None and method.recipe_in_checkpoint is not None:
         given = method.recipe_in_checkpoint

@@ -6,8 +6,9 @@ import functools
 from typing import Any
 
 from mixquant.engines.vllm import settings
-from mixquant.engines.vllm.config import METHOD
+from mixquant.engines.vllm.config import METHOD, PhaseQuantizationConfig
 from mixquant.engines.vllm.log import refusals
+from mixquant.engines.vllm.patches import beams
 
 
 def install(config_class: Any) -> None:
@@ -31,6 +32,8 @@ def install(config_class: Any) -> None:
         original(self, *args, **kwargs)
         with refusals():
             settings.settle(self)
+        if isinstance(self.quant_config, PhaseQuantizationConfig):
+            beams.install()
 
     post_init.mixquant = True  # type: ignore[attr-defined]
     config_class.__post_init__ = post_init

@@ -1,8 +1,4 @@
-"""Beam search, which submits prompt and answer so far as a prompt, at every step.
-
-The rule counts from the prompt as it was given first. vLLM knows that where it makes the prompt of a
-step; from there the length travels with the sampling parameters to the workers.
-"""
+"""Beam search: each of its steps tells the workers how long the first prompt was."""
 
 from __future__ import annotations
 
@@ -11,11 +7,8 @@ import functools
 import importlib
 from typing import Any
 
-import numpy as np
-
-KEY = "mixquant_prompt_length"  # in a prompt, and in `extra_args` of its sampling parameters
-
-_END = 2**31  # no prompt has as many tokens
+from mixquant.engines.vllm.first_prompts import KEY
+from mixquant.engines.vllm.log import logger
 
 # Where `BeamSearchSequence` is defined, by version.
 _PLACES = ("vllm.entrypoints.generate.beam_search.utils", "vllm.beam_search")
@@ -32,6 +25,10 @@ def install() -> None:
             continue
         _wrap(sequence, InputProcessor)
         return
+    logger.warning(
+        "mixquant finds no beam search in this vLLM: what beams have generated is quantized like a "
+        "prompt; do not use it"
+    )
 
 
 def _wrap(sequence_class: Any, processor_class: Any) -> None:
@@ -63,30 +60,3 @@ def _wrap(sequence_class: Any, processor_class: Any) -> None:
     get_prompt.mixquant = True  # type: ignore[attr-defined]
     sequence_class.get_prompt = get_prompt
     processor_class.process_inputs = process_inputs
-
-
-class FirstPrompts:
-    """In a worker: how long the first prompts were of requests whose own holds generated tokens."""
-
-    def __init__(self) -> None:
-        self._lengths: dict[str, int] = {}
-
-    def follow(self, scheduler_output: Any) -> None:
-        """Takes note of requests that begin and end with this step of the scheduler."""
-        for request in getattr(scheduler_output, "finished_req_ids", ()):
-            self._lengths.pop(request, None)
-        for new in getattr(scheduler_output, "scheduled_new_reqs", ()):
-            length = (getattr(new.sampling_params, "extra_args", None) or {}).get(KEY)
-            # A request that did not come through `process_inputs` can hold any value.
-            if type(length) is int and 0 <= length < _END:
-                self._lengths[new.req_id] = length
-
-    def of(self, requests: list[str], prompt_lengths: np.ndarray) -> np.ndarray:
-        """The lengths of the first prompts, ``[sequences]``, in tokens."""
-        if not self._lengths:
-            return prompt_lengths
-        first = [
-            self._lengths.get(request, length)
-            for request, length in zip(requests, prompt_lengths, strict=True)
-        ]
-        return np.minimum(np.array(first, dtype=np.int64), prompt_lengths)

@@ -8,7 +8,8 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 
-from mixquant.engines.vllm import beams
+from mixquant.engines.vllm import first_prompts
+from mixquant.engines.vllm.patches import beams
 
 
 class Processor:
@@ -73,7 +74,7 @@ def test_a_request_that_only_pools_has_no_sampling_parameters() -> None:
 def test_a_length_that_cannot_be_one_changes_nothing_in_a_worker(value: Any) -> None:
     params = SimpleNamespace(extra_args={beams.KEY: value})
     new = SimpleNamespace(req_id="a", sampling_params=params)
-    first = beams.FirstPrompts()
+    first = first_prompts.FirstPrompts()
     first.follow(SimpleNamespace(scheduled_new_reqs=[new], finished_req_ids=set()))
     assert first.of(["a"], np.array([9])).tolist() == [9]
 
@@ -88,7 +89,7 @@ def test_first_prompts_are_known_from_their_start_to_their_end() -> None:
             finished_req_ids=set(finished),
         )
 
-    first = beams.FirstPrompts()
+    first = first_prompts.FirstPrompts()
     lengths = np.array([9, 9, 9])
     names = ["a", "b", "c"]
     assert first.of(names, lengths).tolist() == [9, 9, 9]
