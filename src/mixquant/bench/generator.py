@@ -18,9 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from mixquant.bench.trace import Request
+from mixquant.errors import MixquantError
 
 
-class GeneratorError(RuntimeError):
+class GeneratorError(MixquantError, RuntimeError):
     """Requests that failed, or were not answered as asked. The message is one line."""
 
 

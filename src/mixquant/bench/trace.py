@@ -16,12 +16,13 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from mixquant.errors import MixquantError
 from mixquant.files.reading import ReadingError, parse_json
 
 BUILTIN = "builtin"
 
 
-class TraceError(ValueError):
+class TraceError(MixquantError, ValueError):
     """A trace that cannot be replayed. The message is one line; it names the line and the field."""
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mixquant.errors import MixquantError
 from mixquant.files.reading import ReadingError, parse_json, shown
 
 SMOLLM2 = "smollm2"
@@ -26,7 +27,7 @@ HUB_NAME = re.compile(r"(?=.{1,200}\Z)\w[\w.-]*(/[\w.-]+)?")
 _LONGEST_REASON = 500  # characters
 
 
-class ModelError(ValueError):
+class ModelError(MixquantError, ValueError):
     """A model that cannot be had. The message is one line and says what to do."""
 
 

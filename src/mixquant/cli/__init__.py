@@ -10,10 +10,7 @@ from typing import Annotated
 
 import typer
 
-from mixquant import PrepareError, RecipeError, __version__
-from mixquant.bench.generator import GeneratorError
-from mixquant.bench.trace import TraceError
-from mixquant.checkpoints.models import ModelError
+from mixquant import __version__
 from mixquant.cli.bench import bench
 from mixquant.cli.compare import compare
 from mixquant.cli.console import InputError, print_error
@@ -24,15 +21,7 @@ from mixquant.cli.quantize import quantize
 from mixquant.cli.report import report
 from mixquant.cli.serve import serve
 from mixquant.cli.talk import chat, generate
-from mixquant.evaluate.benchmarks.answer_file import AnswerFileError
-from mixquant.evaluate.benchmarks.plan import EvaluationError
-from mixquant.evaluate.fidelity.answers import EngineError
-from mixquant.evaluate.fidelity.passages import PassageError
-from mixquant.evaluate.tasks import TaskError
-from mixquant.results import ResultsError
-from mixquant.serve.description import ServeError
-from mixquant.servers.arms import ArmError
-from mixquant.servers.process import ServerError
+from mixquant.errors import MixquantError
 
 app = typer.Typer(
     help="Phase-aware quantized inference: prefill in low precision, decode in BF16.",
@@ -41,25 +30,6 @@ app = typer.Typer(
 )
 for command in (generate, chat, serve, compare, bench, evaluate, fidelity, quantize, report, info):
     app.command()(command)
-
-# What a user gave that cannot be used: one line, and exit code 2.
-UNUSABLE = (
-    AnswerFileError,
-    ArmError,
-    EngineError,
-    EvaluationError,
-    GeneratorError,
-    InputError,
-    ModelError,
-    PassageError,
-    PrepareError,
-    RecipeError,
-    ResultsError,
-    ServeError,
-    ServerError,
-    TaskError,
-    TraceError,
-)
 
 
 def _version(wanted: bool) -> None:
@@ -118,7 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         if os.environ.get("MIXQUANT_TRACEBACK"):
             raise
-        if isinstance(error, UNUSABLE):
+        if isinstance(error, MixquantError):
             print_error(str(error))
             return 2
         if hasattr(

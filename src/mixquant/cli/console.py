@@ -12,11 +12,13 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+from mixquant.errors import MixquantError
+
 out = Console()
 err = Console(stderr=True, highlight=False)
 
 
-class InputError(ValueError):
+class InputError(MixquantError, ValueError):
     """Something that the user gave cannot be used. The message is one line."""
 
 

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
+from mixquant.errors import MixquantError
 from mixquant.files.reading import ReadingError, parse_json, shown
 
 FormatName = Literal["nvfp4", "fp8", "int8", "bf16"]
@@ -55,7 +56,7 @@ _ROUTER = re.compile(r"(^|\.)(router|gate|shared_expert_gate)(\.|$)")
 _PRECISE_HEAD: dict[str, int] = {"nvfp4": 4, "fp8": 0, "int8": 0, "bf16": 0}
 
 
-class RecipeError(ValueError):
+class RecipeError(MixquantError, ValueError):
     """A recipe that cannot be used. The message is one line and names the offending key."""
 
 

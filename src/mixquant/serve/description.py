@@ -19,6 +19,7 @@ from pydantic import (
 )
 
 from mixquant.core.recipe import Recipe, RecipeError
+from mixquant.errors import MixquantError
 from mixquant.files.reading import ReadingError, parse_yaml, shown
 from mixquant.servers.process import stands_for
 
@@ -54,7 +55,7 @@ Policy = Literal[
 ]
 
 
-class ServeError(ValueError):
+class ServeError(MixquantError, ValueError):
     """A description that cannot be served, or a set that did not start. The message is one line."""
 
 

@@ -16,6 +16,7 @@ from typing import Any
 
 from mixquant import results
 from mixquant.core.recipe import Recipe
+from mixquant.errors import MixquantError
 from mixquant.files.reading import parse_json
 from mixquant.servers.process import arguments_for, serving, stands_for
 
@@ -28,7 +29,7 @@ _PRECISION = ("--additional-config", "--quantization", "-q")
 _NAME = re.compile(r"\w[\w.-]*")  # names files, too
 
 
-class ArmError(ValueError):
+class ArmError(MixquantError, ValueError):
     """An arm that cannot be had: a wrong option, or a server that is not there. One line."""
 
 

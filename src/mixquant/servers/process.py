@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from mixquant.core.recipe import Recipe
+from mixquant.errors import MixquantError
 from mixquant.files import scratch
 from mixquant.servers.ports import free_ports
 
@@ -62,7 +63,7 @@ def tied(command: Sequence[str]) -> list[str]:
     return [sys.executable, "-c", _TIED, str(os.getpid()), *command]
 
 
-class ServerError(RuntimeError):
+class ServerError(MixquantError, RuntimeError):
     """A server that did not start, or ended. The message is one line and names the log."""
 
 

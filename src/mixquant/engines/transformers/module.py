@@ -10,10 +10,11 @@ from torch import Tensor, nn
 from mixquant.core.fingerprint import Origin, changed
 from mixquant.core.phase import Range, plan_in_force
 from mixquant.core.rows import Part, phase_linear
+from mixquant.errors import MixquantError
 from mixquant.formats import BY_NAME
 
 
-class PrepareError(ValueError):
+class PrepareError(MixquantError, ValueError):
     """A model that cannot be prepared. The message is one line and says what to do."""
 
 

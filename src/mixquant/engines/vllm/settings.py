@@ -16,9 +16,10 @@ from mixquant.engines.vllm.config import METHOD, PhaseQuantizationConfig
 from mixquant.engines.vllm.counters import Counters
 from mixquant.engines.vllm.loading.second_checkpoint import opened
 from mixquant.engines.vllm.log import logger
+from mixquant.errors import MixquantError
 
 
-class SettingsError(ValueError):
+class SettingsError(MixquantError, ValueError):
     """An engine that mixquant cannot serve as asked. The message is one line."""
 
 

@@ -10,11 +10,13 @@ from packaging.specifiers import SpecifierSet
 from packaging.version import InvalidVersion
 from torch import Tensor
 
+from mixquant.errors import MixquantError
+
 SUPPORTED = SpecifierSet(">=0.25.1,<0.34")
 OVERRIDE = "MIXQUANT_ANY_VLLM"
 
 
-class UnsupportedVersion(RuntimeError):
+class UnsupportedVersion(MixquantError, RuntimeError):
     """A vLLM whose internals the plugin has not been read against. The message is one line."""
 
 

@@ -17,6 +17,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from mixquant.errors import MixquantError
 from mixquant.evaluate.benchmarks.chat import Usage
 from mixquant.evaluate.tasks import Answer, Verdict
 from mixquant.files.reading import shown
@@ -26,7 +27,7 @@ VERSION = 1
 Key = tuple[str, int]  # item, seed
 
 
-class AnswerFileError(ValueError):
+class AnswerFileError(MixquantError, ValueError):
     """A file of answers that cannot be continued. The message is one line."""
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mixquant.checkpoints.models import find, load_tokenizer
+from mixquant.errors import MixquantError
 from mixquant.evaluate.benchmarks.answer_file import AnswerFile
 from mixquant.evaluate.benchmarks.runner import Work
 from mixquant.evaluate.benchmarks.settings import MiddleCutter, Settings
@@ -20,7 +21,7 @@ from mixquant.evaluate.tasks.registry import task as find_task
 from mixquant.servers.arms import Arm, served_models, served_name
 
 
-class EvaluationError(ValueError):
+class EvaluationError(MixquantError, ValueError):
     """An evaluation that cannot begin. The message is one line."""
 
 

@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
+from mixquant.errors import MixquantError
 from mixquant.evaluate.benchmarks.answer_file import AnswerFile, Entry, Key
 from mixquant.evaluate.benchmarks.chat import ChatError, Endpoint
 from mixquant.evaluate.tasks import Item, JudgeError, Task, Verdict
@@ -20,7 +21,7 @@ from mixquant.evaluate.tasks import Item, JudgeError, Task, Verdict
 HOPELESS = 20
 
 
-class RunError(RuntimeError):
+class RunError(MixquantError, RuntimeError):
     """A run that had to stop; what is finished is kept. The message is one line."""
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from mixquant.checkpoints.models import Checkpoint
 from mixquant.core.recipe import Recipe
 from mixquant.core.summary import Layer
+from mixquant.errors import MixquantError
 from mixquant.evaluate.fidelity.passages import Passages
 
 if TYPE_CHECKING:
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 Progress = Callable[[str, float], None]
 
 
-class EngineError(ValueError):
+class EngineError(MixquantError, ValueError):
     """An engine that did not start, or ended early. The message is one line."""
 
 

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from mixquant.checkpoints.models import Checkpoint
+from mixquant.errors import MixquantError
 
 
-class PassageError(ValueError):
+class PassageError(MixquantError, ValueError):
     """Texts or lengths that cannot be used. The message is one line."""
 
 

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
+from mixquant.errors import MixquantError
+
 Message = dict[str, Any]  # of OpenAI's chat API
 Answer = dict[str, Any]  # JSON; of one request: a `Reply`'s fields
 
@@ -15,7 +17,7 @@ Cut = Callable[[str], str]
 for; a text that fits comes back as it is. Some 500 tokens are left for what stands around it."""
 
 
-class TaskError(ValueError):
+class TaskError(MixquantError, ValueError):
     """A benchmark that cannot be run. The message is one line: which file, line and field, and what
     was expected; or what to install."""
 

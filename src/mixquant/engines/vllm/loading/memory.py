@@ -5,11 +5,12 @@ from __future__ import annotations
 import torch
 
 from mixquant.core.layer_names import layer_number
+from mixquant.errors import MixquantError
 
 _GIB = 2**30
 
 
-class CopyDoesNotFit(RuntimeError):
+class CopyDoesNotFit(MixquantError, RuntimeError):
     """Too little memory for the quantized copy. The message is one line: how much, and what fits."""
 
 

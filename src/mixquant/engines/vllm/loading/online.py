@@ -11,11 +11,13 @@ from typing import Any
 
 import torch
 
+from mixquant.errors import MixquantError
+
 # Set on a layer that was processed; vLLM takes it away before it processes one again.
 _DONE = "_already_called_process_weights_after_loading"
 
 
-class CannotReload(RuntimeError):
+class CannotReload(MixquantError, RuntimeError):
     """Weights that a running engine cannot load. The message is one line."""
 
 
