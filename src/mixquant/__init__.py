@@ -7,6 +7,7 @@ model.generate(**inputs)                     # applies the rule by itself
 
 # Importing the engine registers the quantization method with Transformers, which has no entry
 # points: `import mixquant` must be enough for from_pretrained to know it.
+from mixquant._version import __version__
 from mixquant.core.recipe import Recipe, RecipeError
 from mixquant.engines.transformers import (
     MixQuantConfig,
@@ -17,8 +18,6 @@ from mixquant.engines.transformers import (
     requantize,
     summary,
 )
-
-__version__ = "0.1.0"
 
 __all__ = [
     "MixQuantConfig",

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from mixquant import __version__
+from mixquant._version import __version__
 from mixquant.cli.bench import bench
 from mixquant.cli.compare import compare
 from mixquant.cli.console import InputError, print_error

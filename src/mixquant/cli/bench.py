@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from mixquant import Recipe
 from mixquant.checkpoints.models import Checkpoint, find, load_tokenizer
 from mixquant.cli.console import (
     InputError,
@@ -31,6 +30,7 @@ from mixquant.cli.options import (
     chosen_recipe,
     saved_recipe,
 )
+from mixquant.core.recipe import Recipe
 from mixquant.files import scratch
 from mixquant.files.reading import shown
 from mixquant.results import Environment

@@ -20,7 +20,6 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from mixquant import Recipe
 from mixquant.checkpoints.models import find
 from mixquant.cli.console import (
     InputError,
@@ -41,6 +40,7 @@ from mixquant.cli.options import (
     saved_recipe,
     temperature_option,
 )
+from mixquant.core.recipe import Recipe
 
 if TYPE_CHECKING:
     from mixquant.evaluate.benchmarks.plan import Judge

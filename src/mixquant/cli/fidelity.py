@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mixquant import Recipe
 from mixquant.checkpoints.models import find, load_tokenizer
 from mixquant.cli.console import (
     InputError,
@@ -26,7 +25,7 @@ from mixquant.cli.console import (
     write_so_far,
 )
 from mixquant.cli.options import FormatOption, Model, chosen_recipe, saved_recipe
-from mixquant.core.recipe import PRESETS
+from mixquant.core.recipe import PRESETS, Recipe
 
 if TYPE_CHECKING:
     from mixquant.evaluate.fidelity.answers import Engine

@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.table import Table
 
-from mixquant import __version__
+from mixquant._version import __version__
 from mixquant.cli.console import out
 
 

@@ -8,8 +8,8 @@ from typing import Annotated
 
 import typer
 
-from mixquant import Recipe
 from mixquant.checkpoints.models import SMOLLM2, Checkpoint
+from mixquant.core.recipe import Recipe
 
 Model = Annotated[
     str,

@@ -9,7 +9,6 @@ from typing import Annotated, Any
 
 import typer
 
-from mixquant import Recipe
 from mixquant.checkpoints.models import Checkpoint, find, load_model, load_tokenizer
 from mixquant.cli.console import InputError, err, out, print_error, read_text, say
 from mixquant.cli.options import (
@@ -23,6 +22,7 @@ from mixquant.cli.options import (
     chosen_recipe,
     saved_recipe,
 )
+from mixquant.core.recipe import Recipe
 
 
 def generate(
@@ -136,7 +136,7 @@ class _Speaker:
     ) -> None:
         from transformers import TextStreamer, set_seed
 
-        from mixquant import prepare
+        from mixquant.engines.transformers import prepare
 
         self._tokenizer = tokenizer
         self._model = prepare(load_model(checkpoint), recipe or saved_recipe(checkpoint))

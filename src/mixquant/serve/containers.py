@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from mixquant import __version__
+from mixquant._version import __version__
 from mixquant.serve.commands import Place, Process, processes
 from mixquant.serve.description import Deployment, ServeError
 

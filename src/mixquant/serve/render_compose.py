@@ -10,7 +10,7 @@ import os
 import shlex
 from typing import Any
 
-from mixquant import __version__
+from mixquant._version import __version__
 from mixquant.serve.commands import Process
 from mixquant.serve.containers import (
     CACHE,

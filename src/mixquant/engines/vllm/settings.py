@@ -28,7 +28,7 @@ def settle(vllm_config: Any) -> None:
     method = vllm_config.quant_config
     if not isinstance(method, PhaseQuantizationConfig):
         return
-    from mixquant import __version__
+    from mixquant._version import __version__
 
     given = vllm_config.additional_config.get(METHOD)
     if given is None and method.recipe_in_checkpoint is not None:
