@@ -55,7 +55,7 @@ class PhaseLinear(nn.Linear):
         linear._copy = None
         return linear
 
-    def hold(self, parts: tuple[Part, ...]) -> None:
+    def set_copy(self, parts: tuple[Part, ...]) -> None:
         """Takes a quantized copy that was made from the weight as it is now."""
         self._copy = parts, Origin(self.weight)
 
@@ -87,7 +87,7 @@ class PhaseLinear(nn.Linear):
                 )
             self.layout = (((0, rows), *self.layout[0][1:]),)
         parts = quantize_parts(self.weight, self.layout)
-        self.hold(parts)
+        self.set_copy(parts)
         return parts
 
     def forward(self, input: Tensor) -> Tensor:

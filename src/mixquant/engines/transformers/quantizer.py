@@ -15,12 +15,12 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from mixquant.core.recipe import Recipe
-from mixquant.engines.transformers.prepare import as_recipe, prepare
+from mixquant.engines.transformers.convert import as_recipe, convert
 
-METHOD = "mixquant"
+QUANT_METHOD = "mixquant"
 
 
-@register_quantization_config(METHOD)
+@register_quantization_config(QUANT_METHOD)
 class MixQuantConfig(QuantizationConfigMixin):  # type: ignore[misc]
     """`from_pretrained(..., quantization_config=MixQuantConfig("fast"))`.
 
@@ -33,15 +33,15 @@ class MixQuantConfig(QuantizationConfigMixin):  # type: ignore[misc]
     """
 
     def __init__(self, recipe: Recipe | dict[str, Any] | str = "balanced", **fields: Any) -> None:
-        self.quant_method = METHOD
+        self.quant_method = QUANT_METHOD
         fields.pop("quant_method", None)
         self.recipe = Recipe.from_dict({**as_recipe(recipe).to_dict(), **fields})
 
     def to_dict(self) -> dict[str, Any]:
-        return {"quant_method": METHOD, "recipe": self.recipe.to_dict()}
+        return {"quant_method": QUANT_METHOD, "recipe": self.recipe.to_dict()}
 
 
-@register_quantizer(METHOD)
+@register_quantizer(QUANT_METHOD)
 class MixQuantHfQuantizer(HfQuantizer):  # type: ignore[misc]
     """Prepares the model once Transformers has loaded its weights."""
 
@@ -49,7 +49,9 @@ class MixQuantHfQuantizer(HfQuantizer):  # type: ignore[misc]
     quantization_config: MixQuantConfig
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> Any:
-        return prepare(model, self.quantization_config.recipe)
+        convert(model, self.quantization_config.recipe)
+        attach(model, self.quantization_config.recipe)
+        return model
 
     def is_serializable(self) -> bool:
         return True
@@ -69,4 +71,4 @@ def attach(model: PreTrainedModel, recipe: Recipe) -> None:
     model.config.quantization_config = config
     model.hf_quantizer = MixQuantHfQuantizer(config, pre_quantized=False)
     model.is_quantized = True
-    model.quantization_method = METHOD
+    model.quantization_method = QUANT_METHOD
