@@ -5,19 +5,43 @@ print(mixquant.summary(model))               # layers, formats, kernels, extra m
 model.generate(**inputs)                     # applies the rule by itself
 """
 
-# Importing the engine registers the quantization method with Transformers, which has no entry
-# points: `import mixquant` must be enough for from_pretrained to know it.
+from typing import TYPE_CHECKING
+
+from mixquant._registration import register as _register
 from mixquant._version import __version__
-from mixquant.core.recipe import Recipe, RecipeError
-from mixquant.engines.transformers import (
-    MixQuantConfig,
-    PrepareError,
-    Summary,
-    phase,
-    prepare,
-    requantize,
-    summary,
-)
+
+if TYPE_CHECKING:
+    from mixquant.core.recipe import Recipe, RecipeError
+    from mixquant.core.summary import Summary
+    from mixquant.engines.transformers import (
+        MixQuantConfig,
+        PrepareError,
+        phase,
+        prepare,
+        requantize,
+        summary,
+    )
+else:
+    # Hidden from type checkers, for which a module with a `__getattr__` has every name there is.
+    _HOMES = {
+        "Recipe": "mixquant.core.recipe",
+        "RecipeError": "mixquant.core.recipe",
+        "Summary": "mixquant.core.summary",
+    }
+
+    def __getattr__(name: str) -> object:
+        """Imports an exported name on its first use: most of them need Transformers."""
+        if name not in __all__:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        from importlib import import_module
+
+        found = getattr(import_module(_HOMES.get(name, "mixquant.engines.transformers")), name)
+        globals()[name] = found
+        return found
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *__all__})
+
 
 __all__ = [
     "MixQuantConfig",
@@ -31,3 +55,5 @@ __all__ = [
     "requantize",
     "summary",
 ]
+
+_register()

@@ -6,10 +6,11 @@ import os
 import shlex
 import sys
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
+from mixquant._after_import import after_import
 from mixquant._version import __version__
 from mixquant.cli.bench import bench
 from mixquant.cli.compare import compare
@@ -57,17 +58,27 @@ def _check_text(arguments: Sequence[str]) -> None:
             raise InputError(f"the argument '{shown[:100]}' is not UTF-8 text") from None
 
 
+def _quieten_transformers(logging: Any) -> None:
+    """Its warnings are for programmers, and progress bars are noise in a file."""
+    logging.set_verbosity_error()
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
+
+
+def _quieten_hub(utils: Any) -> None:
+    if not sys.stderr.isatty():
+        utils.disable_progress_bars()
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns its exit code.
 
     0: done; 2: something that was given cannot be used; 1: an unexpected error. Either error is one
     line on standard error. With the environment variable MIXQUANT_TRACEBACK set, it is raised.
     """
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    if not sys.stderr.isatty():
-        logging.disable_progress_bar()
+    # When a command imports them, which takes seconds: most need them late, --help not at all.
+    after_import("transformers.utils.logging", _quieten_transformers)
+    after_import("huggingface_hub.utils", _quieten_hub)
     if arguments is None:
         arguments = sys.argv[1:]
     try:

@@ -1,8 +1,9 @@
 """Mixquant as a Transformers quantization method: `from_pretrained` and `save_pretrained`.
 
 The checkpoint stays a BF16 one; its config.json carries the recipe besides. Transformers looks the
-method up by name, so `mixquant` must have been imported when such a checkpoint is loaded. Without
-it Transformers warns of an unknown quantization type and loads the plain BF16 model.
+method up by name, so `mixquant` must have been imported when such a checkpoint is loaded (see
+`mixquant._registration`). Without it Transformers warns of an unknown quantization type and loads the
+plain BF16 model.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ from __future__ import annotations
 from typing import Any
 
 from transformers import PreTrainedModel
-from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
@@ -20,7 +20,6 @@ from mixquant.engines.transformers.convert import as_recipe, convert
 QUANT_METHOD = "mixquant"
 
 
-@register_quantization_config(QUANT_METHOD)
 class MixQuantConfig(QuantizationConfigMixin):  # type: ignore[misc]
     """`from_pretrained(..., quantization_config=MixQuantConfig("fast"))`.
 
@@ -41,7 +40,6 @@ class MixQuantConfig(QuantizationConfigMixin):  # type: ignore[misc]
         return {"quant_method": QUANT_METHOD, "recipe": self.recipe.to_dict()}
 
 
-@register_quantizer(QUANT_METHOD)
 class MixQuantHfQuantizer(HfQuantizer):  # type: ignore[misc]
     """Prepares the model once Transformers has loaded its weights."""
 

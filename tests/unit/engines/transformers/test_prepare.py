@@ -652,10 +652,13 @@ def test_a_summary_needs_a_prepared_model() -> None:
 LOAD = """
 import sys
 import torch
-with_mixquant, path, out = sys.argv[1:]
-if with_mixquant == "yes":
+imported, path, out = sys.argv[1:]
+if imported == "before":
     import mixquant
 from transformers import AutoModelForCausalLM
+if imported == "after":
+    import mixquant
+assert not [name for name in sys.modules if name.startswith("mixquant.engines")]
 
 torch.set_num_threads(1)
 model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16)
@@ -666,14 +669,14 @@ with torch.no_grad():
     )
 found = {"logits": torch.stack(result.logits), "linear": type(model.lm_head).__name__}
 found["mlp"] = type(model.model.layers[0].mlp.up_proj).__name__
-if with_mixquant == "yes":
+if imported != "no":
     found["recipe"] = mixquant.summary(model).recipe.to_dict()
 torch.save(found, out)
 """
 
 
-@pytest.mark.parametrize("with_mixquant", ["yes", "no"])
-def test_saved_and_loaded_in_a_fresh_process(tmp_path: Path, with_mixquant: str) -> None:
+@pytest.mark.parametrize("imported", ["before", "after", "no"])  # relative to Transformers
+def test_saved_and_loaded_in_a_fresh_process(tmp_path: Path, imported: str) -> None:
     plain = build("llama")
     model = prepared(plain)
     model.save_pretrained(tmp_path / "model")
@@ -685,7 +688,7 @@ def test_saved_and_loaded_in_a_fresh_process(tmp_path: Path, with_mixquant: str)
     torch.save(PROMPT, out)
     source = str(Path(mixquant.__file__).parents[1])
     done = subprocess.run(
-        [sys.executable, "-c", LOAD, with_mixquant, str(tmp_path / "model"), str(out)],
+        [sys.executable, "-c", LOAD, imported, str(tmp_path / "model"), str(out)],
         env={**os.environ, "PYTHONPATH": source},
         capture_output=True,
         text=True,
@@ -694,7 +697,7 @@ def test_saved_and_loaded_in_a_fresh_process(tmp_path: Path, with_mixquant: str)
     assert done.returncode == 0, done.stderr
     found = torch.load(out, weights_only=False)
 
-    reference = (model if with_mixquant == "yes" else plain).generate(
+    reference = (model if imported != "no" else plain).generate(
         PROMPT,
         max_new_tokens=3,
         do_sample=False,
@@ -702,7 +705,7 @@ def test_saved_and_loaded_in_a_fresh_process(tmp_path: Path, with_mixquant: str)
         return_dict_in_generate=True,
     )
     assert torch.equal(found["logits"], torch.stack(reference.logits))
-    if with_mixquant == "yes":
+    if imported != "no":
         assert found["mlp"] == "PhaseLinear"
         assert found["recipe"] == mixquant.summary(model).recipe.to_dict()
     else:
