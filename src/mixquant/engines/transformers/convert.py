@@ -30,7 +30,8 @@ from mixquant.engines.transformers.module import (
 from mixquant.engines.transformers.passes import watch
 from mixquant.engines.transformers.stored import why_not_plain
 from mixquant.engines.transformers.trial import OTHER_ROWS, why_not_its_rows
-from mixquant.formats import cuda_capability, native_formats, why_not_on
+from mixquant.formats import native_formats, why_not_on
+from mixquant.hardware import cuda_capability
 
 
 def convert(model: PreTrainedModel, recipe: Recipe) -> None:
