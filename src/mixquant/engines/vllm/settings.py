@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from mixquant.checkpoints.prefill import directory_of
+from mixquant.checkpoints.tensor_files import directory_of
 from mixquant.core.recipe import FormatName, Recipe, RecipeError
 from mixquant.engines.vllm import hardware, versions
 from mixquant.engines.vllm.config import METHOD, PhaseQuantizationConfig

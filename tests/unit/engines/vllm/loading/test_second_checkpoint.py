@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from mixquant.checkpoints.prefill import CheckpointError, Fp8Tensors, Nvfp4Tensors
+from mixquant.checkpoints.compressed_tensors import Fp8Tensors, Nvfp4Tensors
+from mixquant.checkpoints.tensor_files import CheckpointError
 from mixquant.formats import fp8, nvfp4
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
