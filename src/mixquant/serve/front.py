@@ -19,24 +19,27 @@ import logging
 import os
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
 import httpx
 import prometheus_client as prometheus
 from starlette.applications import Starlette
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
 
 from mixquant.serve import answers, listener
-from mixquant.serve.accepted import Accepted, Refused, accepted
+from mixquant.serve.accepted import Refused, accepted
 from mixquant.serve.answers import own_error
+from mixquant.serve.bodies import CLIENT_GONE, Bodies
 from mixquant.serve.listener import Limits, error_body
 
 LOG = logging.getLogger("uvicorn.error")  # whose handler and level the server sets up
+GENERATES = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages")
 BYTES_PER_TOKEN = 4  # of English text and code; what decides is a rough measure of worth
-CLIENT_GONE = 499
 # On its way to one engine alone the router, 0.1.17, does not show the engines of these paths the key.
 NEED_TRANSFER = ("/v1/responses", "/v1/messages")
 UNREADY = (502, 503, 504)
@@ -83,6 +86,30 @@ class Settings:
     limits: Limits = field(default_factory=Limits)
 
 
+@dataclass(frozen=True)
+class Taken:
+    """What is kept of a request while engines work on it. What it was parsed to takes far more memory.
+
+    Attributes:
+        content: JSON text in UTF-8.
+        left_out: parameters that were not kept.
+        streams: whether the answer comes in pieces.
+        route: ``transfer`` or ``direct``.
+        reason: why it takes this route.
+        session: what the turns of its conversation share.
+    """
+
+    content: bytes
+    left_out: tuple[str, ...]
+    streams: bool = False
+    route: str = "direct"
+    reason: str = "prompt"
+    session: str | None = None
+
+
+Endpoint = Callable[[Request, ExitStack], Awaitable[Response]]
+
+
 def application(settings: Settings, client: httpx.AsyncClient | None = None) -> Starlette:
     """The server, as an ASGI application."""
     # An answer may take as long as it wants; a dead peer is noticed by its connection.
@@ -96,25 +123,17 @@ def application(settings: Settings, client: httpx.AsyncClient | None = None) -> 
         "Content-Type": "application/json",
         "Accept-Encoding": "identity",
     }
+    bodies = Bodies(settings.limits)
     generating = 0
 
-    async def generate(request: Request, taken: Accepted) -> Response:
-        nonlocal generating
-        body = taken.body
-        route, reason = route_of(body, settings.min_transfer_tokens)
-        if request.url.path in NEED_TRANSFER:
-            route, reason = "transfer", "prompt"
+    async def generate(request: Request, taken: Taken) -> Response:
         headers = to_router | passed_on(request)
-        if "x-session-id" not in headers and (session := session_of(body)):
-            headers["x-session-id"] = session
-        generating += 1
-        try:
-            answer = await first_that_answers(
-                request.url.path, taken.content, headers, route, reason
-            )
-            return await relayed(answer, bool(body.get("stream")))
-        finally:
-            generating -= 1
+        if "x-session-id" not in headers and taken.session:
+            headers["x-session-id"] = taken.session
+        answer = await first_that_answers(
+            request.url.path, taken.content, headers, taken.route, taken.reason
+        )
+        return await relayed(answer, taken.streams)
 
     async def first_that_answers(
         path: str, content: bytes, headers: dict[str, str], route: str, reason: str
@@ -196,8 +215,11 @@ def application(settings: Settings, client: httpx.AsyncClient | None = None) -> 
             return refused(answer)
         return Response(answers.without_addresses(content), answer.status_code, headers)
 
-    async def generate_while_waited_for(request: Request) -> Response:
-        taken = await taken_from(request, settings.limits)
+    async def generate_while_waited_for(request: Request, until_sent: ExitStack) -> Response:
+        nonlocal generating
+        taken = await taken_from(request, until_sent)
+        generating += 1
+        until_sent.callback(generated)
         work = asyncio.ensure_future(generate(request, taken))
         gone = asyncio.ensure_future(disconnected(request))
         await asyncio.wait((work, gone), return_when=asyncio.FIRST_COMPLETED)
@@ -209,9 +231,18 @@ def application(settings: Settings, client: httpx.AsyncClient | None = None) -> 
             return Response(status_code=CLIENT_GONE)
         return with_left_out(work.result(), taken)
 
-    async def forward(request: Request) -> Response:
+    def generated() -> None:
+        nonlocal generating
+        generating -= 1
+
+    async def taken_from(request: Request, until_sent: ExitStack) -> Taken:
+        raw = await bodies.read(request, until_sent)
+        path, least = request.url.path, settings.min_transfer_tokens
+        return await bodies.parsed(raw, lambda content: taken_of(path, content, least))
+
+    async def forward(request: Request, until_sent: ExitStack) -> Response:
         """What is no generation: to a decode engine."""
-        taken = await taken_from(request, settings.limits) if request.method == "POST" else None
+        taken = await taken_from(request, until_sent) if request.method == "POST" else None
         try:
             answer = await upstream.request(
                 "POST" if taken else "GET",
@@ -258,17 +289,14 @@ def application(settings: Settings, client: httpx.AsyncClient | None = None) -> 
         yield
         await upstream.aclose()
 
-    guarded = {
-        "/v1/chat/completions": (generate_while_waited_for, "POST"),
-        "/v1/completions": (generate_while_waited_for, "POST"),
-        "/v1/responses": (generate_while_waited_for, "POST"),
-        "/v1/messages": (generate_while_waited_for, "POST"),
+    guarded: dict[str, tuple[Endpoint, str]] = {
+        **dict.fromkeys(GENERATES, (generate_while_waited_for, "POST")),
         "/v1/models": (forward, "GET"),
         "/tokenize": (forward, "POST"),
         "/detokenize": (forward, "POST"),
     }
     routes = [
-        Route(path, guard(settings.api_key, endpoint), methods=[method])
+        Route(path, Guarded(settings.api_key, endpoint), methods=[method])
         for path, (endpoint, method) in guarded.items()
     ]
     routes += [Route("/health", health), Route("/ready", whole)]
@@ -296,39 +324,20 @@ def inner_application(engine_key: str) -> Starlette:
     )
 
 
-async def taken_from(request: Request, limits: Limits) -> Accepted:
-    """What is accepted of a request.
+def taken_of(path: str, raw: bytes, least: int) -> Taken:
+    """What is kept of a request.
 
     Raises:
-        Refused: it is too large, comes too slowly, or is no request.
+        Refused: it is no request.
     """
-    return accepted(request.url.path, await body_of(request, limits))
-
-
-async def body_of(request: Request, limits: Limits) -> bytes:
-    size, pieces = 0, []
-    too_large = f"the request's body has more than {limits.body_bytes} bytes"
-    declared = request.headers.get("content-length", "0")
-    if int(declared) > limits.body_bytes and "expect" in request.headers:
-        raise Refused(413, too_large)  # before it is sent
-    try:
-        async with asyncio.timeout(limits.request_seconds):
-            async for piece in request.stream():
-                size += len(piece)
-                if size <= limits.body_bytes:
-                    pieces.append(piece)
-                else:
-                    pieces.clear()  # read to its end all the same, or the client would not see why
-    except TimeoutError:
-        if size <= limits.body_bytes:
-            raise Refused(
-                408, f"the request's body did not come within {limits.request_seconds:g} s"
-            ) from None
-    except ClientDisconnect:
-        raise Refused(CLIENT_GONE, "the client has gone") from None
-    if size > limits.body_bytes:
-        raise Refused(413, too_large)
-    return b"".join(pieces)
+    given = accepted(path, raw)
+    if path not in GENERATES:
+        return Taken(given.content, given.left_out)
+    route, reason = route_of(given.body, least)
+    if path in NEED_TRANSFER:
+        route, reason = "transfer", "prompt"
+    streams, session = bool(given.body.get("stream")), session_of(given.body)
+    return Taken(given.content, given.left_out, streams, route, reason, session)
 
 
 def passed_on(request: Request) -> dict[str, str]:
@@ -408,23 +417,29 @@ def shows(request: Request, key: str) -> bool:
     return hmac.compare_digest(token.encode(), key.encode())
 
 
-def guard(
-    key: str | None, endpoint: Callable[[Request], Awaitable[Response]]
-) -> Callable[[Request], Awaitable[Response]]:
-    """An endpoint that asks for the key, and whose answers are counted."""
+class Guarded:
+    """An endpoint that asks for the key, and whose answers are counted.
 
-    async def guarded(request: Request) -> Response:
-        if key is not None and not shows(request, key):
-            answer: Response = failure(401, "the API key is wrong or missing")
-        else:
-            try:
-                answer = await endpoint(request)
-            except Refused as error:
-                answer = failure(error.status, error.message)
-        REQUESTS.labels(request.url.path, str(answer.status_code)).inc()
-        return answer
+    The endpoint is given a stack of what it holds until its answer is sent.
+    """
 
-    return guarded
+    def __init__(self, key: str | None, endpoint: Endpoint) -> None:
+        self.key, self.endpoint = key, endpoint
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        request = Request(scope, receive, send)
+        with ExitStack() as until_sent:
+            answer = await self.answer(request, until_sent)
+            REQUESTS.labels(request.url.path, str(answer.status_code)).inc()
+            await answer(scope, receive, send)
+
+    async def answer(self, request: Request, until_sent: ExitStack) -> Response:
+        if self.key is not None and not shows(request, self.key):
+            return failure(401, "the API key is wrong or missing")
+        try:
+            return await self.endpoint(request, until_sent)
+        except Refused as error:
+            return failure(error.status, error.message)
 
 
 def failure(status: int, message: str) -> Response:
@@ -439,7 +454,7 @@ def refused(answer: httpx.Response) -> Response:
     return JSONResponse(answers.refusal(answer), answer.status_code)
 
 
-def with_left_out(response: Response, taken: Accepted) -> Response:
+def with_left_out(response: Response, taken: Taken) -> Response:
     """A response that names the parameters which were not passed on."""
     names = [name for name in taken.left_out if name.isascii() and name.isidentifier()]
     if names:

@@ -29,6 +29,8 @@ KINDS = {
     429: "rate_limit_error",
 }
 
+LARGEST_BODIES = 64  # as many of the largest size are held at a time
+
 
 @dataclass(frozen=True)
 class Limits:
@@ -44,6 +46,11 @@ class Limits:
     body_bytes: int = 16 * 2**20
     request_seconds: float = 60
     connections: int = 1024
+
+    @property
+    def total_body_bytes(self) -> int:
+        """Of the bodies that are held at a time; status 503 for those beyond."""
+        return LARGEST_BODIES * self.body_bytes
 
 
 def error_body(status: int, message: str) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from starlette.testclient import TestClient
 
+from mixquant.serve import accepted as module
 from mixquant.serve import front
 from mixquant.serve.accepted import KNOWN, Refused, accepted
 
@@ -103,6 +104,31 @@ def test_a_value_is_no_object(name: str) -> None:
     for value in ({"a": 1}, [{"a": 1}], [[{"a": 1}]]):
         with pytest.raises(Refused, match=f"^{name} takes a value or a list of values"):
             accepted("/v1/completions", json.dumps({name: value}).encode())
+
+
+@pytest.mark.parametrize("values", ["[]", "1", '{"a":1}', '""', '"\\""'])
+def test_more_values_than_a_prompt_of_token_ids_has_are_refused(
+    monkeypatch: pytest.MonkeyPatch, values: str
+) -> None:
+    monkeypatch.setattr(module, "MOST_VALUES", 1000)
+    for count, refused in ((400, False), (1001, True)):
+        content = f'{{"logit_bias":[{",".join([values] * count)}]}}'.encode()
+        if refused:
+            with pytest.raises(Refused, match="more than 1000 values") as raised:
+                accepted("/v1/completions", content)
+            assert raised.value.status == 413
+        else:
+            assert accepted("/v1/completions", content).content == content
+
+
+@pytest.mark.parametrize("text", ["[{,", '"[', "\\[", '\\"[,{', "\\"])
+def test_a_text_is_one_value_whatever_it_holds(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    monkeypatch.setattr(module, "MOST_VALUES", 10)
+    body = {"prompt": text * 100, "stop": [text] * 5}
+    assert accepted("/v1/completions", json.dumps(body).encode()).body == body
+    cut = json.dumps(body).encode()[:60]  # in a string that does not end
+    with pytest.raises(Refused, match="not JSON"):
+        accepted("/v1/completions", cut)
 
 
 def test_a_name_given_twice_is_given_once() -> None:

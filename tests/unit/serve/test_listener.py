@@ -7,7 +7,8 @@ import json
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,19 +16,22 @@ import httpx
 import pytest
 import uvicorn
 
-from mixquant.serve import front
+from mixquant.serve import bodies, front, listener
+from mixquant.serve.accepted import accepted
 from mixquant.serve.listener import Limits, protocol
 
 PATIENCE = 60  # s, for what takes a moment
 HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n"
 
 
+def fine(request: Any) -> Any:
+    return httpx.Response(200, json={"fine": True})
+
+
 @contextmanager
-def listening(limits: Limits) -> Iterator[int]:
+def listening(limits: Limits, router: Callable[[Any], Any] = fine) -> Iterator[int]:
     """The front on a free port, over a router that answers everything."""
-    upstream = httpx.AsyncClient(
-        transport=httpx.MockTransport(lambda request: httpx.Response(200, json={"fine": True}))
-    )
+    upstream = httpx.AsyncClient(transport=httpx.MockTransport(router))
     settings = front.Settings("http://t", "http://d", 256, True, "inner", None, limits)
     config = uvicorn.Config(
         front.application(settings, upstream), http=protocol(limits), ws="none", log_level="error"
@@ -102,6 +106,82 @@ def test_a_body_that_is_too_large_is_not_kept() -> None:
         # Announced, and half of it sent.
         half = said(port, HEAD + b"Content-Length: 3000000\r\n\r\n" + large[:5000])
         assert status_and_error(half)[0] == 413
+
+
+def test_a_body_that_takes_long_to_parse_keeps_nobody_waiting(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    parsing, parsed = threading.Semaphore(0), threading.Event()
+
+    def slowly(path: str, raw: bytes) -> Any:
+        if len(raw) > bodies.PARSED_AT_ONCE:
+            parsing.release()
+            assert parsed.wait(PATIENCE)
+        return accepted(path, raw)
+
+    monkeypatch.setattr(front, "accepted", slowly)
+    large = {"prompt": "a" * bodies.PARSED_AT_ONCE}
+    with listening(Limits()) as port, ThreadPoolExecutor(bodies.PARSERS + 1) as clients:
+        url = f"http://127.0.0.1:{port}"
+        try:
+            waiting = [
+                clients.submit(httpx.post, f"{url}/v1/completions", json=large, timeout=PATIENCE)
+                for _ in range(bodies.PARSERS + 1)
+            ]
+            for _ in range(bodies.PARSERS):
+                assert parsing.acquire(timeout=PATIENCE)
+            assert httpx.get(f"{url}/health").status_code == 200
+            assert httpx.post(f"{url}/v1/completions", json={"prompt": "a"}).status_code == 200
+            assert not parsing.acquire(blocking=False)  # no more at a time
+        finally:
+            parsed.set()
+        assert [one.result(PATIENCE).status_code for one in waiting] == [200] * len(waiting)
+
+
+@pytest.mark.parametrize("streams", [False, True])
+@pytest.mark.parametrize("path", ["/v1/completions", "/tokenize"])
+def test_no_more_bodies_than_are_held(
+    monkeypatch: pytest.MonkeyPatch, streams: bool, path: str
+) -> None:
+    """They are held until the answers are sent, and no longer."""
+    monkeypatch.setattr(listener, "LARGEST_BODIES", 2)
+    asked = threading.Semaphore(0)
+    answer = asyncio.Event()
+    loop: asyncio.AbstractEventLoop
+
+    class Stream(httpx.AsyncByteStream):
+        async def __aiter__(self) -> AsyncIterator[bytes]:
+            asked.release()
+            yield b"data: a\n\n"
+            await answer.wait()
+
+    async def router(request: Any) -> Any:
+        nonlocal loop
+        loop = asyncio.get_running_loop()
+        if request.method == "GET":
+            return httpx.Response(200)
+        return httpx.Response(200, stream=Stream())
+
+    content = json.dumps({"prompt": "a", "stream": streams}).encode().ljust(1000)
+    limits = Limits(body_bytes=1000)
+    with listening(limits, router) as port, ThreadPoolExecutor(2) as clients:
+        url = f"http://127.0.0.1:{port}{path}"
+
+        for _ in range(3):  # what is held once is given back
+            answer.clear()
+            clients_waiting = [
+                clients.submit(httpx.post, url, content=content, timeout=PATIENCE) for _ in range(2)
+            ]
+            try:
+                for _ in range(2):
+                    assert asked.acquire(timeout=PATIENCE)
+                refused = httpx.post(url, content=content, timeout=PATIENCE)
+                assert refused.status_code == 503
+                assert "try again" in refused.json()["error"]["message"]
+                assert refused.headers["retry-after"] == "5"
+            finally:
+                loop.call_soon_threadsafe(answer.set)
+            assert [one.result(PATIENCE).status_code for one in clients_waiting] == [200] * 2
 
 
 def test_no_more_connections_than_are_taken() -> None:
