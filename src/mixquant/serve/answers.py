@@ -55,6 +55,19 @@ def own_error(answer: httpx.Response) -> str | None:
     return FAILED if of_prefill or text == "Internal Server Error" else None
 
 
+def quotes_prefill(answer: httpx.Response) -> bool:
+    """Whether a router quotes what a prefill engine answered, which can hold parts of a prompt."""
+    return _OF_PREFILL.search(answer.text) is not None
+
+
+def refused_by_prefill(answer: httpx.Response) -> httpx.Response | None:
+    """The answer of a prefill engine that refused a request, if a router quotes one."""
+    found = _OF_PREFILL.search(answer.text)
+    if found is None or not 400 <= int(found[1]) < 500:
+        return None
+    return httpx.Response(int(found[1]), text=found[2])
+
+
 def refusal(answer: httpx.Response) -> dict[str, Any]:
     """The body of an answer with a status of 4xx, in the shape of OpenAI's API."""
     with contextlib.suppress(ValueError):

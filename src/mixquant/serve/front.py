@@ -124,7 +124,7 @@ def application(settings: Settings, client: httpx.AsyncClient | None = None) -> 
         "Accept-Encoding": "identity",
     }
     bodies = Bodies(settings.limits)
-    generating = 0
+    generating = begun = 0  # requests: now, and ever
 
     async def generate(request: Request, taken: Taken) -> Response:
         headers = to_router | passed_on(request)
@@ -146,24 +146,27 @@ def application(settings: Settings, client: httpx.AsyncClient | None = None) -> 
             await asyncio.sleep(PAUSES[attempt])
             ROUTED.labels(route, reason).inc()
             base = settings.transfer if route == "transfer" else settings.direct
-            alone = generating == 1
+            others, begun_before = generating > 1, begun
+            broke_off = False
             try:
                 answer = await upstream.send(
                     upstream.build_request("POST", base + path, content=content, headers=headers),
                     stream=True,
                 )
+                if answer.status_code in BROKEN:
+                    async with contextlib.aclosing(answer):
+                        await answer.aread()
+                    answer = answers.refused_by_prefill(answer) or answer
                 status = answer.status_code
             except httpx.HTTPError as error:
                 answer, status = None, 502
+                broke_off = not isinstance(error, (httpx.ConnectError, httpx.ConnectTimeout))
                 found.append(f"{route}: {type(error).__name__}")
             if status not in BROKEN:
                 assert answer is not None
                 return answer
             final = False
             if answer is not None:
-                with contextlib.suppress(httpx.HTTPError):
-                    await answer.aread()
-                await answer.aclose()
                 found.append(f"{route}: {said_by_router(answer)}")
                 last = answer
                 error_of_its_own = own_error(answer)
@@ -172,9 +175,11 @@ def application(settings: Settings, client: httpx.AsyncClient | None = None) -> 
                     dead = answers.DEAD in error_of_its_own
                     deaths += dead
                     final = not may_be_tried_again(error_of_its_own) or deaths == MOST_DEATHS
-                    final = final or (dead and alone and generating == 1)
+                    alone = not others and begun == begun_before
+                    final = final or (dead and alone)
             attempt += 1
-            faults += status not in UNREADY
+            # A connection that broke off had the request, which an engine or a router may have died of.
+            faults += status not in UNREADY or broke_off
             if final:
                 LOG.warning("an engine failed at a request; attempts: %s", "; ".join(found))
                 assert last is not None
@@ -216,9 +221,10 @@ def application(settings: Settings, client: httpx.AsyncClient | None = None) -> 
         return Response(answers.without_addresses(content), answer.status_code, headers)
 
     async def generate_while_waited_for(request: Request, until_sent: ExitStack) -> Response:
-        nonlocal generating
+        nonlocal generating, begun
         taken = await taken_from(request, until_sent)
         generating += 1
+        begun += 1
         until_sent.callback(generated)
         work = asyncio.ensure_future(generate(request, taken))
         gone = asyncio.ensure_future(disconnected(request))
@@ -481,11 +487,9 @@ def is_json(answer: httpx.Response) -> bool:
 
 def said_by_router(answer: httpx.Response) -> str:
     """What a log may say of an answer: what engines say is JSON, and can hold parts of a prompt."""
-    if is_json(answer) or own_error(answer) is not None:
+    if is_json(answer) or own_error(answer) is not None or answers.quotes_prefill(answer):
         return str(answer.status_code)
-    with contextlib.suppress(httpx.ResponseNotRead):
-        return f"{answer.status_code} {answer.text[:300]}"
-    return str(answer.status_code)
+    return f"{answer.status_code} {answer.text[:300]}"
 
 
 async def unknown(request: Request, error: Exception) -> Response:

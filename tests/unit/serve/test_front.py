@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -433,6 +434,10 @@ PREFILL_FAILED = (
     "Transparent proxy request failed: Network error: Prefill server http://127.0.0.1:1/v1/completions "
     'returned 500 Internal Server Error: {{"error": {{"message": "{}", "code": 500}}}}'
 )
+PREFILL_REFUSED = (
+    "Transparent proxy request failed: Network error: Prefill server http://127.0.0.1:1/v1/completions "
+    "returned {}: {}"
+)
 DEAD = "EngineCore encountered an issue. See stack trace (above) for the root cause."
 
 
@@ -493,6 +498,132 @@ def test_a_cache_that_did_not_come_is_fetched_again_where_nothing_takes_over(
     with served(routers, decode_fallback=fallback) as client:
         status = client.post("/v1/completions", json=completion()).status_code
     assert (status, len(routers.asked)) == ((500, 1) if fallback else (200, 2))
+
+
+def test_a_stream_is_beside_an_engines_death_until_it_ends() -> None:
+    """So the request that meets the death is not taken for its cause."""
+    streaming, died = asyncio.Event(), asyncio.Event()
+    asked: list[str] = []
+
+    class Stream(httpx.AsyncByteStream):
+        async def __aiter__(self) -> AsyncIterator[bytes]:
+            streaming.set()
+            yield b"data: a\n\n"
+            await died.wait()
+
+    async def router(request: Any) -> Any:
+        asked.append(json.loads(request.content)["model"])
+        if asked[-1] == "stream":
+            return httpx.Response(200, stream=Stream())
+        await streaming.wait()
+        if len(asked) == 2:
+            return failing(DEAD, True)
+        died.set()
+        return httpx.Response(200, json={})
+
+    with served(router) as client, ThreadPoolExecutor(2) as pool:
+        first = pool.submit(
+            client.post, "/v1/completions", json={**completion(stream=True), "model": "stream"}
+        )
+        while not streaming.is_set():
+            time.sleep(0.01)
+        try:
+            second = client.post("/v1/completions", json=completion())
+        finally:
+            client.portal.call(died.set)
+        assert first.result(60).status_code == 200
+    assert (second.status_code, asked) == (200, ["stream", "m", "m"])
+
+
+def test_what_came_and_went_meanwhile_may_have_ended_an_engine() -> None:
+    """The killer of an engine can be gone before the others hear of the death."""
+    waiting, killed = asyncio.Event(), asyncio.Event()
+    asked: list[str] = []
+
+    async def router(request: Any) -> Any:
+        asked.append(json.loads(request.content)["model"])
+        if asked[-1] == "killer":
+            return failing(DEAD, True) if asked.count("killer") == 1 else httpx.Response(400)
+        if len(asked) == 1:
+            waiting.set()
+            await killed.wait()
+            return failing(DEAD, True)
+        return httpx.Response(200, json={})
+
+    with served(router) as client, ThreadPoolExecutor(1) as pool:
+        first = pool.submit(client.post, "/v1/completions", json=completion())
+        while not waiting.is_set():
+            time.sleep(0.01)
+        try:
+            client.post("/v1/completions", json={**completion(), "model": "killer"})
+        finally:
+            client.portal.call(killed.set)
+        assert first.result(60).status_code == 200
+    assert asked[-1] == "m"
+
+
+BROKEN_OFF = httpx.RemoteProtocolError("Server disconnected without sending a response.")
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [BROKEN_OFF, httpx.ReadError("reset"), httpx.WriteError("reset")],
+    ids=lambda one: type(one).__name__,
+)
+def test_what_breaks_connections_off_is_not_repeated_for_ever(broken: Exception) -> None:
+    routers = Routers(transfer=broken, direct=broken)
+    with served(routers) as client:
+        assert client.post("/v1/completions", json=completion(SHORT)).status_code == 503
+    assert routers.hosts == ["direct"] * front.MOST_FAULTS
+    routers = Routers(transfer=broken, direct=broken)
+    with served(routers) as client:
+        assert client.post("/v1/completions", json=completion()).status_code == 503
+    assert routers.hosts == ["transfer"] + ["direct"] * front.MOST_FAULTS
+    routers = Routers(transfer=broken)
+    with served(routers, decode_fallback=False) as client:
+        assert client.post("/v1/completions", json=completion()).status_code == 503
+    assert routers.hosts == ["transfer"] * front.MOST_FAULTS
+
+
+@pytest.mark.parametrize("late", [httpx.ConnectError("refused"), httpx.ConnectTimeout("slow")])
+def test_a_router_that_was_not_reached_did_not_have_the_request(late: Exception) -> None:
+    routers = Routers(direct=[late, late, late, 200])
+    with served(routers) as client:
+        assert client.post("/v1/completions", json=completion(SHORT)).status_code == 200
+
+
+def test_an_error_that_breaks_off_is_a_broken_connection() -> None:
+    def broken(request: Any) -> Any:
+        return httpx.Response(500, stream=Breaking())
+
+    with served(broken) as client:
+        answer = client.post("/v1/completions", json=completion(SHORT))
+    assert answer.status_code == 503
+    assert "try again" in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("status", [400, 404, 413, 422, 429])
+def test_what_a_prefill_engine_refuses_is_refused(
+    status: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    said = {"error": {"message": "a secret is too long", "type": "BadRequestError", "code": status}}
+    text = PREFILL_REFUSED.format(f"{status} Whatever", json.dumps(said))
+    routers = Routers(transfer=httpx.Response(500, text=text))
+    with served(routers) as client:
+        answer = client.post("/v1/completions", json=completion())
+    assert (answer.status_code, answer.json()) == (status, said)
+    assert routers.hosts == ["transfer"]
+    assert "secret" not in caplog.text
+
+
+def test_what_a_prefill_engine_says_otherwise_is_not_logged(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    text = PREFILL_REFUSED.format("503 Service Unavailable", "a secret")
+    with served(Routers(transfer=httpx.Response(500, text=text)), decode_fallback=False) as client:
+        assert client.post("/v1/completions", json=completion()).status_code == 503
+    (line,) = [r.getMessage() for r in caplog.records if "attempts" in r.getMessage()]
+    assert line.endswith("attempts: transfer: 500; transfer: 500")
 
 
 def test_the_log_says_what_was_tried_and_nothing_of_a_prompt(
