@@ -1,7 +1,7 @@
 """uvicorn with what it has no options for: a limit of connections, and a deadline for each request.
 
-A client that sends half of a request and waits costs memory and a file descriptor for as long as it
-likes; uvicorn's own timeout is for connections that send nothing at all.
+A client that sends half of a request and waits, or reads half of an answer, costs memory and a file
+descriptor for as long as it likes; uvicorn's own timeout is for connections that send nothing at all.
 """
 
 from __future__ import annotations
@@ -39,8 +39,10 @@ class Limits:
     Attributes:
         body_bytes: of one request's body; a larger one is answered with status 413.
         request_seconds: from a connection, or the end of the answer before, to the end of a request's
-            headers, and from there to the end of its body; after it, status 408.
-        connections: at a time; status 503 for those beyond.
+            headers, and from there to the end of its body; after it, status 408. Also the time in which
+            a client has to read half of what waits for it; after it, the connection is cut.
+        connections: at a time. One that asks for nothing is cut for a new one; where all ask, the new
+            one is answered with status 503.
     """
 
     body_bytes: int = 16 * 2**20
@@ -62,37 +64,86 @@ def error_body(status: int, message: str) -> dict[str, Any]:
 def protocol(limits: Limits) -> type[H11Protocol]:
     """uvicorn's protocol for HTTP with these limits."""
 
+    # Connections without a request that is answered, the one that waits longest first.
+    idle: dict[Limited, None] = {}
+
+    def cut_longest_idle() -> bool:
+        for one in idle:
+            del idle[one]
+            one.transport.abort()
+            return True
+        return False
+
     class Limited(H11Protocol):
         deadline: asyncio.TimerHandle | None = None
+        reading_deadline: asyncio.TimerHandle | None = None
         received = False
 
         def connection_made(self, transport: Any) -> None:
             super().connection_made(transport)
-            if len(self.connections) > limits.connections:
+            # Writing pauses as soon as a client does not take all, and goes on once it took all: so the
+            # time that it has for it also ends connections that are to be closed.
+            transport.set_write_buffer_limits(high=0)
+            if len(self.connections) > limits.connections and not cut_longest_idle():
                 self._refuse(503, "the server has as many connections as it takes; try again later")
             else:
+                idle[self] = None
                 self._wait()
 
         def connection_lost(self, exc: Exception | None) -> None:
+            idle.pop(self, None)
             self._wait_no_more()
+            self._wait_for_reader_no_more()
             super().connection_lost(exc)
+
+        def pause_writing(self) -> None:
+            super().pause_writing()
+            self._wait_for_reader()
+
+        def resume_writing(self) -> None:
+            super().resume_writing()
+            self._wait_for_reader_no_more()
 
         def data_received(self, data: bytes) -> None:
             if self.transport.is_closing():
                 return
             self.received = True
             super().data_received(data)
+            if self._answering():
+                idle.pop(self, None)
             if self.conn.their_state not in (h11.IDLE, h11.SEND_BODY):
                 self._wait_no_more()
 
         def on_response_complete(self) -> None:
             super().on_response_complete()
             self.received = False
+            if not self._answering():
+                idle[self] = None
             if self.conn.their_state in (h11.IDLE, h11.SEND_BODY):
                 self._wait()
 
         def send_400_response(self, msg: str) -> None:
             self._refuse(400, "this is not a request in HTTP, or its headers are too long")
+
+        def _answering(self) -> bool:
+            return self.cycle is not None and not self.cycle.response_complete
+
+        def _wait_for_reader(self) -> None:
+            left = self.transport.get_write_buffer_size()
+            self.reading_deadline = self.loop.call_later(
+                limits.request_seconds, self._read_too_slowly, left
+            )
+
+        def _wait_for_reader_no_more(self) -> None:
+            if self.reading_deadline is not None:
+                self.reading_deadline.cancel()
+                self.reading_deadline = None
+
+        def _read_too_slowly(self, left: int) -> None:
+            if 2 * self.transport.get_write_buffer_size() > left:
+                self.transport.abort()
+            else:
+                self._wait_for_reader()
 
         def _wait(self) -> None:
             self._wait_no_more()
@@ -106,8 +157,7 @@ def protocol(limits: Limits) -> type[H11Protocol]:
         def _too_late(self) -> None:
             if self.transport.is_closing():
                 return
-            answering = self.cycle is not None and not self.cycle.response_complete
-            if self.conn.their_state is h11.SEND_BODY and answering:
+            if self.conn.their_state is h11.SEND_BODY and self._answering():
                 # Who reads the body answers that it took too long, and has the same time for it.
                 self._wait()
             elif self.conn.their_state is h11.IDLE and self.received:
@@ -133,13 +183,15 @@ def protocol(limits: Limits) -> type[H11Protocol]:
 async def serve(
     app: Any, sockets: Sequence[socket], limits: Limits, drain: float, inner: Any, address: str
 ) -> None:
-    """Serves an application until SIGTERM or SIGINT, and another one beside it.
+    """Serves an application to clients, and another one to this set, until SIGTERM or SIGINT.
 
     Args:
-        sockets: that the first one listens on.
+        app: the application for clients.
+        sockets: that it listens on.
+        limits: of clients; the inner application has none.
         drain: seconds that answers have to end in, then.
         inner: the other application, for this set's own processes and for metrics.
-        address: ``host:port`` that it listens on.
+        address: ``host:port`` that the inner application listens on.
     """
     with contextlib.suppress(OSError, ValueError):  # each client takes two: its own and a router's
         _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -154,10 +206,10 @@ async def serve(
         )
     )
     host, _, port = address.rpartition(":")
-    own = _Beside(
+    inner_server = _WithoutSignals(
         uvicorn.Config(
             inner,
-            http=protocol(limits),
+            http="h11",
             ws="none",
             host=host.strip("[]"),
             port=int(port),
@@ -165,15 +217,15 @@ async def serve(
             lifespan="off",
         )
     )
-    beside = asyncio.create_task(own.serve())
+    serving_inner = asyncio.create_task(inner_server.serve())
     try:
         await public.serve(sockets=list(sockets))
     finally:
-        own.should_exit = True
-        await beside
+        inner_server.should_exit = True
+        await serving_inner
 
 
-class _Beside(uvicorn.Server):
+class _WithoutSignals(uvicorn.Server):
     """A server that leaves signals to another one."""
 
     @contextlib.contextmanager

@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import httpx
@@ -19,6 +19,7 @@ import uvicorn
 from mixquant.serve import bodies, front, listener
 from mixquant.serve.accepted import accepted
 from mixquant.serve.listener import Limits, protocol
+from mixquant.servers.ports import free_ports
 
 PATIENCE = 60  # s, for what takes a moment
 HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n"
@@ -190,7 +191,8 @@ def test_no_more_connections_than_are_taken() -> None:
         held = [socket.create_connection(("127.0.0.1", port), PATIENCE) for _ in range(20)]
         try:
             for one in held:
-                one.sendall(HEAD)
+                one.sendall(HEAD + b"Content-Length: 100\r\n\r\n{")
+            time.sleep(0.5)  # until the server has read them all
             for _ in range(3):
                 status, error = status_and_error(said(port, b""))
                 assert status == 503
@@ -202,6 +204,156 @@ def test_no_more_connections_than_are_taken() -> None:
         end = time.monotonic() + PATIENCE
         while httpx.post(url, json={"prompt": "a"}).status_code != 200:
             assert time.monotonic() < end
+
+
+def test_connections_that_ask_for_nothing_make_room() -> None:
+    """Those that say nothing, send half of a request's headers, or keep alive what was answered."""
+    limits = Limits(connections=20, request_seconds=PATIENCE)
+    with listening(limits) as port, ExitStack() as open_ones:
+        url = f"http://127.0.0.1:{port}/v1/completions"
+        kept = open_ones.enter_context(httpx.Client(timeout=PATIENCE))
+        assert kept.post(url, json={"prompt": "a"}).status_code == 200
+        for number in range(40):
+            one = socket.create_connection(("127.0.0.1", port), PATIENCE)
+            open_ones.enter_context(one)
+            if number % 2:
+                one.sendall(HEAD)
+        for _ in range(3):
+            assert httpx.post(url, json={"prompt": "a"}).status_code == 200
+        assert kept.post(url, json={"prompt": "a"}).status_code == 200
+
+
+def test_a_connection_whose_request_is_answered_is_not_cut_for_a_new_one() -> None:
+    asked, answer = threading.Event(), threading.Event()
+
+    async def slowly(request: Any) -> Any:
+        asked.set()
+        while not answer.is_set():
+            await asyncio.sleep(0.01)
+        return httpx.Response(200, json={"fine": True})
+
+    with (
+        listening(Limits(connections=1), slowly) as port,
+        ThreadPoolExecutor(1) as clients,
+    ):
+        url = f"http://127.0.0.1:{port}/v1/completions"
+        waiting = clients.submit(httpx.post, url, json={"prompt": "a"}, timeout=PATIENCE)
+        try:
+            assert asked.wait(PATIENCE)
+            assert status_and_error(said(port, b""))[0] == 503
+        finally:
+            answer.set()
+        assert waiting.result(PATIENCE).status_code == 200
+
+
+@pytest.mark.parametrize("closes", [b"", b"Connection: close\r\n"])
+@pytest.mark.parametrize("streams", [False, True])
+def test_a_client_that_does_not_read_is_cut(streams: bool, closes: bytes) -> None:
+    large = b"a" * 40_000_000  # more than any buffer of the system's
+    ended = threading.Event()
+
+    class Stream(httpx.AsyncByteStream):
+        async def __aiter__(self) -> AsyncIterator[bytes]:
+            try:
+                for start in range(0, len(large), 10_000):
+                    yield large[start : start + 9_999] + b"\n"
+            finally:
+                ended.set()
+
+    def router(request: Any) -> Any:
+        if b"large" not in request.content:
+            return httpx.Response(200, json={})
+        return httpx.Response(200, stream=Stream())
+
+    body = json.dumps({"prompt": "large", "stream": streams}).encode()
+    length = f"Content-Length: {len(body)}\r\n\r\n".encode()
+    with (
+        listening(Limits(connections=1, request_seconds=1), router) as port,
+        socket.create_connection(("127.0.0.1", port), PATIENCE) as one,
+    ):
+        one.sendall(HEAD + closes + length + body)
+        one.recv(1)
+        end = time.monotonic() + PATIENCE
+        url = f"http://127.0.0.1:{port}/v1/completions"
+        while httpx.post(url, json={"prompt": "a"}).status_code != 200:
+            assert time.monotonic() < end
+            time.sleep(0.1)
+        assert ended.wait(PATIENCE)
+        got = 1
+        with suppress(ConnectionResetError):
+            while piece := one.recv(2**20):
+                got += len(piece)
+        assert got < len(large)
+
+
+def test_a_client_that_reads_slowly_is_waited_for() -> None:
+    large, seconds = 40_000_000, 3.0
+
+    def router(request: Any) -> Any:
+        return httpx.Response(200, content=b"a" * large)
+
+    with (
+        listening(Limits(request_seconds=seconds), router) as port,
+        socket.create_connection(("127.0.0.1", port), PATIENCE) as one,
+    ):
+        one.sendall(HEAD + b"Content-Length: 15\r\nConnection: close\r\n\r\n" + b'{"prompt": "a"}')
+        got, begun = 0, time.monotonic()
+        while got < 0.8 * large:
+            got += len(one.recv(2**20))
+        time.sleep(max(0.0, begun + 1.5 * seconds - time.monotonic()))
+        while piece := one.recv(2**20):
+            got += len(piece)
+    assert got > large
+
+
+def test_the_inner_address_has_no_limits_of_clients(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The routers ask there for every request whether their key is right."""
+    (inner_port,) = free_ports(1)
+    servers: list[uvicorn.Server] = []
+
+    class Server(uvicorn.Server):
+        def __init__(self, config: uvicorn.Config) -> None:
+            super().__init__(config)
+            servers.append(self)
+
+    monkeypatch.setattr(uvicorn, "Server", Server)
+    limits = Limits(connections=1, request_seconds=0.2)
+    settings = front.Settings("http://t", "http://d", 256, True, "inner", None, limits)
+    with socket.create_server(("127.0.0.1", 0)) as one, ExitStack() as open_ones:
+        serving = listener.serve(
+            front.application(settings),
+            [one],
+            limits,
+            1,
+            front.inner_application("inner"),
+            f"127.0.0.1:{inner_port}",
+        )
+        thread = threading.Thread(target=lambda: asyncio.run(serving))
+        thread.start()
+        try:
+            url = f"http://127.0.0.1:{inner_port}/internal/key-check"
+            headers = {"Authorization": "Bearer inner"}
+            clients = [
+                open_ones.enter_context(httpx.Client(headers=headers, timeout=PATIENCE))
+                for _ in range(5)
+            ]
+            end = time.monotonic() + PATIENCE
+            while True:
+                with suppress(httpx.ConnectError):
+                    clients[0].get(url)
+                    break
+                assert time.monotonic() < end
+            half = socket.create_connection(("127.0.0.1", inner_port), PATIENCE)
+            open_ones.enter_context(half).sendall(b"GET /internal/key-check HTTP/1.1\r\n")
+            for _ in range(3):
+                assert [c.get(url).status_code for c in clients] == [200] * 5
+                time.sleep(0.3)
+            half.sendall(b"Host: a\r\nAuthorization: Bearer inner\r\n\r\n")
+            assert b"200 OK" in half.recv(65536)
+        finally:
+            servers[0].should_exit = True
+            thread.join(PATIENCE)
+        assert not thread.is_alive()
 
 
 def test_what_takes_long_to_answer_is_not_cut_off() -> None:
