@@ -33,7 +33,7 @@ from mixquant.kernels.cpu import int8 as int8_cpu
 CPU = torch.device("cpu")
 FORMATS = tuple(BY_NAME)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-INT8_KERNELS = tuple({int8.INT8.kernel(CPU), EMULATION})
+INT8_KERNELS = tuple(dict.fromkeys((int8.INT8.kernel(CPU), EMULATION)))
 # Around the row counts where a library, or FEW_ROWS, switches to another kernel.
 ROW_COUNTS = (1, 2, 15, 16, 17, 33, 513)
 
