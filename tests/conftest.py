@@ -9,14 +9,33 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import contextlib
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import this_machine
 import torch
+from example_counts import FAST, THOROUGH
+from hypothesis import settings
 from served import TEMPLATE, Served
 
 from mixquant.checkpoints import models
+
+# Which tests a folder holds. A test may be marked besides: `slow`, say.
+MARKERS = {"engines": "engine", "servers": "server", "gpu": "gpu"}
+
+# `make test-all` asks for the thorough one.
+settings.register_profile("fast", max_examples=FAST)
+settings.register_profile("thorough", max_examples=THOROUGH)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fast"))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    here = Path(__file__).parent
+    for item in items:
+        folder = item.path.relative_to(here).parts[0]
+        if folder in MARKERS:
+            item.add_marker(MARKERS[folder])
 
 
 @pytest.fixture(scope="session", autouse=True)

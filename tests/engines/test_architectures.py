@@ -25,7 +25,7 @@ from vllm_engines import (
 )
 
 require_vllm()
-pytestmark = this_machine.needs_patience
+pytestmark = [pytest.mark.slow, this_machine.needs_patience]
 
 # What vLLM's attention kernels on the CPU and CUTLASS's products ask for.
 SIZES: dict[str, Any] = {

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import this_machine
 import tiny_models
 from transformers import AutoTokenizer
@@ -39,6 +40,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_rows_of_beams_are_precise(smollm2_path: str, tmp_path: Path) -> None:
     model = tmp_path / "model"
     tokenizer = AutoTokenizer.from_pretrained(smollm2_path)

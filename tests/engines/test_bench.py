@@ -9,6 +9,7 @@ import pytest
 from mixquant import cli, results
 
 
+@pytest.mark.slow
 def test_three_arms_in_process(
     smollm2_path: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

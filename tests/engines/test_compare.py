@@ -27,6 +27,7 @@ def _compare(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     return capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_compare(smollm2_path: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "results.json"
     printed = _compare(capsys, smollm2_path, "--json", str(file), "--max-new-tokens", "12")

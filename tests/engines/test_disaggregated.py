@@ -29,6 +29,7 @@ from mixquant.checkpoints.write import quantize
 
 require_vllm()
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.skipif(importlib.util.find_spec("nixl") is None, reason="NIXL is not installed"),
     this_machine.needs_patience,
 ]

@@ -267,6 +267,7 @@ def measured(
     return result
 
 
+@pytest.mark.slow
 class TestOnTransformers:
     def test_arms(self, measured: Fidelity, texts: list[Path]) -> None:
         assert [arm.name for arm in measured.arms] == ["bf16", "my", "exact", "quantized"]
@@ -347,6 +348,7 @@ class TestOnTransformers:
         assert figures.identical_tokens == same.double().mean().item()
 
 
+@pytest.mark.slow
 def test_long_prompts_are_read_one_by_one(smollm2_path: str, monkeypatch: Any) -> None:
     """Side by side or not, the answers are put together in order."""
     from mixquant.checkpoints.models import find
@@ -420,6 +422,7 @@ def test_what_a_worker_takes_down_with_the_v2_runner(tmp_path: Path) -> None:
     assert torch.equal(runner.model.compute_logits(logits[2]), logits[2])
 
 
+@pytest.mark.slow
 @this_machine.needs_patience
 class TestOnVLLM:
     def test_agrees_with_transformers(

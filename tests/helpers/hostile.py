@@ -6,6 +6,7 @@ import copy
 import json
 from typing import Any
 
+from example_counts import up_to
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 FUZZ = settings(
     derandomize=True,
     deadline=None,
-    max_examples=150,
+    max_examples=up_to(150),
     database=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )

@@ -25,6 +25,7 @@ from mixquant.bench.trace import Request
 require_vllm()
 psutil = pytest.importorskip("psutil")
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.skipif(ON_GPU, reason="expects what a CPU serves with the default recipe"),
     this_machine.needs_patience,
 ]

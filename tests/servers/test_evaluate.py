@@ -15,7 +15,10 @@ from mixquant import cli, results
 require_vllm()
 pytest.importorskip("bfcl_eval")
 pytest.importorskip("openai")
-pytestmark = pytest.mark.skipif(ON_GPU, reason="expects what a CPU serves with the default recipe")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(ON_GPU, reason="expects what a CPU serves with the default recipe"),
+]
 
 
 @pytest.fixture(autouse=True)

@@ -33,7 +33,10 @@ from vllm_engines import ON_GPU, by_the_rule, require_vllm, rows_of
 require_vllm()
 openai = pytest.importorskip("openai")
 psutil = pytest.importorskip("psutil")
-pytestmark = pytest.mark.skipif(ON_GPU, reason="expects what a CPU serves with the default recipe")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(ON_GPU, reason="expects what a CPU serves with the default recipe"),
+]
 
 MINIMUM, HEAD, TAIL = 128, 0, 1  # the default recipe's, for int8
 BLOCK = 128  # tokens of the prefix cache that are found together, on a CPU

@@ -676,6 +676,7 @@ def kill(served: Served, mark: str) -> None:
     os.kill(served.child(mark).pid, signal.SIGKILL)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("router", ["--vllm-pd-disaggregation", "--worker-urls"])
 def test_a_killed_router(served: Served, router: str) -> None:
     # It has a title of its own by now; its port tells which one it is.
@@ -697,6 +698,7 @@ def test_a_killed_router(served: Served, router: str) -> None:
     served.is_well()
 
 
+@pytest.mark.slow
 def test_a_prefill_engine_killed_under_load(served: Served) -> None:
     fallbacks = served.routed("fallback")
     answers = crowd(served, 60, lambda: kill(served, '"role":"prefill"'))
@@ -707,6 +709,7 @@ def test_a_prefill_engine_killed_under_load(served: Served) -> None:
     served.is_well()
 
 
+@pytest.mark.slow
 def test_a_decode_engine_killed_under_load(served: Served) -> None:
     answers = crowd(served, 20, lambda: kill(served, '"role":"decode"'), least=300)
     errors = [answer for answer in answers if answer != "length"]
@@ -718,6 +721,7 @@ def test_a_decode_engine_killed_under_load(served: Served) -> None:
     served.is_well()
 
 
+@pytest.mark.slow
 def test_sigterm_lets_answers_end_and_leaves_nothing(served: Served) -> None:
     served.at_rest()
     family = psutil.Process(served.process.pid).children(recursive=True)
@@ -740,6 +744,7 @@ def test_sigterm_lets_answers_end_and_leaves_nothing(served: Served) -> None:
 # --- one engine --------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_one_colocated_engine(model: str, tmp_path: Path) -> None:
     (port,) = free_ports(1)
     line = [*colocated(model, port, tmp_path), "--", "--max-model-len", "512", "--enforce-eager"]
@@ -762,6 +767,7 @@ def test_one_colocated_engine(model: str, tmp_path: Path) -> None:
         process.wait()
 
 
+@pytest.mark.slow
 def test_what_is_killed_while_it_starts_leaves_nothing(model: str, tmp_path: Path) -> None:
     (port,) = free_ports(1)
     with (tmp_path / "serve.log").open("wb") as log:
@@ -788,6 +794,7 @@ def test_what_is_killed_while_it_starts_leaves_nothing(model: str, tmp_path: Pat
         time.sleep(0.2)
 
 
+@pytest.mark.slow
 def test_an_engine_that_cannot_start(model: str, tmp_path: Path) -> None:
     (port,) = free_ports(1)
     line = [*colocated(model, port, tmp_path), "--", "--max-model-len", "999999"]
@@ -800,6 +807,7 @@ def test_an_engine_that_cannot_start(model: str, tmp_path: Path) -> None:
     assert "ready" not in done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     os.environ.get("MIXQUANT_TEST_LARGER_SETS") != "1",
     reason="three engines are slow on few cores: MIXQUANT_TEST_LARGER_SETS=1 runs them",

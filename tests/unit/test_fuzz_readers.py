@@ -13,6 +13,7 @@ import pytest
 import sample_results
 import torch
 import yaml
+from example_counts import up_to
 from hostile import FUZZ, is_one_line
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -170,7 +171,7 @@ class TestResults:
         except results.ResultsError as error:
             assert is_one_line(str(error))
 
-    @settings(FUZZ, max_examples=8)
+    @settings(FUZZ, max_examples=up_to(8))
     @given(st.data())
     def test_page(self, tmp_path: Path, data: st.DataObject) -> None:
         """With every figure of a kind odd: all rates zero, say."""

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from example_counts import up_to
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -20,7 +21,7 @@ K = 32
 FORMATS = ("int8", "fp8", "nvfp4", "bf16")
 Layout = tuple[tuple[tuple[int, int], str, dict[str, Any]], ...]
 
-relaxed = settings(deadline=None, max_examples=60)
+relaxed = settings(deadline=None, max_examples=up_to(60))
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from example_counts import up_to
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -38,7 +39,7 @@ INT8_KERNELS = tuple(dict.fromkeys((int8.INT8.kernel(CPU), EMULATION)))
 ROW_COUNTS = (1, 2, 15, 16, 17, 33, 513)
 
 # The first calls compile.
-relaxed = settings(deadline=None, max_examples=30)
+relaxed = settings(deadline=None, max_examples=up_to(30))
 
 
 def random(rows: int, columns: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from example_counts import up_to
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -22,7 +23,7 @@ SCALES: list[nvfp4.BlockScale] = ["6", "4/6"]
 INF = float("inf")
 NAN = float("nan")
 
-some = settings(deadline=None, max_examples=60)
+some = settings(deadline=None, max_examples=up_to(60))
 seeds = st.integers(0, 2**31 - 1)
 
 

@@ -17,6 +17,8 @@ from mixquant.report import page
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 
+pytestmark = pytest.mark.browser
+
 H200 = RESULTS / "h200.json"
 LONG = "an arm with a name that is much longer than one would think_of_any_arm_at_all"
 

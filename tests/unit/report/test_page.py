@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import sample_results
+from example_counts import up_to
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from paths import RESULTS
@@ -360,7 +361,7 @@ class TestPage:
         with pytest.raises(ValueError, match="at least one"):
             page([])
 
-    @settings(max_examples=25, deadline=None)
+    @settings(max_examples=up_to(25), deadline=None)
     @given(
         values=st.lists(st.floats(0, 1e12, allow_subnormal=False), min_size=3, max_size=3),
         tokens=st.lists(st.integers(0, 2**20), min_size=1, max_size=3, unique=True),
@@ -380,7 +381,7 @@ class TestPage:
         assert document.all("table")
         assert "nan" not in " ".join(document.text("td"))
 
-    @settings(max_examples=25, deadline=None)
+    @settings(max_examples=up_to(25), deadline=None)
     @given(st.lists(st.tuples(st.floats(0, 16), st.floats(0, 50)), min_size=1, max_size=12))
     def test_any_fidelity_can_be_drawn(self, points: list[tuple[float, float]]) -> None:
         sample = sample_results.fidelity()

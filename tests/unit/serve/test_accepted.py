@@ -7,6 +7,7 @@ from typing import Any
 
 import httpx
 import pytest
+from example_counts import up_to
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from starlette.testclient import TestClient
@@ -142,7 +143,7 @@ ANYTHING = st.recursive(
 )
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=up_to(150), deadline=None, suppress_health_check=list(HealthCheck))
 @given(data=st.data(), path=st.sampled_from(sorted(KNOWN)))
 def test_whatever_is_sent_is_passed_on_or_refused(data: st.DataObject, path: str) -> None:
     """A surrogate, a number that is none, any nesting: never an error of the front's own."""

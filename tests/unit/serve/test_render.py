@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from example_counts import up_to
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from paths import REPOSITORY
@@ -254,7 +255,7 @@ def test_compose_hands_secrets_over_as_files(deployment: Deployment) -> None:
         assert not set(process.secrets) & set(service.get("environment", {}))
 
 
-@settings(deadline=None, max_examples=20)
+@settings(deadline=None, max_examples=up_to(20))
 @given(
     key=st.text("abcXYZ019-_.~$`'\"\\", min_size=1),
     arguments=st.lists(st.text(st.characters(codec="ascii", exclude_characters="\0"))),

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from example_counts import up_to
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -277,7 +278,7 @@ LATEX = st.lists(
 ).map("".join)
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=up_to(40), deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(LATEX | st.text())
 def test_no_answer_raises(text: str) -> None:
     assert set(_scores([("42", text), ("42", rf"\boxed{{{text}}}")])) <= {0.0, 1.0}

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 pytest.importorskip("vllm")
 
 import vllm.model_executor.layers.fused_moe.modular_kernel as mk
+from example_counts import up_to
 from hypothesis import event, example, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
@@ -218,7 +219,7 @@ SEQUENCES = st.lists(
 @example(sequences=[(0, 40, 40)], padding=5, head=2, tail=1)
 @example(sequences=[(0, 20, 20), (9, 1, 9), (0, 20, 20)], padding=0, head=0, tail=1)
 @example(sequences=[(-3, 30, 30), (-2, 30, 30)], padding=0, head=0, tail=1)
-@hypothesis_settings(deadline=None, max_examples=150)
+@hypothesis_settings(deadline=None, max_examples=up_to(150))
 def test_each_row_goes_through_its_function(
     sequences: list[tuple[int, int, int]], padding: int, head: int, tail: int
 ) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 pytest.importorskip("vllm")
 
+from example_counts import up_to
 from hypothesis import event, example, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
@@ -311,7 +312,7 @@ SEQUENCES = st.lists(
 @example(
     sequences=[(0, 9, 9), (5, 1, 3), (0, 9, 20)], padding=0, head=4, tail=1, biased=False, seed=1
 )
-@hypothesis_settings(deadline=None, max_examples=15)
+@hypothesis_settings(deadline=None, max_examples=up_to(15))
 def test_each_row_is_multiplied_as_its_plan_says(
     kind: str,
     pack: bool,

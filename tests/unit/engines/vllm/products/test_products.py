@@ -14,6 +14,7 @@ from torch import Tensor
 
 pytest.importorskip("vllm")
 
+from example_counts import up_to
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
@@ -150,7 +151,7 @@ def test_bytes_that_are_announced_are_those_of_the_native_copy(fmt: str) -> None
     dtype=st.sampled_from(TYPES),
     seed=st.integers(0, 2**31),
 )
-@hypothesis_settings(deadline=None, max_examples=40)
+@hypothesis_settings(deadline=None, max_examples=up_to(40))
 def test_onednn_multiplies_the_codes_of_the_format(
     rows: int, features: int, biased: bool, dtype: torch.dtype, seed: int
 ) -> None:
