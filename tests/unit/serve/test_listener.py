@@ -98,7 +98,8 @@ def test_half_of_a_body_is_not_waited_for() -> None:
 def test_a_body_that_is_too_large_is_not_kept() -> None:
     with listening(Limits(body_bytes=1000, request_seconds=0.5)) as port:
         large = b"x" * 3_000_000
-        answer = httpx.post(f"http://127.0.0.1:{port}/v1/completions", content=large)
+        url = f"http://127.0.0.1:{port}/v1/completions"
+        answer = httpx.post(url, content=large, timeout=PATIENCE)
         assert answer.status_code == 413
         assert "1000 bytes" in answer.json()["error"]["message"]
         # Announced, and asked for permission: refused before it is sent.
@@ -202,7 +203,7 @@ def test_no_more_connections_than_are_taken() -> None:
                 one.close()
         url = f"http://127.0.0.1:{port}/v1/completions"
         end = time.monotonic() + PATIENCE
-        while httpx.post(url, json={"prompt": "a"}).status_code != 200:
+        while httpx.post(url, json={"prompt": "a"}, timeout=PATIENCE).status_code != 200:
             assert time.monotonic() < end
 
 

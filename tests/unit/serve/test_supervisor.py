@@ -198,7 +198,10 @@ async def nothing() -> None:
 ALL: dict[str, list[str]] = {"prefill-0": [], "decode-0": [], "router-direct": [], "front": []}
 
 
-def test_a_set_starts_and_ends_in_order_and_leaves_nothing(tmp_path: Path) -> None:
+def test_a_set_starts_and_ends_in_order_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(supervisor, "ENDING", 5.0)  # s, to say goodbye in on a busy machine
     whole = Set(tmp_path, {**ALL, "prefill-0": ["child"], "router-direct": ["deaf"]})
     whole.run(nothing)
     assert whole.ready
@@ -529,9 +532,12 @@ def test_a_semaphore_is_seen_under_its_name() -> None:
 
 @pytest.mark.parametrize("starting", [False, True])
 def test_shared_memory_made_while_it_is_asked_to_end_is_removed(
-    tmp_path: Path, starting: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, starting: bool
 ) -> None:
     """As vLLM's while it starts, which SIGTERM does not end."""
+    # s, to make it in on a busy machine
+    monkeypatch.setattr(supervisor, "ENDING", 4.0)
+    monkeypatch.setattr(supervisor, "ENDING_EARLY", 4.0)
     name = f"mixquant-test-{uuid.uuid4().hex}"
     environment = {"MEMORY": name}
     if starting:
