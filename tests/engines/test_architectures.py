@@ -42,7 +42,7 @@ RANKS = ("tensor", "pipeline")
 # vLLM's module of Qwen3.5 imports torchvision, which has no CPU build on the package index. Qwen3-Next
 # has the same layers of linear attention.
 NO_TORCHVISION = importlib.util.find_spec("torchvision") is None
-NAMES = [
+NAMES: list[Any] = [
     "qwen3",
     "qwen3_moe",
     "qwen3_next",
@@ -99,7 +99,7 @@ def engines(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
             "runs": {"together": {"prompts": prompts}},
         }
     for parameter in NAMES:
-        name = parameter if isinstance(parameter, str) else parameter.values[0]
+        name = parameter if isinstance(parameter, str) else str(parameter.values[0])
         if (name == "qwen3_5" and NO_TORCHVISION) or (CHOSEN != [""] and name not in CHOSEN):
             continue
         model = folder / name

@@ -5,6 +5,7 @@ their own.
 """
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -121,7 +122,11 @@ def test_generate_with_a_static_cache_is_not_compiled(plain):
     """On a GPU Transformers compiles the forward pass for static caches; that would freeze a plan."""
     ids = torch.randint(0, 512, (1, 200), device="cuda")
     model = mixquant.prepare(copy.deepcopy(plain), {"format": "fp8", "min_prefill_tokens": 0})
-    settings = {"max_new_tokens": 8, "do_sample": False, "return_dict_in_generate": True}
+    settings: dict[str, Any] = {
+        "max_new_tokens": 8,
+        "do_sample": False,
+        "return_dict_in_generate": True,
+    }
     settings |= {"output_logits": True, "pad_token_id": 0, "eos_token_id": None}
     static = model.generate(ids, cache_implementation="static", **settings)
     assert not getattr(model, "_compiled_call", None)

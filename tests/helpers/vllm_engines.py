@@ -78,10 +78,10 @@ def mixquant(**recipe: Any) -> dict[str, Any]:
     return {"quantization": "mixquant", "additional_config": {"mixquant": runs_here}}
 
 
-def rows_of(one: dict[str, Any]) -> list[tuple[int, int, int, bool]]:
+def rows_of(one: dict[str, Any]) -> list[tuple[Any, int, int, bool]]:
     """The rows of a traced pass: (request, position, prompt length, quantized)."""
     quantized = {row for start, stop in one["quantized"] for row in range(start, stop)}
-    rows = []
+    rows: list[tuple[Any, int, int, bool]] = []
     for request, first, count, prompt in zip(
         one["requests"],
         one["first_positions"],

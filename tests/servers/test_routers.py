@@ -167,7 +167,7 @@ def test_an_engine_is_shown_the_inner_key(served: Set) -> None:
 
 def test_what_a_client_asks_for_reaches_the_engine(served: Set) -> None:
     """And what the router, 0.1.17, leaves out: the documentation says so."""
-    asked = {
+    asked: dict[str, Any] = {
         "tools": [
             {
                 "type": "function",
@@ -189,7 +189,7 @@ def test_what_a_client_asks_for_reaches_the_engine(served: Set) -> None:
         "cache_salt": "s",
         "max_tokens": 7,
     }
-    messages = [
+    messages: list[dict[str, Any]] = [
         {"role": "user", "content": [{"type": "text", "text": LONG}]},
         {"role": "assistant", "content": "a", "reasoning": "b", "reasoning_content": "b"},
         {"role": "user", "content": "c", "name": "d"},
@@ -201,7 +201,7 @@ def test_what_a_client_asks_for_reaches_the_engine(served: Set) -> None:
     assert decode.pop("max_tokens") == asked.pop("max_tokens")
     assert decode.pop("kv_transfer_params") == {"remote_engine_id": second}
     del messages[1]["reasoning_content"]
-    del asked["tools"][0]["function"]["strict"]  # type: ignore[index]
+    del asked["tools"][0]["function"]["strict"]
     for body in (prefill, decode):
         assert body["messages"] == messages
         assert {key: body[key] for key in asked} == asked

@@ -429,7 +429,7 @@ TOOLS = [
 def test_litellm(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LITELLM_LOCAL_MODEL_COST_MAP", "True")  # it would be downloaded
     litellm = pytest.importorskip("litellm")
-    asked = {"model": "openai/tiny", "api_base": f"{served.url}/v1", "api_key": KEY}
+    asked: dict[str, Any] = {"model": "openai/tiny", "api_base": f"{served.url}/v1", "api_key": KEY}
     asked |= {"messages": FRANCE, "max_tokens": 8, "temperature": 0, "tools": TOOLS}
     answer = litellm.completion(**asked)
     chunks = list(litellm.completion(stream=True, **asked))

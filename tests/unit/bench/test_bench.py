@@ -169,7 +169,7 @@ def test_prefill_has_no_rate_where_requests_begin_at_different_times(workload: s
 
 def figure(arm: str, metric: str, value: float, **more: Any) -> Measurement:
     unit = "ms" if metric in summary.TIMES else "tok/s"
-    where = {"tokens": 7, "concurrency": 1, "unit": unit} | more
+    where: dict[str, Any] = {"tokens": 7, "concurrency": 1, "unit": unit} | more
     return Measurement(arm=arm, metric=metric, value=value, **where)
 
 

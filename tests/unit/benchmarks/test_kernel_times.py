@@ -54,8 +54,8 @@ def test_only_the_gpus_work_is_read(tmp_path: Path, suffix: str) -> None:
         max_size=12,
     )
 )
-def test_busy_and_idle_make_up_the_whole(found: list[tuple[str, float, float]]) -> None:
-    times = by_kind(found)
+def test_busy_and_idle_make_up_the_whole(found: list[tuple[str, int, int]]) -> None:
+    times = by_kind([(name, float(start), float(length)) for name, start, length in found])
     assert set(times) == {*KINDS, "idle"}
     assert sum(times[kind] for kind in KINDS) == sum(length for _, _, length in found)
     covered = {t for _, start, length in found for t in range(start, start + length)}

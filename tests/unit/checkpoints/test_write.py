@@ -118,7 +118,7 @@ class TestResult:
             assert 0 < scale.item() < float("inf")
         # vLLM takes one global scale for what it fuses.
         attention = "model.layers.1.self_attn."
-        (scale,) = {weights[f"{attention}{x}_proj.weight_global_scale"].item() for x in "qkv"}
+        (_,) = {weights[f"{attention}{x}_proj.weight_global_scale"].item() for x in "qkv"}
 
     def test_transformers_reads_the_same(self, written: Path) -> None:
         """By compressed-tensors' own code, which knows nothing of ours."""
@@ -135,7 +135,10 @@ class TestResult:
 def _compare_bits(checkpoint: PrefillCheckpoint, weights: dict[str, Tensor]) -> None:
     for name in checkpoint.formats:
         layer, weight = checkpoint.layer(name), weights[f"{name}.weight"]
-        (_compare_nvfp4 if isinstance(layer, Nvfp4Tensors) else _compare_fp8)(layer, weight)  # type: ignore[operator]
+        if isinstance(layer, Nvfp4Tensors):
+            _compare_nvfp4(layer, weight)
+        else:
+            _compare_fp8(layer, weight)
 
 
 def _compare_nvfp4(layer: Nvfp4Tensors, weight: Tensor) -> None:

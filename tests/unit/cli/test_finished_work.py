@@ -39,8 +39,8 @@ def finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Command:
     def tokenizer(*_: Any) -> Any:
         return lambda text, **_: {"input_ids": [5] * (len(text) // 4)}
 
-    for command in ("compare", "fidelity", "bench", "evaluate"):
-        module = importlib.import_module(f"mixquant.cli.{command}")
+    for one in ("compare", "fidelity", "bench", "evaluate"):
+        module = importlib.import_module(f"mixquant.cli.{one}")
         monkeypatch.setattr(module, "find", find)
         monkeypatch.setattr(module, "load_tokenizer", tokenizer, raising=False)
     monkeypatch.setattr("mixquant.evaluate.compare.workload.agent_workload", lambda *_: None)

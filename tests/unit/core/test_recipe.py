@@ -242,7 +242,8 @@ def test_balanced_spares_whatever_writes_the_state() -> None:
 
 
 def test_exact_quantizes_nothing_whatever_the_format() -> None:
-    for name in ("nvfp4", "auto", {"default": "int8", "q_proj": "fp8"}):
+    names: list[Any] = ["nvfp4", "auto", {"default": "int8", "q_proj": "fp8"}]
+    for name in names:
         resolved = Recipe(preset="exact", format=name).resolved(BLACKWELL)
         assert set(resolved.format.values()) == {"bf16"}  # type: ignore[union-attr]
 

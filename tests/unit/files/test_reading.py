@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from typing import Any
 
 import pytest
 
@@ -83,7 +84,7 @@ def test_other_yaml_is_what_it_is() -> None:
 
 
 def test_what_is_shown_of_a_value_is_short_whatever_it_is() -> None:
-    everything = ["x"]
+    everything: list[Any] = ["x"]
     for _ in range(60):
         everything = [everything] * 60  # 60^60 values, were they written out
     for value in (everything, "x" * 10**7, 10**4000, {"a": "x" * 5_000}, list(range(10**6))):

@@ -24,7 +24,7 @@ from mixquant.report.derived import pareto_front, speedups
 from mixquant.report.evaluation import mean_scores
 
 H200 = RESULTS / "h200.json"
-SAMPLES = [
+SAMPLES: list[Any] = [
     sample_results.bench,
     sample_results.fidelity,
     sample_results.evaluation,

@@ -167,7 +167,7 @@ def test_without_the_key_nothing_is_asked(header: str | None, path: str) -> None
     routers = Routers()
     with served(routers) as client:
         del client.headers["Authorization"]
-        headers = {} if header is None else {"Authorization": header.encode()}
+        headers: Any = {} if header is None else {"Authorization": header.encode()}
         method = "GET" if path == "/v1/models" else "POST"
         answer = client.request(method, path, headers=headers)
     assert answer.status_code == 401
@@ -238,8 +238,9 @@ def test_what_no_engine_could_read_is_refused_with_a_sentence(
 @pytest.mark.parametrize("value", ["é".encode("latin-1"), "é".encode(), b"a\tb"])
 def test_a_header_that_is_not_ascii_is_refused(header: str, value: bytes) -> None:
     routers = Routers()
+    headers: Any = {header: value}
     with served(routers) as client:
-        answer = client.post("/v1/completions", json=completion(), headers={header: value})
+        answer = client.post("/v1/completions", json=completion(), headers=headers)
     assert answer.status_code == 400
     assert header in answer.json()["error"]["message"]
     assert routers.asked == []

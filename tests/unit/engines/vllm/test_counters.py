@@ -73,6 +73,7 @@ def test_counters_on_the_metrics_page(monkeypatch: pytest.MonkeyPatch) -> None:
         "# TYPE mixquant_rows_total counter",
     ):
         assert line in page.splitlines()
+    assert first is not None and second is not None
     Path(second).unlink()
     page = generate_latest(registry).decode()
     assert 'engine="0"' in page and 'engine="1"' not in page

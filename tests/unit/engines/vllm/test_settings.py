@@ -319,6 +319,7 @@ def test_the_hook_is_put_on_once_and_runs_around_vllms_own(device: Callable[...,
 
     class Config:
         def __init__(self, like: Any) -> None:
+            self.additional_config: dict[str, Any] = {}
             self.__dict__.update(vars(like))
             self.__post_init__()
 

@@ -131,7 +131,7 @@ class Scripted:
     """A model that makes the calls it is given, all of a turn in one step, and then says so."""
 
     def __init__(self, turns: list[list[tuple[str, dict[str, Any]]]]) -> None:
-        self.turns = [[turn, []] if turn else [[]] for turn in turns]
+        self.turns: list[Any] = [[turn, []] if turn else [[]] for turn in turns]
         self.steps = [step for turn in self.turns for step in turn]
         self.asked: list[list[dict[str, Any]]] = []
         self.tools: list[int] = []
@@ -148,7 +148,9 @@ class Scripted:
         calls = self.steps[min(len(self.asked), len(self.steps)) - 1]
         return Reply(
             "" if calls else "<think>hm</think>Done.",
-            tool_calls=tuple(call(*one, id=str(number)) for number, one in enumerate(calls)),
+            tool_calls=tuple(
+                call(one[0], one[1], id=str(number)) for number, one in enumerate(calls)
+            ),
         )
 
 
@@ -188,7 +190,7 @@ def test_the_right_conversation_is_right_and_a_changed_one_wrong(
         answer, verdict = play(item, Scripted(turns))
         assert verdict.score == 1, (item.id, verdict)
         assert [len(turn["steps"]) for turn in answer["turns"]] == [2 if t else 1 for t in turns]
-        nothing = [[] for _ in turns]
+        nothing: list[Any] = [[] for _ in turns]
         assert play(item, Scripted(nothing))[1].score == 0, item.id
         first = next(place for place, turn in enumerate(turns) if turn)
         made_up = [*turns[:first], [("no_such_function", {"a": 1})], *turns[first + 1 :]]

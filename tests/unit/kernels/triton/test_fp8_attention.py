@@ -72,10 +72,10 @@ def check(device: str) -> None:
         for layout in ("0.25", "0.26") if size == 64 else ("0.26",):
             keys, values, table = cache_of(3, 700, kv_heads, size, layout)
             # Row of the table, first key, how many, where the codes begin, stride.
-            segments = [(2, 16, 300, 0, 11), (2, 316, 384, 300, 1), (0, 16, 0, 684, 1)]
-            segments += [(1, 16, 78, 684, 3)]
-            segments = torch.tensor(segments, dtype=torch.int32)
-            there = [x.to(device) for x in (keys, values, table, segments)]
+            rows = [(2, 16, 300, 0, 11), (2, 316, 384, 300, 1), (0, 16, 0, 684, 1)]
+            rows += [(1, 16, 78, 684, 3)]
+            segments = torch.tensor(rows, dtype=torch.int32)
+            there: list[Any] = [x.to(device) for x in (keys, values, table, segments)]
             wanted_sums = reference.value_sums(values, table, segments)
             sums = kernels.value_sums(*there[1:])
             torch.testing.assert_close(sums.sum(1).cpu(), wanted_sums[:, 0], rtol=1e-5, atol=1e-3)
@@ -85,7 +85,7 @@ def check(device: str) -> None:
                 keys, values, table, segments, wanted_sums, codes[0], codes[1], 16
             )
             k, v = codes[2].to(device), codes[3].to(device)
-            lost = kernels.encode_cache(*there, sums, k, v, 16)
+            lost = kernels.encode_cache(*there, sums, k, v, 16)  # type: ignore[call-arg]
             assert close(k, codes[0]) and close(v, codes[1]), (layout, size)
             torch.testing.assert_close(lost.cpu(), wanted_lost, rtol=1e-3, atol=0.5)
 
@@ -283,7 +283,7 @@ def test_attention_of_several_sequences(heads: int, kv_heads: int, size: int) ->
             row += rows
             continue
         its = (q[0, row : row + rows], k[0, key : key + keys], v[0, key : key + keys])
-        wanted = exact_attention(*(codes.float() for codes in its), size**-0.5)
+        wanted = exact_attention(its[0].float(), its[1].float(), its[2].float(), size**-0.5)
         error = (out[0, row : row + rows].double() - wanted).norm() / wanted.norm()
         assert error < 0.05, (rows, keys)
         row, key = row + rows, key + keys

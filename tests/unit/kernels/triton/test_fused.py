@@ -237,7 +237,7 @@ def main() -> None:
     else:
         from mixquant.kernels.triton.fused import compile_for
 
-        kernel = compile_for(int(sys.argv[2]), *sys.argv[3:])
+        kernel = compile_for(int(sys.argv[2]), sys.argv[3], sys.argv[4])
         assert kernel.asm["cubin"][:4] == b"\x7fELF"
         # The hardware's own conversion.
         assert re.search(r"cvt\.rn\.satfinite\.e4m3x2\.f32", kernel.asm["ptx"])

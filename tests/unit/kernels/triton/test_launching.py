@@ -26,7 +26,8 @@ class Kernel:
     """As Triton's: indexed with a grid, called, it compiles and launches."""
 
     def __init__(self, calls: list[Any]) -> None:
-        self.calls, self.compiled = calls, []
+        self.calls = calls
+        self.compiled: list[Any] = []
 
     def __getitem__(self, grid: Any) -> Any:
         def run(*arguments: Any, **options: Any) -> Compiled:

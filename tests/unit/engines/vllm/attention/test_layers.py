@@ -76,7 +76,8 @@ def test_pieces_are_the_quantized_rows_that_are_worth_it(
         assert (piece.stop - piece.start, piece.keys) in asked
         for row in range(piece.start, piece.stop):
             found[row] = (piece.sequence, piece.keys - (piece.stop - row) + 1)
-    expected, row = {}, 0
+    expected: dict[int, tuple[int, int]] = {}
+    row = 0
     for sequence, (first, count, prompt) in enumerate(
         zip(batch.first_positions, batch.row_counts, batch.prompt_lengths, strict=True)
     ):
@@ -122,7 +123,8 @@ def test_runs_are_pieces_of_sequences_that_follow_each_other(
 
 def test_where_fp8_is_asked_for_every_row_attends_in_it() -> None:
     implementation = SimpleNamespace(num_heads=8, num_kv_heads=2, head_size=128, scale=0.1)
-    always, auto = (PrefillAttention(len, implementation, one) for one in (True, False))
+    nothing: Any = len
+    always, auto = (PrefillAttention(nothing, implementation, one) for one in (True, False))
     assert WORTH(always, 1, 17) and not WORTH(always, 1, 16)  # the first 16 keys are precise
     assert not WORTH(auto, 1, 17) and WORTH(auto, 8192, 131_072)
 

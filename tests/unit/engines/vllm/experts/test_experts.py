@@ -110,7 +110,7 @@ def moe_config(n: int = 64, k: int = 128, **changes: Any) -> FusedMoEConfig:
     return FusedMoEConfig(**{**values, **changes})
 
 
-def layer_of(moe: FusedMoEConfig, kind: type = RoutedExperts, **attributes: Any) -> Any:
+def layer_of(moe: FusedMoEConfig, kind: Any = RoutedExperts, **attributes: Any) -> Any:
     """A layer as get_quant_method gets it: before it has weights."""
     layer = kind.__new__(kind)
     nn.Module.__init__(layer)
@@ -359,7 +359,7 @@ def test_without_quantized_rows_the_call_is_vllms_own(
     plan: PhasePlan | None, stock: list[tuple[Any, ...]]
 ) -> None:
     method = method_of()
-    given = {
+    given: dict[str, Any] = {
         "layer": object(),
         "x": random(40, 8),
         "topk_weights": routed(40)[0],
@@ -578,14 +578,15 @@ def test_the_copy_is_made_before_vllm_rearranges_the_weights(
     monkeypatch.setattr(
         experts,
         "_quantized_experts",
-        lambda layer, fmt, block_scale: made.append(Copy()) or made[-1],
+        lambda layer, fmt, block_scale: made.append(Copy()) or made[-1],  # type: ignore[func-returns-value]
     )
     method = PhaseExpertsMethod(SimpleNamespace(), "fp8", PREFIX, Ledger())
     for seed in range(2):
         layer = with_weights(moe_config(), seed=seed)
         loaded = layer.w13_weight.detach().clone(), layer.w2_weight.detach().clone()
         method.process_weights_after_loading(layer)
-        assert len(made) == 1 and method.quantized is made[0]
+        held: Any = method.quantized
+        assert len(made) == 1 and held is made[0]
         assert all(torch.equal(a, b) for a, b in zip(made[0].loaded, loaded, strict=True))
         assert torch.equal(layer.w13_weight, loaded[0].flip(1))
     # The method is a child of the layer, whose parameters a checkpoint has to fill.

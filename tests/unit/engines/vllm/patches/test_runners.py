@@ -88,7 +88,8 @@ class Runner:
             model_config=SimpleNamespace(max_model_len=4096),
             lora_config=None,
         )
-        self.model, self.drafter = model, Model()
+        self.model: Any = model
+        self.drafter = Model()
 
     def get_model(self) -> Model:
         return self.model
@@ -98,7 +99,7 @@ class Runner:
             self.model.run(step.rows, step.mode, step.mrope)
         self.drafter.run(step.rows)
 
-    def profile_run(self, randomize_inputs: bool = False) -> str:
+    def profile_run(self: Any, randomize_inputs: bool = False) -> str:
         self._dummy_run(40)
         return "profiled"
 
@@ -388,7 +389,7 @@ def test_an_error_in_the_forward_pass_ends_the_plan(make: Callable[..., Any]) ->
     runner._dummy_run(10)
     assert runner.model.last is None
     runner.execute_model(Step([(0, 10, 10)]))
-    assert runner.model.last.quantized == ((1, 9),)
+    assert runner.model.last.quantized == ((1, 9),)  # type: ignore[attr-defined]
 
 
 def test_steps_without_tokens(make: Callable[..., Any], method: PhaseQuantizationConfig) -> None:
@@ -532,7 +533,8 @@ def test_a_reload_in_the_kernels_format_is_refused(method: PhaseQuantizationConf
 def test_the_models_own_loading_is_followed(
     make: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, renewed = Model(), []
+    model = Model()
+    renewed: list[Any] = []
     model.layer = torch.nn.Linear(2, 2)
     model.layer.quant_method = SimpleNamespace(renew=renewed.append)
     model.load_weights = lambda weights: {"layer.weight"}  # type: ignore[assignment]
