@@ -531,6 +531,7 @@ def test_a_stream_is_beside_an_engines_death_until_it_ends() -> None:
         try:
             second = client.post("/v1/completions", json=completion())
         finally:
+            assert client.portal is not None
             client.portal.call(died.set)
         assert first.result(60).status_code == 200
     assert (second.status_code, asked) == (200, ["stream", "m", "m"])
@@ -558,6 +559,7 @@ def test_what_came_and_went_meanwhile_may_have_ended_an_engine() -> None:
         try:
             client.post("/v1/completions", json={**completion(), "model": "killer"})
         finally:
+            assert client.portal is not None
             client.portal.call(killed.set)
         assert first.result(60).status_code == 200
     assert asked[-1] == "m"

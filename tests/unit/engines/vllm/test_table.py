@@ -72,7 +72,7 @@ def resolved(**fields: Any) -> Recipe:
 def test_patterns_without_effect_are_in_the_log(
     recipe: dict[str, Any], named: list[str], said: list[str]
 ) -> None:
-    table.log_table(model(), resolved(**recipe), "")
+    table.log_table(model(), resolved(**recipe), ())
     assert said.pop().startswith(
         "no layer of this model is quantized: the recipe; an expert router"
     )
@@ -81,7 +81,7 @@ def test_patterns_without_effect_are_in_the_log(
 
 
 def test_a_stage_of_a_pipeline_speaks_of_its_own_layers(said: list[str]) -> None:
-    table.log_table(model(missing=True), resolved(ignore=["down_proj"]), "")
+    table.log_table(model(missing=True), resolved(ignore=["down_proj"]), ())
     assert "'down_proj' is the name of no linear layer" in said[0]
     assert said[0].endswith("(of the layers of this pipeline stage)")
 
@@ -90,13 +90,13 @@ def test_a_stage_of_a_pipeline_speaks_of_its_own_layers(said: list[str]) -> None
 def test_where_nothing_is_asked_for_nothing_is_said(
     recipe: dict[str, Any], said: list[str]
 ) -> None:
-    table.log_table(model(), resolved(**recipe), "")
+    table.log_table(model(), resolved(**recipe), ())
     assert said == []
 
 
 def test_other_ranks_say_nothing(said: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(vllm.distributed, "get_tensor_model_parallel_rank", lambda: 1)
-    table.log_table(model(), resolved(ignore=["kproj"]), "")
+    table.log_table(model(), resolved(ignore=["kproj"]), ())
     assert said == []
 
 
@@ -109,5 +109,5 @@ def test_a_quantized_layer_is_enough(said: list[str]) -> None:
     )
     (kind,) = versions.moe_layer_classes()
     whole.experts = bare(kind, quant_method=copy)
-    table.log_table(whole, resolved(), "")
+    table.log_table(whole, resolved(), ())
     assert said == []

@@ -44,9 +44,9 @@ def test_the_kernels_numbers_on_a_gpu() -> None:
 
 
 def poisoned(fmt: str, rows: int, width: int, device: str):
-    from mixquant.kernels.triton.fused import room_for
+    from mixquant.kernels.triton.fused import empty_codes
 
-    room = room_for(fmt, rows, width, torch.device(device))
+    room = empty_codes(fmt, rows, width, torch.device(device))
     for tensor in (room.codes, room.scale, room.block_scales):
         if tensor is not None:
             tensor.view(torch.uint8).fill_(0x7F)  # NaN, in E4M3 and FP32
