@@ -6,12 +6,27 @@ import re
 
 # Towers have rows of their own, none of them a token row; so has what projects their output.
 _TOWER = re.compile(
-    r"(^|\.)(visual|vision\w*|audio\w*|image\w*|video\w*|speech\w*|\w*_tower|\w*projector|"
-    r"\w*connector|merger|aligner|mlp1|resampler|embed_vision|embed_audio)(\.|$)"
+    r"(^|\.)(visual|vision\w*|audio\w*|image\w*|video\w*|speech\w*|sound\w*|whisper\w*|vpm|apm|"
+    r"sam_model|qwen2_model|qformer|vit\w*|\w*_tower|\w*projectors?|\w*projection_layer|linear_proj|"
+    r"language_projection|mlp_AR|\w*connector|\w*merger|aligner|mlp1|resampler|embed_vision|"
+    r"embed_audio|embed_tokens_extend)(\.|$)"
 )
 # Drafters run after the pass whose plan it was.
 _DRAFTER = re.compile(r"(^|\.)(mtp\w*|eagle\w*|medusa\w*|drafter|nextn\w*)(\.|$)")
 _DECODER_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)(?:\.|$)")
+# What a decoder may lie in. An encoder's layers are numbered alike, and are others.
+_AROUND_A_DECODER = frozenset(
+    (
+        "model",
+        "language_model",
+        "text_model",
+        "llm",
+        "backbone",
+        "thinker",
+        "decoder",
+        "transformer",
+    )
+)
 
 
 def is_tower(name: str) -> bool:
@@ -38,6 +53,14 @@ def layer_number(name: str) -> int | None:
 
 
 def from_layers(name: str) -> str:
-    """The name from ``layers.`` on: engines and checkpoints may disagree on what comes before it."""
+    """The name of a decoder's layer from ``layers.`` on, any other name as it is.
+
+    Engines and checkpoints may disagree on what a decoder lies in.
+    """
     found = _DECODER_LAYER.search(name)
-    return name[found.start() :].removeprefix(".") if found else name
+    if found is None:
+        return name
+    around = name[: found.start()].split(".") if found.start() else []
+    if not _AROUND_A_DECODER.issuperset(around):
+        return name
+    return name[found.start() :].removeprefix(".")

@@ -99,11 +99,22 @@ def test_a_drafter_behind_the_last_layer_is_left_out() -> None:
 
 
 def test_two_layers_of_one_name_are_refused() -> None:
-    names = ("thinker.model.layers.0.mlp.down_proj", "talker.model.layers.0.mlp.down_proj")
+    names = ("thinker.model.layers.0.mlp.down_proj", "language_model.layers.0.mlp.down_proj")
     tensors = {name: random("nvfp4", 16, 64) for name in names}
     with pytest.raises(CheckpointError) as caught:
         SecondCheckpoint(holding(tensors))
     assert all(name in str(caught.value) for name in ("it holds", *names))
+
+
+@pytest.mark.parametrize("other", ["vpm.encoder", "talker.model", "encoder"])
+def test_layers_of_what_is_no_decoder_are_no_decoder_layers(other: str) -> None:
+    """Whatever it is called: an encoder's layers are numbered as a decoder's are."""
+    decoder, tower = "llm.model.layers.0.self_attn.q_proj", f"{other}.layers.0.self_attn.q_proj"
+    tensors = {name: random("nvfp4", 16, 64, seed=len(name)) for name in (decoder, tower)}
+    source = SecondCheckpoint(holding(tensors))
+    assert source.layer("model.layers.0.self_attn.q_proj") is tensors[decoder]
+    only = SecondCheckpoint(holding({decoder: tensors[decoder]}))
+    assert only.format_of(tower) is None
 
 
 def test_names_before_the_layers_may_differ() -> None:
