@@ -376,6 +376,8 @@ def _why_malformed(tensors: TensorFiles, layer: str, packed: bool) -> str | None
     weight, scale = shapes[parts[0]], shapes["weight_scale"]
     if len(weight) != 2:
         return f"has a weight of the shape {weight}, no matrix"
+    if 0 in weight:
+        return f"has an empty weight, of the shape {weight}"
     if packed:
         expected = {"weight_packed": "U8", "weight_scale": "F8_E4M3", "weight_global_scale": "F32"}
         if math.prod(shapes["weight_global_scale"]) != 1:

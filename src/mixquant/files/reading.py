@@ -66,16 +66,18 @@ def parse_yaml(text: str) -> Any:
         loader = yaml.SafeLoader(text)
         document = loader.get_single_node()
         if (twice := _key_twice(document)) is not None:
-            raise ReadingError(f"line {twice.start_mark.line + 1}: {twice.value!r} stands twice")
+            raise ReadingError(
+                f"line {twice.start_mark.line + 1}: {shown(twice.value)} stands twice"
+            )
         value = None if document is None else loader.construct_document(document)
     except yaml.YAMLError as error:
-        raise ReadingError(" ".join(str(error).split())) from None
+        raise ReadingError(_cut(error)) from None
     except RecursionError:
         raise ReadingError(_TOO_DEEP) from None
     except ReadingError:
         raise
     except Exception as error:  # a date of 99 months, a number of 5,000 digits, an empty !!int
-        raise ReadingError(f"a value cannot be read: {' '.join(str(error).split())}") from None
+        raise ReadingError(f"a value cannot be read: {_cut(error)}") from None
     for number, _ in enumerate(_parts(value)):
         if number >= _MOST_YAML_VALUES:
             raise ReadingError(f"its aliases stand for more than {_MOST_YAML_VALUES:,} values")
@@ -118,6 +120,12 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def shown(value: Any, limit: int = 100) -> str:
     """A value for a message: its repr, cut, however large and deep it is."""
     text = _REPR.repr(value)
+    return text if len(text) <= limit else f"{text[: limit - 3]}..."
+
+
+def _cut(error: Exception, limit: int = 300) -> str:
+    """What a parser says, in one line: it may repeat a megabyte of the text."""
+    text = " ".join(str(error).split())
     return text if len(text) <= limit else f"{text[: limit - 3]}..."
 
 
