@@ -83,7 +83,7 @@ def layout_of(
     formats = recipe.formats_of_fused(name)
     boundaries = _boundaries(name, out_features, model) if formats else None
     if formats is None or len(set(formats)) == 1:
-        pieces = [(whole, recipe.format_of(name) if formats is None else formats[0])]
+        pieces = [(whole, formats[0] if formats else _format_of(recipe, name, linear, model))]
     elif boundaries is None:
         # Where the projections lie is not known: the whole layer as precise as its most precise one.
         order = ("bf16", "fp8", "int8", "nvfp4")
@@ -103,6 +103,13 @@ def layout_of(
                 fmt, options = "bf16", {}
         layout += (((start, stop), fmt, options),)
     return layout, "; ".join(dict.fromkeys(reasons)) or THE_RECIPE
+
+
+def _format_of(recipe: Recipe, name: str, linear: nn.Linear, model: PreTrainedModel) -> str:
+    """By the name that a recipe has a format for, if it has one for any of the layer's names."""
+    default = recipe.format_of("")
+    chosen = map(recipe.format_of, names_in_recipes(name, linear, model))
+    return next((fmt for fmt in chosen if fmt != default), recipe.format_of(name))
 
 
 def names_in_recipes(name: str, linear: nn.Linear, model: PreTrainedModel) -> tuple[str, ...]:

@@ -38,10 +38,10 @@ def why_not_its_rows(
     with ExitStack() as stack:
         for name, linear in linears:
 
-            def note(module: nn.Module, args: Any, name: str = name) -> None:
-                given[name].add(tuple(args[0].shape[:-1]))
+            def note(module: nn.Module, args: Any, kwargs: Any, name: str = name) -> None:
+                given[name].add(tuple((args[0] if args else kwargs["input"]).shape[:-1]))
 
-            handle = linear.register_forward_pre_hook(note)
+            handle = linear.register_forward_pre_hook(note, with_kwargs=True)
             stack.callback(handle.remove)
         for module in training:
             module.training = False

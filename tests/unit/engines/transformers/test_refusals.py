@@ -166,6 +166,16 @@ def test_a_layer_whose_forward_was_replaced_stays_and_is_told() -> None:
     assert torch.equal(linear(torch.ones(3, 64, dtype=torch.bfloat16)), before)
 
 
+def test_the_output_head_has_the_format_of_lm_head_whatever_it_is_called() -> None:
+    model = build("llama", tie_word_embeddings=False)
+    model.embed_out = model.lm_head
+    del model.lm_head
+    model.get_output_embeddings = lambda: model.embed_out
+    own = {"format": {"default": "bf16", "lm_head": "int8"}, "ignore": [], "emulate": True}
+    mixquant.prepare(model, own)
+    assert formats(model)["embed_out"] == "int8"
+
+
 def test_the_output_head_is_the_lm_head_whatever_it_is_called() -> None:
     model = build("llama", tie_word_embeddings=False)
     model.embed_out = model.lm_head

@@ -57,7 +57,7 @@ class Sideways(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         up = self.up_proj(x.transpose(0, 1)).transpose(0, 1)
         gate = nn.functional.linear(x, self.gate_proj.weight)
-        result: Tensor = self.down_proj(up * gate.sigmoid())
+        result: Tensor = self.down_proj(input=up * gate.sigmoid())
         return result
 
 
