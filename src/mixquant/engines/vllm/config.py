@@ -77,6 +77,8 @@ class PhaseQuantizationConfig(QuantizationConfig):  # type: ignore[misc]
             assert why is not None, "mixquant's settings were not installed"
             return UnquantizedLinearMethod() if isinstance(layer, LinearBase) else None
         runners.install(self)
+        # By this name recipes know it. vLLM's own may be another: experts lie in `routed_experts`.
+        layer.mixquant_name = prefix  # type: ignore[assignment]
         if isinstance(layer, LinearBase):
             if why is not None:
                 layer.mixquant_why_precise = why  # type: ignore[assignment]

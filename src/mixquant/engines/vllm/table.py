@@ -18,7 +18,8 @@ def summary(model: torch.nn.Module, recipe: Recipe, patches: tuple[str, ...] = (
 
     layers: list[Layer] = []
     experts = versions.moe_layer_classes()
-    for name, module in model.named_modules():
+    for path, module in model.named_modules():
+        name = getattr(module, "mixquant_name", path)
         method = getattr(module, "quant_method", None)
         if isinstance(method, PhaseLinearMethod) or (
             isinstance(module, experts) and hasattr(method, "described")
@@ -42,15 +43,16 @@ def names_of_linears(model: torch.nn.Module) -> tuple[list[str], list[str]]:
 
     free: list[str] = []
     others: list[str] = []
-    for name, module in model.named_modules():
+    for path, module in model.named_modules():
         if not isinstance(module, (LinearBase, ParallelLMHead, *versions.moe_layer_classes())):
             continue
+        name = getattr(module, "mixquant_name", path)
         method = getattr(module, "quant_method", None)
-        path, _, last = name.rpartition(".")
+        parent, _, last = name.rpartition(".")
         members = getattr(method, "members", None) or FUSED_PROJECTIONS.get(last, ())
         why = getattr(module, "mixquant_why_precise", None)
         chosen = why in (None, IGNORED, THE_RECIPE) and not isinstance(module, ParallelLMHead)
-        names = [name, *(f"{path}.{one}" if path else one for one in members)]
+        names = [name, *(f"{parent}.{one}" if parent else one for one in members)]
         (free if chosen else others).extend(names)
     return free, others
 

@@ -80,6 +80,24 @@ def test_patterns_without_effect_are_in_the_log(
     assert all(part in line for part, line in zip(named, said, strict=True))
 
 
+def test_experts_are_known_by_the_name_that_recipes_have_for_them(said: list[str]) -> None:
+    """vLLM's layer lies one deeper than the name that it gave the quantization method."""
+    whole, (kind,) = model(), versions.moe_layer_classes()
+    ignored = {"ignore": ["experts"]}
+    layer = nn.Module()
+    whole.model.layers.append(layer)  # type: ignore[operator, union-attr]
+    layer.experts = nn.Module()
+    layer.experts.routed_experts = bare(
+        kind,
+        mixquant_name="model.layers.1.experts",
+        mixquant_why_precise="named by the recipe's ignore",
+    )
+    table.log_table(whole, resolved(**ignored), ())
+    assert not [line for line in said if "'experts'" in line]
+    names = [one.name for one in table.summary(whole, resolved(**ignored)).layers]
+    assert "model.layers.1.experts" in names
+
+
 def test_a_stage_of_a_pipeline_speaks_of_its_own_layers(said: list[str]) -> None:
     table.log_table(model(missing=True), resolved(ignore=["down_proj"]), ())
     assert "'down_proj' is the name of no linear layer" in said[0]
