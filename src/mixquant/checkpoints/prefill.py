@@ -16,7 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mixquant.checkpoints.compressed_tensors import CompressedTensors, FormatName, text_config
+from mixquant.checkpoints.compressed_tensors import (
+    CompressedTensors,
+    FormatName,
+    Fp8Tensors,
+    Nvfp4Tensors,
+    text_config,
+)
 from mixquant.checkpoints.tensor_files import CheckpointError, TensorFiles
 from mixquant.core.layer_names import is_drafter
 from mixquant.files.reading import shown
@@ -128,6 +134,34 @@ class PrefillCheckpoint(CompressedTensors):
 
     def _misfit(self, why: str) -> CheckpointError:
         return CheckpointError(f"{self.source} does not fit the main model: {why}")
+
+
+def check_is_of(tensors: Fp8Tensors | Nvfp4Tensors, weight: Tensor, what: str) -> None:
+    """Compares some rows of a quantized weight with the weight that it should be of.
+
+    It is not where weights were loaded anew and the checkpoint is of the old ones, or where an engine
+    lays rows out in another order than the checkpoint does.
+
+    Args:
+        tensors: ``[N, K]``.
+        weight: ``[N, K]``, in BF16, FP16 or FP32.
+        what: the weight's name, for the message.
+
+    Raises:
+        CheckpointError: they differ by more than quantizing explains.
+    """
+    fmt: FormatName = "fp8" if isinstance(tensors, Fp8Tensors) else "nvfp4"
+    rows = _sample(len(weight))
+    expected = weight[rows].float().cpu()
+    picked = [tensors.rows(row, row + 1).dequantize() for row in rows]
+    error = float((torch.cat(picked).cpu() - expected).norm())
+    size = float(expected.norm())
+    if not error <= _LARGEST_ERROR[fmt] * size:
+        raise CheckpointError(
+            f"the prefill_model's weight of {what} is not of the weight that was loaded (relative "
+            f"difference {error / size if size else math.inf:.2f}); it has to be the same model's, and "
+            "its rows in the same order"
+        )
 
 
 def _sample(rows: int) -> list[int]:

@@ -12,8 +12,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from mixquant.checkpoints.prefill import PrefillCheckpoint
+from mixquant.checkpoints.compressed_tensors import Fp8Tensors, Nvfp4Tensors
+from mixquant.checkpoints.prefill import PrefillCheckpoint, check_is_of
 from mixquant.checkpoints.tensor_files import CheckpointError
+from mixquant.formats import fp8, nvfp4
 
 Tensors = dict[str, Tensor]
 Q_PROJ = "model.layers.0.self_attn.q_proj"
@@ -162,3 +164,21 @@ class TestCheckAgainst:
         scheme = {"num_bits": 8, "type": "float", "strategy": "tensor"}
         directory = second(tensors=change, quantization={"kv_cache_scheme": scheme})
         PrefillCheckpoint.open(directory).check_against(_config(main), main)
+
+
+@pytest.mark.parametrize("fmt", ["fp8", "nvfp4"])
+def test_a_weight_is_told_from_others_and_from_its_own_rows_in_another_order(fmt: str) -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(64, 96).bfloat16()
+    tensors: Fp8Tensors | Nvfp4Tensors
+    if fmt == "fp8":
+        tensors = Fp8Tensors(*fp8.quantize(weight))
+    else:
+        scale = nvfp4.global_scale(weight.abs().amax().float())
+        tensors = Nvfp4Tensors(*nvfp4.quantize(weight, scale), scale.reshape(1))
+    check_is_of(tensors, weight, "a layer")
+    check_is_of(tensors, torch.zeros_like(weight) + weight, "a layer")
+    for other in (torch.randn(64, 96).bfloat16(), weight.roll(1, 0), weight[:32].repeat(2, 1)):
+        with pytest.raises(CheckpointError, match="a layer is not of the weight") as caught:
+            check_is_of(tensors, other, "a layer")
+        assert "\n" not in str(caught.value)

@@ -21,6 +21,7 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.layers.linear import ReplicatedLinear, UnquantizedLinearMethod
 
 import mixquant
+from mixquant import _version
 from mixquant.core.recipe import Recipe, RecipeError
 from mixquant.engines.vllm import counters, hardware, plugin, settings, versions
 from mixquant.engines.vllm.config import PhaseQuantizationConfig
@@ -627,7 +628,7 @@ def test_two_recipes_never_share_a_key_and_one_has_one(
     same = [str(file), resolve({"format": "int8"}).to_dict(), {"format": {"default": "int8"}}]
     for given in same:
         assert engine_config(directory, given).compute_hash() == keys[4]
-    monkeypatch.setattr(mixquant, "__version__", "99")
+    monkeypatch.setattr(_version, "__version__", "99")
     assert engine_config(directory).compute_hash() != keys[0]
 
 

@@ -37,7 +37,6 @@ from torch import Tensor
 
 from mixquant.engines.vllm.attention.rows import (
     MAX_KEYS,
-    MAX_ROWS,
     PRECISE_KEYS,
     UNIT,
     Piece,
@@ -139,8 +138,7 @@ class Workspace:
             longest: a sequence may be, in tokens.
         """
         # A run of several pieces has no more rows than keys.
-        rows = max(min(rows, MAX_ROWS), min(rows, MAX_KEYS))
-        return cls.of(shape, rows, max(longest, MAX_KEYS), 2, device)
+        return cls.of(shape, min(rows, MAX_KEYS), max(longest, MAX_KEYS), 2, device)
 
 
 def attend(

@@ -19,6 +19,7 @@ from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import (
 )
 from vllm.platforms import current_platform
 
+from mixquant.checkpoints.prefill import check_is_of
 from mixquant.core.fingerprint import sample
 from mixquant.core.phase import PhasePlan, everything_quantized, plan_in_force
 from mixquant.core.recipe import Recipe
@@ -26,7 +27,12 @@ from mixquant.core.summary import IGNORED, THE_RECIPE, Layer
 from mixquant.engines.vllm.experts import fp8 as fp8_experts
 from mixquant.engines.vllm.experts.base import QuantizedExperts, by_rows
 from mixquant.engines.vllm.loading.memory import Ledger
-from mixquant.engines.vllm.loading.online import CannotReload, load_in_turn, should_process
+from mixquant.engines.vllm.loading.online import (
+    CannotReload,
+    load_in_turn,
+    should_process,
+    weights_are_made_up,
+)
 from mixquant.engines.vllm.loading.second_checkpoint import opened
 from mixquant.engines.vllm.products.base import nbytes_of
 from mixquant.formats.nvfp4 import BlockScale
@@ -124,6 +130,7 @@ class PhaseExpertsMethod(UnquantizedFusedMoEMethod):  # type: ignore[misc]
         self.prefill_model = prefill_model
         self.freed = 0  # bytes
         self.samples: list[Tensor] = []  # of the weights that the copy was made of, as they lie now
+        self.made_up = False  # weights that --load-format dummy makes: no checkpoint is of them
         self._warm = False
 
     @property
@@ -140,6 +147,7 @@ class PhaseExpertsMethod(UnquantizedFusedMoEMethod):  # type: ignore[misc]
             copy += experts * nbytes_of(self.format, rows, columns)
             weights += weight.nbytes
         self.shape = tuple(layer.w13_weight.shape)
+        self.made_up = weights_are_made_up()
         if self.only_quantized:
             load_in_turn(self, layer)
             self.freed = weights
@@ -162,8 +170,9 @@ class PhaseExpertsMethod(UnquantizedFusedMoEMethod):  # type: ignore[misc]
             self._take(layer, self.quantized)
         # Also where no row will take what it sets up: vLLM asks it how a layer of experts is run.
         super().process_weights_after_loading(layer)
-        self.samples = _samples(layer)
-        if self.only_quantized:
+        if not self.only_quantized:
+            self.samples = _samples(layer)
+        else:
             for name in ("w13_weight", "w2_weight"):
                 weight = getattr(layer, name)
                 nothing = torch.empty(len(weight), 0, 0, dtype=weight.dtype, device=weight.device)
@@ -243,8 +252,22 @@ class PhaseExpertsMethod(UnquantizedFusedMoEMethod):  # type: ignore[misc]
         """Out of the prefill model, whose experts have the names of the layer and their numbers."""
         assert self.prefill_model is not None
         source, moe = opened(self.prefill_model), layer.moe_config
+        features = _features(moe)
+        half = layer.w13_weight.shape[1] // 2
         for expert in range(moe.num_experts):
-            parts = source.expert(self.prefix, expert, moe.moe_parallel_config, _features(moe))
+            parts = source.expert(self.prefix, expert, moe.moe_parallel_config, features)
+            if expert in (0, moe.num_experts - 1) and not self.made_up:
+                gate_up = layer.w13_weight[expert].data
+                for tensors, weight in zip(
+                    parts,
+                    (
+                        gate_up[:features],
+                        gate_up[half : half + features],
+                        layer.w2_weight[expert].data[:, :features],
+                    ),
+                    strict=True,
+                ):
+                    check_is_of(tensors, weight, f"{self.prefix}.{expert}")
             quantized.take(expert, *parts)
 
     def _experts(self, layer: Any, x: Tensor, weights: Tensor, ids: Tensor) -> Tensor:

@@ -73,6 +73,7 @@ class Nvfp4Experts:
 
     def take(self, expert: int, gate: Nvfp4Tensors, up: Nvfp4Tensors, down: Nvfp4Tensors) -> None:
         """Raises CheckpointError: gate and up, which are multiplied as one, have scales of their own."""
+        self.ones.fill_(1.0)  # as in `load`
         if not torch.equal(gate.global_scale, up.global_scale):
             raise CheckpointError(
                 f"gate and up of expert {expert} of a layer have different global scales in the prefill "

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 
+from mixquant.checkpoints.prefill import check_is_of
 from mixquant.core.fingerprint import sample
 from mixquant.core.phase import Range
 from mixquant.core.recipe import Recipe
@@ -25,6 +26,7 @@ from mixquant.engines.vllm.loading.online import (
     load_in_turn,
     replays_graphs,
     should_process,
+    weights_are_made_up,
 )
 from mixquant.engines.vllm.loading.second_checkpoint import joined, opened, shard
 from mixquant.engines.vllm.products.base import Product, nbytes_of
@@ -80,6 +82,8 @@ class PhaseLinearMethod(UnquantizedLinearMethod):  # type: ignore[misc]
         self.products: tuple[tuple[Range, Product | None], ...] = ()
         self.only_quantized = False  # nothing is left of the BF16 weight
         self.sample: Tensor | None = None  # of the weight that the copy was made of
+        self.captured = False  # by CUDA graphs, which keep the addresses of what they read
+        self.made_up = False  # weights that --load-format dummy makes: no checkpoint is of them
 
     def create_weights(
         self,
@@ -92,6 +96,7 @@ class PhaseLinearMethod(UnquantizedLinearMethod):  # type: ignore[misc]
         **extra_weight_attrs: Any,
     ) -> None:
         self.shape = (sum(output_partition_sizes), input_size_per_partition)
+        self.captured, self.made_up = replays_graphs(), weights_are_made_up()
         self.dtype = params_dtype
         self.parts = lay_out(
             self.recipe,
@@ -165,7 +170,7 @@ class PhaseLinearMethod(UnquantizedLinearMethod):  # type: ignore[misc]
     def _read_by_graphs(self) -> bool:
         """Whether there is a copy that CUDA graphs were captured with."""
         held = any(product is not None for _, product in self.products)
-        return held and self.recipe.everywhere and replays_graphs()
+        return held and self.recipe.everywhere and self.captured
 
     def apply(self, layer: torch.nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
         if not self.products or not hasattr(layer, "mixquant_number"):
@@ -233,10 +238,12 @@ class PhaseLinearMethod(UnquantizedLinearMethod):  # type: ignore[misc]
 
     def _make_products(self, layer: torch.nn.Module) -> None:
         with torch.no_grad():
-            self.sample = sample(layer.weight).clone()  # type: ignore[arg-type]
             self.products = tuple(
                 (part.features, self._product(layer, part)) for part in self.parts
             )
+            quantizes = any(product is not None for _, product in self.products)
+            if quantizes and not self.only_quantized:
+                self.sample = sample(layer.weight).clone()  # type: ignore[arg-type]
 
     def _set_fp8_weights(self, layer: Any) -> None:
         product = self.products[0][1]
@@ -263,4 +270,7 @@ class PhaseLinearMethod(UnquantizedLinearMethod):  # type: ignore[misc]
             shard(source.layer(sibling(self.prefix, name)), layer, name, rows, self.shape[1])
             for name, rows in part.projections
         ]
-        return product_of_tensors(joined(shards), layer.weight.device, self.dtype)
+        tensors = joined(shards)
+        if not self.made_up:
+            check_is_of(tensors, layer.weight.data[start:stop], self.prefix)
+        return product_of_tensors(tensors, layer.weight.device, self.dtype)

@@ -68,7 +68,7 @@ def kept_weight(layer: Any) -> Any:
 
 
 def replays_graphs() -> bool:
-    """Whether this engine replays CUDA graphs, which keep the addresses that they were captured with."""
+    """Whether this engine replays CUDA graphs. Asked while vLLM makes layers: later nothing says so."""
     from vllm.config import get_current_vllm_config_or_none
 
     config = get_current_vllm_config_or_none()
@@ -76,3 +76,11 @@ def replays_graphs() -> bool:
         config is not None and config.model_config is not None and config.model_config.enforce_eager
     )
     return torch.cuda.is_available() and not eager
+
+
+def weights_are_made_up() -> bool:
+    """Whether this engine invents its weights (``--load-format dummy``). Asked as `replays_graphs`."""
+    from vllm.config import get_current_vllm_config_or_none
+
+    config = get_current_vllm_config_or_none()
+    return config is not None and getattr(config.load_config, "load_format", None) == "dummy"

@@ -24,8 +24,14 @@ def patch_load_weights(model: Any) -> None:
         methods = [(layer, getattr(layer, "quant_method", None)) for layer in model.modules()]
         ours = [(layer, method) for layer, method in methods if hasattr(method, "renew")]
         if not any(is_loading(layer) for layer, _ in ours):  # or vLLM will process them
+            refusals = []
             for layer, method in ours:
-                method.renew(layer)  # type: ignore[union-attr]
+                try:
+                    method.renew(layer)  # type: ignore[union-attr]
+                except CannotReload as refusal:  # the others' copies are not to stay old for it
+                    refusals.append(refusal)
+            if refusals:
+                raise refusals[0]
         return loaded
 
     model.load_weights = load_weights

@@ -996,6 +996,22 @@ def test_what_sleep_throws_away_is_made_again_with_the_copy(cutlass: None) -> No
     assert (copy.ones == 1).all()
 
 
+def test_what_sleep_throws_away_is_made_again_with_what_is_taken(
+    second: Any, on_blackwell: None, cutlass: None
+) -> None:
+    layer = with_weights(moe_config(FEATURES, WIDE))
+    second(Second("nvfp4", NAMES[0], layer))
+    copy = Nvfp4Experts(layer)
+    method = method_for(layer, "nvfp4")
+    taken(method, layer, copy)
+    made = [tensor.clone() for tensor in (*copy.w13, *copy.w2, copy.ones)]
+    for tensor in (*copy.w13, *copy.w2, copy.ones):
+        tensor.view(torch.uint8).zero_()
+    taken(method, layer, copy)
+    for before, after in zip(made, (*copy.w13, *copy.w2, copy.ones), strict=True):
+        assert torch.equal(before.view(torch.uint8), after.view(torch.uint8))
+
+
 @on_cpu
 @pytest.mark.parametrize("chosen", [(0, 1), (3, 0), (2, 3)])
 def test_nvfp4_experts_without_a_row(chosen: tuple[int, int], cutlass: None) -> None:
@@ -1430,6 +1446,7 @@ def method_for(layer: Any, fmt: str) -> Any:
     recipe = dataclasses.replace(recipe_of(fmt), prefill_model="second")
     method = experts_method(layer, recipe, PREFIX, Ledger())
     assert method is not None and method.format == fmt
+    method.made_up = True  # these tests tell the weights apart by taking another model's
     return method
 
 
@@ -1468,6 +1485,33 @@ def test_fp8_experts_of_a_prefill_model_where_the_middle_is_rounded_up(
     assert torch.equal(rows[:128], wanted[0]) and torch.equal(rows[192:320], wanted[1])
     assert (rows[128:192] == 0).all() and (rows[320:] == 0).all()
     assert (copy.w2[1][:, 128:].float() == 0).all()
+
+
+@pytest.mark.parametrize("fmt", ["fp8", "nvfp4"])
+@pytest.mark.parametrize("changed", ["nothing", "gate", "down"])
+def test_a_prefill_model_of_other_experts_is_refused(
+    fmt: str,
+    changed: str,
+    second: Any,
+    on_blackwell: None,
+    cutlass: None,
+    kernel_calls: list[dict[str, Any]],
+) -> None:
+    """As after a reload of other weights: the second checkpoint is still of the old ones."""
+    layer = with_weights(moe_config(FEATURES, WIDE))
+    second(Second(fmt, NAMES[0], layer))
+    copy = Fp8Experts(layer) if fmt == "fp8" else Nvfp4Experts(layer)
+    method = method_for(layer, fmt)
+    method.made_up = False
+    if changed == "gate":
+        layer.w13_weight.data[-1, :FEATURES] = random(FEATURES, WIDE, seed=5)
+    elif changed == "down":
+        layer.w2_weight.data[0] = random(WIDE, FEATURES, seed=5)
+    if changed == "nothing":
+        taken(method, layer, copy)
+    else:
+        with pytest.raises(CheckpointError, match="not of the weight that was loaded"):
+            taken(method, layer, copy)
 
 
 @pytest.mark.parametrize("ranks", [1, 2])

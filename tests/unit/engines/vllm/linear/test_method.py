@@ -35,7 +35,6 @@ from mixquant.core.phase import PhasePlan, Thresholds, everything_quantized, in_
 from mixquant.core.recipe import Recipe
 from mixquant.core.summary import Summary
 from mixquant.engines.vllm.config import PhaseQuantizationConfig
-from mixquant.engines.vllm.linear import method as linear
 from mixquant.engines.vllm.linear import operator
 from mixquant.engines.vllm.linear.layout import lay_out
 from mixquant.engines.vllm.linear.method import PhaseLinearMethod
@@ -708,17 +707,40 @@ def test_a_weight_that_was_written_to_where_it_is_has_a_new_copy() -> None:
     built.cache_clear()
 
 
+def test_a_refusal_does_not_leave_other_copies_old() -> None:
+    renewed: list[str] = []
+
+    class Method:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def renew(self, layer: Any) -> None:
+            if self.name == "experts":
+                raise CannotReload("the experts were not processed")
+            renewed.append(self.name)
+
+    model: Any = torch.nn.ModuleDict()
+    for name in ("first", "experts", "last"):
+        model[name] = torch.nn.Module()
+        model[name].quant_method = Method(name)
+    model.load_weights = lambda weights: None
+    patch_load_weights(model)
+    with pytest.raises(CannotReload, match="experts"):
+        model.load_weights([])
+    assert renewed == ["first", "last"]
+
+
 @on_cpu
 def test_graphs_that_read_the_copy_keep_it(monkeypatch: pytest.MonkeyPatch) -> None:
     it = built("int8", pack=False, seed=41)
     keep_weights(monkeypatch)
-    monkeypatch.setattr(linear, "replays_graphs", lambda: True)
+    it.method.captured = True
     it.method.process_weights_after_loading(it.layer)  # graphs are precise
     monkeypatch.setattr(it.method, "recipe", dataclasses.replace(it.method.recipe, everywhere=True))
     with pytest.raises(CannotReload, match="everywhere") as caught:
         it.method.process_weights_after_loading(it.layer)
     assert "\n" not in str(caught.value)
-    monkeypatch.setattr(linear, "replays_graphs", lambda: False)
+    it.method.captured = False
     it.method.process_weights_after_loading(it.layer)
     built.cache_clear()
 
