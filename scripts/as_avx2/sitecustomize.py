@@ -3,7 +3,8 @@
     PYTHONPATH=scripts/as_avx2 ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 python -m pytest ...
 
 The two variables hold for oneDNN and PyTorch's own kernels. Here, what PyTorch says of the processor is
-changed: by it vLLM chooses its compiled library, and mixquant its INT8 kernel.
+changed: by it vLLM chooses its compiled library, and mixquant its INT8 kernel. Code that TorchInductor
+makes meanwhile goes into a cache of its own: elsewhere it would write beyond its buffers.
 """
 
 from __future__ import annotations
@@ -11,9 +12,15 @@ from __future__ import annotations
 import importlib.abc
 import importlib.machinery
 import importlib.util
+import os
 import sys
+import tempfile
 from collections.abc import Sequence
 from types import ModuleType
+
+os.environ.setdefault(
+    "TORCHINDUCTOR_CACHE_DIR", os.path.join(tempfile.gettempdir(), "torchinductor_as_avx2")
+)
 
 LACKING = (
     "_is_avx512_supported",
