@@ -1,0 +1,176 @@
+"""README: its numbers are those of the committed results, its code runs, its links lead somewhere."""
+
+from __future__ import annotations
+
+import json
+import re
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_models
+from paths import REPOSITORY, RESULTS
+
+from mixquant.kernels.cpu import compiled
+from mixquant.results import Comparison, read
+
+README = REPOSITORY / "README.md"
+# The runs behind the columns of the table.
+OLD, NEW = "h100.json", "attention_speed_h100.json"
+ROWS = {
+    "time to first token, 2,048 tokens": ("ttft", 2048, 1),
+    "time to first token, 4,096 tokens": ("ttft", 4096, 1),
+    "time to first token, 32,768 tokens": ("ttft", 32768, 1),
+    "time to first token, 131,072 tokens": ("ttft", 131072, 1),
+    "time to first token, 8 prompts of 4,096 at once": ("ttft", 4096, 8),
+    "time to first token, 32 prompts of 4,096 at once": ("ttft", 4096, 32),
+    "16 prompts of 6,000 tokens, total time": ("batch_of_16", 6000, 16),
+    "time per output token, 1 sequence": ("tpot", 128, 1),
+    "time per output token, 32 sequences": ("tpot", 128, 32),
+}
+
+
+def text() -> str:
+    return README.read_text(encoding="utf-8")
+
+
+def results(name: str) -> dict[str, Any]:
+    values = json.loads((RESULTS / name).read_text())
+    assert isinstance(values, dict)
+    return values
+
+
+def speed_up(name: str, arm: str, metric: str, tokens: int, concurrency: int) -> float:
+    """Of an arm, against BF16 in the same run."""
+    bf16, of_arm = (
+        next(
+            one["value"]
+            for one in results(name)["results"]
+            if (one["arm"], one["metric"], one["tokens"], one["concurrency"])
+            == (wanted, metric, tokens, concurrency)
+        )
+        for wanted in ("bf16", arm)
+    )
+    return float(bf16 / of_arm)
+
+
+def table_after(heading: str) -> list[list[str]]:
+    """The cells of the first table of a section, without its head."""
+    section = text().split(f"\n## {heading}\n")[1].split("\n## ")[0]
+    rows = [line for line in section.splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in row.strip("|").split("|")] for row in rows[2:]]
+
+
+def test_it_is_short() -> None:
+    assert len(text().splitlines()) <= 150
+
+
+def test_the_table_holds_the_committed_results() -> None:
+    rows = table_after("Results")
+    assert [name for name, *_ in rows] == list(ROWS)
+    for name, *cells in rows:
+        runs = ((OLD, "fp8"), (OLD, "mixquant"), (NEW, "mixquant"))
+        shown = [cell.strip("*† ") for cell in cells]
+        for cell, (file, arm) in zip(shown, runs, strict=True):
+            if cell != "–":
+                assert cell == f"{speed_up(file, arm, *ROWS[name]):.2f}", (name, file)
+        # Where it loses is bold, and nothing else is.
+        fp8 = float(shown[0])
+        for cell, value in zip(cells[1:], shown[1:], strict=True):
+            loses = value != "–" and float(value) < max(1, fp8)
+            assert cell.startswith("**") == loses, (name, cell)
+
+
+def test_the_table_says_what_was_run() -> None:
+    for name, version in ((OLD, "0.25.1"), (NEW, "0.33.0")):
+        environment = results(name)["environment"]
+        assert environment["device"].startswith("NVIDIA H100 80GB")
+        assert environment["versions"]["vllm"] == version
+        assert version in text()
+
+
+def test_other_numbers_are_committed_results() -> None:
+    readme = " ".join(text().split())
+    kl = {arm["name"]: arm["kl_mean"] for arm in results("compare_cpu.json")["arms"]}
+    assert f"of {kl['mixquant']:.3f} nats per token, against {kl['quantized']:.3f}" in readme
+    for name, shown in (
+        ("compare_cpu.json", "**{:.2f} times**, SmolLM2-135M"),
+        ("compare_cpu_without_amx.json", "{:.2f} times, SmolLM2-135M, AMX held off"),
+    ):
+        rate = {arm["name"]: arm["prefill_tokens_per_s"] for arm in results(name)["arms"]}
+        assert shown.format(rate["mixquant"] / rate["bf16"]) in readme
+    # The extremes of the gain on Hopper are those of the table.
+    gains = [
+        float(cell.strip("*† "))
+        for row in table_after("Results")
+        for cell in row[2:]
+        if cell != "–" and "first token" in row[0]
+    ]
+    assert f"{min(gains):.2f} to {max(gains):.2f} times" in readme
+    decode = [
+        speed_up(name, "mixquant", "tpot", 128, sequences)
+        for name in (NEW, "attention_speed_h200.json")
+        for sequences in (1, 32)
+    ]
+    slower = [round(100 * (1 / one - 1)) for one in decode]
+    assert f"{min(slower)} to {max(slower)} % slower" in readme
+    fp8 = [speed_up(OLD, "fp8", "tpot", 128, sequences) for sequences in (1, 32)]
+    assert f"decode {min(fp8):.1f} to {max(fp8):.1f} times (H100)" in readme
+
+
+def test_the_demo_is_what_the_command_prints_of_a_committed_run() -> None:
+    from rich.console import Console
+
+    from mixquant.cli.tables.compare import table
+
+    result = read(RESULTS / "compare_cpu_without_amx.json")
+    assert isinstance(result, Comparison)
+    console = Console(width=80)
+    with console.capture() as captured:
+        console.print(table(result))
+    printed = [line.rstrip() for line in captured.get().splitlines()]
+    (shown,) = re.findall(r"```\n(smollm2: .*?)```", text(), flags=re.DOTALL)
+    lines = shown.splitlines()
+    assert lines == printed[: len(lines)]
+    assert lines[-1].lstrip().startswith("mixquant")
+
+
+def test_results_on_a_gpu_come_before_the_demo() -> None:
+    headings = re.findall(r"^## (.*)", text(), flags=re.MULTILINE)
+    wanted = ["When not to use it", "Results", "Serve", "Try it without a GPU", "Transformers"]
+    places = [headings.index(one) for one in wanted]
+    assert all(a < b for a, b in pairwise(places))
+
+
+def test_its_links_lead_somewhere() -> None:
+    links = re.findall(r"\]\(([^)]+)\)", text())
+    assert len(links) > 15
+    headings = {
+        re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-")
+        for heading in re.findall(r"^#+ (.*)", text(), flags=re.MULTILINE)
+    }
+    for link in links:
+        path, _, anchor = link.partition("#")
+        if path.startswith("https://"):
+            continue
+        assert not path or (REPOSITORY / path).exists(), link
+        assert path or anchor in headings, link
+
+
+def test_its_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Compiling the quantizer takes most of a minute, and is tested elsewhere.
+    monkeypatch.setattr(compiled, "_failure", "not in this test")
+    tiny_models.build("llama").save_pretrained(tmp_path)
+    (code,) = re.findall(r"```python\n(.*?)```", text(), flags=re.DOTALL)
+    inputs = {"input_ids": tiny_models.tokens(150), "max_new_tokens": 3}
+    values: dict[str, Any] = {"path": tmp_path, "inputs": inputs}
+    exec(code, values)
+    assert values["mixquant"].summary(values["model"]).layers
+    assert len([line for line in code.splitlines() if line.strip()]) == 5
+
+
+def test_its_make_targets_exist() -> None:
+    makefile = (REPOSITORY / "Makefile").read_text()
+    for target in re.findall(r"^make ([\w-]+)", text(), flags=re.MULTILINE):
+        assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE), target
