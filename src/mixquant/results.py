@@ -33,13 +33,21 @@ class _Part(BaseModel):
 
 
 class Environment(_Part):
-    """Where and when something was measured."""
+    """Where and when something was measured.
 
-    date: str  # ISO 8601, UTC
-    device: str  # of the model; what the vendor calls it, or the processor's vector instructions
-    threads: Count | None  # these two are None in files older than this format
+    Attributes:
+        date: ISO 8601, in UTC.
+        device: the GPU as its vendor calls it, or the processor's vector instructions.
+        threads: of the CPU. None in files older than this format, like ``platform``.
+        platform: the operating system.
+        versions: of Python and of the packages in ``PACKAGES`` that are installed.
+    """
+
+    date: str
+    device: str
+    threads: Count | None
     platform: str | None
-    versions: dict[str, str]  # of PACKAGES, those that are installed, and python
+    versions: dict[str, str]
 
     @classmethod
     def here(cls) -> Environment:
@@ -66,22 +74,41 @@ class Environment(_Part):
 
 
 class Arm(_Part):
-    """One of the things compared."""
+    """One of the things compared.
 
-    name: str  # bf16, quantized, mixquant, or the user's own
-    recipe: dict[str, Any] | None = None  # decided as far as known; None without mixquant
-    arguments: str | None = None  # of the server that ran it, if it was started for this
-    url: str | None = None  # of the server, if it ran already
+    Attributes:
+        name: ``bf16``, ``quantized``, ``mixquant``, or the user's own.
+        recipe: decided as far as known; None without mixquant.
+        arguments: of the server that ran it, if it was started for this.
+        url: of the server, if it ran already.
+    """
+
+    name: str
+    recipe: dict[str, Any] | None = None
+    arguments: str | None = None
+    url: str | None = None
 
 
 class Measurement(_Part):
-    """One figure of one arm: the median, and how far single values were from it."""
+    """One figure of one arm: the median, and how far single values were from it.
+
+    Attributes:
+        arm: the name of the arm.
+        metric: ``ttft``, ``tpot``, ``itl``, ``e2e`` (ms); ``prefill``, ``output``, ``total`` (tok/s);
+            ``quantized``, ``cached`` (share).
+        workload: ``length``, ``batch``, ``concurrency`` or ``agent``.
+        tokens: of each prompt; of the agent trace, the mean.
+        concurrency: requests, or sessions of the agent trace, at a time.
+        value: the median.
+        unit: of the three numbers.
+        lowest: the lowest single value.
+        highest: the highest single value.
+    """
 
     arm: str
-    # ttft, tpot, itl, e2e (ms); prefill, output, total (tok/s); quantized, cached (share)
     metric: str
-    workload: str = "length"  # length, batch, concurrency, agent
-    tokens: Count  # of each prompt; of the agent trace, the mean
+    workload: str = "length"
+    tokens: Count
     concurrency: Count
     value: float
     unit: str
@@ -90,63 +117,121 @@ class Measurement(_Part):
 
 
 class Piece(_Part):
-    """The share of one kind of work in a measured time, from a profile."""
+    """The share of one kind of work in a measured time, from a profile.
+
+    Attributes:
+        arm: the name of the arm.
+        tokens: of the prompt.
+        kind: ``linear``, ``attention``, ``quantize``, ``norm`` or ``other``.
+        ms: time on the GPU.
+    """
 
     arm: str
     tokens: Count
-    kind: str  # linear, attention, quantize, norm, other
+    kind: str
     ms: float
 
 
 class Bench(_Part):
-    """What `mixquant bench` writes."""
+    """What `mixquant bench` writes.
+
+    Attributes:
+        kind: ``bench``.
+        environment: where and when it was measured.
+        command: the command line.
+        model: as it was given.
+        arms: in the order in which they ran.
+        settings: lengths of answers, repeats, the seed of the prompts.
+        results: one for each arm, metric and workload.
+        breakdown: where the time goes, if it was profiled.
+    """
 
     kind: Literal["bench"] = "bench"
     environment: Environment
     command: str
     model: str
     arms: tuple[Arm, ...]
-    settings: dict[str, Any] = {}  # lengths of answers, repeats, the seed of the prompts
+    settings: dict[str, Any] = {}
     results: tuple[Measurement, ...]
     breakdown: tuple[Piece, ...] = ()
 
 
 class Position(_Part):
-    """How far an arm is from BF16 at answer tokens of this distance from the prompt's end."""
+    """How far an arm is from BF16 at answer tokens of this distance from the prompt's end.
 
-    first: Count  # 1 is the first answer token; the last one of this group is one before the next's
-    kl_mean: float  # nats per token
-    top1: float  # share
+    Attributes:
+        first: the first answer token of this group, counted from 1. It ends before the next group.
+        kl_mean: nats per token.
+        top1: share of positions where the likeliest token is BF16's.
+    """
+
+    first: Count
+    kl_mean: float
+    top1: float
 
 
 class Divergence(_Part):
-    """One arm at one prompt length, against BF16, over all texts."""
+    """One arm at one prompt length, against BF16, over all texts.
+
+    Attributes:
+        arm: the name of the arm.
+        prompt_tokens: of each text.
+        answers: teacher-forced continuations.
+        answer_tokens: of all of them together.
+        kl_mean: KL(BF16, arm) in nats per token.
+        kl_p99: what 99 % of the positions stay below.
+        kl_max: the largest.
+        top1: share of positions where the likeliest token is BF16's.
+        perplexity: of the texts' own continuations.
+        identical_tokens: mean length of the beginning of the greedy answer that is BF16's.
+        greedy_tokens: of how many.
+        quantized_share: of the prompt tokens that were computed.
+        by_position: the same by distance from the prompt's end.
+    """
 
     arm: str
     prompt_tokens: Count
-    answers: Count  # teacher-forced continuations
-    answer_tokens: Count  # of all of them together
-    kl_mean: float  # nats per token
-    kl_p99: float  # what 99 % of the positions stay below
+    answers: Count
+    answer_tokens: Count
+    kl_mean: float
+    kl_p99: float
     kl_max: float
-    top1: float  # share of positions where the likeliest token is BF16's
-    perplexity: float  # of the texts' own continuations
-    identical_tokens: float  # mean length of the greedy answer's beginning that is BF16's
-    greedy_tokens: Count  # of how many
-    quantized_share: float  # of the prompt tokens that were computed
+    top1: float
+    perplexity: float
+    identical_tokens: float
+    greedy_tokens: Count
+    quantized_share: float
     by_position: tuple[Position, ...]
 
 
 class Cost(_Part):
-    """How an arm's prefill arithmetic in linear layers is divided among formats."""
+    """How an arm's prefill arithmetic in linear layers is divided among formats.
+
+    Attributes:
+        arm: the name of the arm.
+        share: by format, of the multiply-adds; sums to 1.
+        bits: mean bits of a multiplied weight: the axis that fidelity stands against.
+    """
 
     arm: str
-    share: dict[str, float]  # by format, of the multiply-adds; sums to 1
-    bits: float  # mean bits of a multiplied weight: the axis that fidelity stands against
+    share: dict[str, float]
+    bits: float
 
 
 class Fidelity(_Part):
-    """What `mixquant fidelity` writes."""
+    """What `mixquant fidelity` writes.
+
+    Attributes:
+        kind: ``fidelity``.
+        environment: where and when it was measured.
+        command: the command line.
+        model: as it was given.
+        engine: what ran the model.
+        texts: names of the texts.
+        arms: in the order in which they ran.
+        costs: one for each arm.
+        results: one for each arm and prompt length.
+    """
 
     kind: Literal["fidelity"] = "fidelity"
     environment: Environment
@@ -160,7 +245,20 @@ class Fidelity(_Part):
 
 
 class Score(_Part):
-    """One arm on one benchmark; shares, not percent. The interval holds 95 %."""
+    """One arm on one benchmark; shares, not percent. The interval holds 95 %.
+
+    Attributes:
+        benchmark: its name; of a group, NAME/GROUP.
+        arm: the name of the arm.
+        score: the mean over items of the mean over their seeds.
+        low: end of the interval.
+        high: end of the interval.
+        items: how many were asked.
+        seeds: how often each was asked.
+        failed: requests that got no answer in the end; they count as wrong.
+        unjudged: answers that no judge gave a verdict on; they do not count.
+        unextracted: answers that hold nothing to score (no letter, no call); they count as wrong.
+    """
 
     benchmark: str
     arm: str
@@ -169,15 +267,22 @@ class Score(_Part):
     high: float
     items: Count
     seeds: Count
-    failed: Count  # requests that got no answer in the end; they count as wrong
-    unjudged: Count = 0  # answers that no judge gave a verdict on; they do not count
-    unextracted: Count = (
-        0  # answers that hold nothing to score: no letter, no call; they count as wrong
-    )
+    failed: Count
+    unjudged: Count = 0
+    unextracted: Count = 0
 
 
 class Difference(_Part):
-    """An arm minus ``versus``, paired by item and seed. The interval holds 95 %."""
+    """An arm minus ``versus``, paired by item and seed. The interval holds 95 %.
+
+    Attributes:
+        benchmark: its name.
+        arm: the name of the arm.
+        versus: the name of the other arm.
+        difference: share.
+        low: end of the interval.
+        high: end of the interval.
+    """
 
     benchmark: str
     arm: str
@@ -190,67 +295,120 @@ class Difference(_Part):
 class Recovery(_Part):
     """How much of the loss of quantizing everything an arm wins back.
 
-    (arm - quantized) / (bf16 - quantized); None where quantizing everything lost nothing.
+    Attributes:
+        benchmark: its name, or ``mean``.
+        arm: the name of the arm.
+        recovery: (arm - quantized) / (bf16 - quantized); None where quantizing everything lost nothing.
     """
 
-    benchmark: str  # or "mean"
+    benchmark: str
     arm: str
     recovery: float | None
 
 
 class Evaluation(_Part):
-    """What `mixquant evaluate` writes."""
+    """What `mixquant evaluate` writes.
+
+    Attributes:
+        kind: ``evaluation``.
+        environment: where and when it was measured.
+        command: the command line.
+        model: as it was given.
+        arms: in the order in which they ran.
+        settings: of sampling, cutting, judging.
+        scores: one for each arm and benchmark.
+        differences: one for each pair of arms and benchmark.
+        recoveries: one for each arm and benchmark, and for the means.
+        subscores: of a benchmark's groups.
+    """
 
     kind: Literal["evaluation"] = "evaluation"
     environment: Environment
     command: str
     model: str
     arms: tuple[Arm, ...]
-    settings: dict[str, Any]  # of sampling, cutting, judging
+    settings: dict[str, Any]
     scores: tuple[Score, ...]
     differences: tuple[Difference, ...]
     recoveries: tuple[Recovery, ...]
-    subscores: tuple[Score, ...] = ()  # of a benchmark's groups; ``benchmark`` is NAME/GROUP
+    subscores: tuple[Score, ...] = ()
 
 
 class ComparedArm(_Part):
-    """What one arm of `mixquant compare` cost and gave. Times in seconds."""
+    """What one arm of `mixquant compare` cost and gave. Times in seconds.
+
+    Attributes:
+        name: ``bf16``, ``quantized`` or ``mixquant``.
+        device: of the model.
+        compute_dtype: of precise products: the faster of bfloat16 and float32 for ``bf16``.
+        prefill_tokens: read in all turns; what lies in the KV cache is not read again.
+        quantized_prefill_tokens: of these, multiplied in the prefill format.
+        ttft_s: sum over the turns of: prompt given until the logits of the first answer token.
+        ttft_s_per_turn: each the median of the rounds.
+        prefill_tokens_per_s: ``prefill_tokens`` over ``ttft_s``.
+        tpot_s: median over all answer tokens but each first; None if there are none.
+        kl_mean: KL(reference, arm) in nats per token, teacher-forced on the reference.
+        top1_agreement: share of answer positions where the likeliest token is the reference's.
+        extra_bytes: memory of the quantized copies.
+        text: the arm's own greedy answer to the last question, after the reference's others.
+    """
 
     name: str
     device: str
-    compute_dtype: str  # of precise products: the faster of bfloat16 and float32 for ``bf16``
-    prefill_tokens: Count  # read in all turns; what lies in the KV cache is not read again
-    quantized_prefill_tokens: Count  # of these, multiplied in the prefill format
-    ttft_s: float  # sum over the turns of: prompt given until the logits of the first answer token
-    ttft_s_per_turn: tuple[float, ...]  # each the median of the rounds
+    compute_dtype: str
+    prefill_tokens: Count
+    quantized_prefill_tokens: Count
+    ttft_s: float
+    ttft_s_per_turn: tuple[float, ...]
     prefill_tokens_per_s: float
-    tpot_s: float | None  # median over all answer tokens but each first; None if there are none
-    kl_mean: float  # KL(reference, arm) in nats per token, teacher-forced on the reference
-    top1_agreement: float  # share of answer positions where the likeliest token is the reference's
-    extra_bytes: Count  # memory of the quantized copies
-    text: str  # the arm's own greedy answer to the last question, after the reference's others
+    tpot_s: float | None
+    kl_mean: float
+    top1_agreement: float
+    extra_bytes: Count
+    text: str
 
 
 class Comparison(_Part):
-    """What `mixquant compare` writes: the arms side by side."""
+    """What `mixquant compare` writes: the arms side by side.
+
+    Attributes:
+        kind: ``comparison``.
+        environment: where and when it was measured.
+        command: the command line.
+        model: as it was given.
+        device: ``cpu`` or ``cuda``.
+        device_name: as in the environment.
+        threads: of the CPU.
+        format: of the recipe's other projections, if it names several.
+        kernel: what multiplies quantized rows.
+        native: whether that kernel multiplies in the format, or emulates it.
+        recipe: with everything decided.
+        workload: what the arms read, in words.
+        prompt_tokens_per_turn: tokens that are new in each turn.
+        answer_tokens_per_turn: of the reference.
+        prefill_rounds: how often each arm read a prompt.
+        probed_prefill_s: by dtype: how ``bf16`` came to compute in what it does.
+        answers: the reference's.
+        arms: in the order of the table.
+    """
 
     kind: Literal["comparison"] = "comparison"
     environment: Environment
     command: str
     model: str
-    device: str  # cpu or cuda
+    device: str
     device_name: str
     threads: Count
-    format: str  # of the recipe's other projections, if it names several
+    format: str
     kernel: str
     native: bool
-    recipe: dict[str, Any]  # with everything decided
+    recipe: dict[str, Any]
     workload: str
     prompt_tokens_per_turn: tuple[Count, ...]
     answer_tokens_per_turn: tuple[Count, ...]
     prefill_rounds: Count
-    probed_prefill_s: dict[str, float]  # by type: how ``bf16`` came to compute in what it does
-    answers: tuple[str, ...]  # the reference's
+    probed_prefill_s: dict[str, float]
+    answers: tuple[str, ...]
     arms: tuple[ComparedArm, ...]
 
 
