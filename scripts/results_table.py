@@ -1,0 +1,76 @@
+"""Prints a results file as a Markdown table, as docs/results/index.md shows it.
+
+    python scripts/results_table.py benchmarks/results/compare_cpu.json
+
+For files of `mixquant compare`, `mixquant fidelity` and `benchmarks/linear_cpu.py`. The other benchmarks
+print their own with ``--show FILE``.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+
+def comparison(values: dict[str, Any]) -> Iterable[list[str]]:
+    yield ["arm", "prefill tok/s", "speed-up", "TTFT (s)", "TPOT (ms)", "KL", "top-1", "extra MiB"]
+    reference = values["arms"][0]
+    for arm in values["arms"]:
+        speed = arm["prefill_tokens_per_s"]
+        yield [
+            arm["name"],
+            f"{speed:.0f}",
+            f"{speed / reference['prefill_tokens_per_s']:.2f}",
+            f"{arm['ttft_s']:.2f}",
+            f"{arm['tpot_s'] * 1e3:.1f}",
+            f"{arm['kl_mean']:.4f}",
+            f"{arm['top1_agreement']:.1%}",
+            f"{arm['extra_bytes'] / 2**20:.1f}",
+        ]
+
+
+def fidelity(values: dict[str, Any]) -> Iterable[list[str]]:
+    yield ["arm", "bits", "rows", "KL mean", "KL 99 %", "KL max", "top-1", "perplexity", "same"]
+    bits = {cost["arm"]: cost["bits"] for cost in values["costs"]}
+    for one in values["results"]:
+        yield [
+            one["arm"],
+            f"{bits[one['arm']]:.1f}",
+            f"{one['quantized_share']:.1%}",
+            f"{one['kl_mean']:.4f}",
+            f"{one['kl_p99']:.3f}",
+            f"{one['kl_max']:.3f}",
+            f"{one['top1']:.1%}",
+            f"{one['perplexity']:.2f}",
+            f"{one['identical_tokens']:.1f}",
+        ]
+
+
+def linear(values: dict[str, Any]) -> Iterable[list[str]]:
+    """INT8 against the faster of FP32 and BF16."""
+    rows = sorted({one["rows"] for one in values["results"]})
+    yield ["layer", *map(str, rows)]
+    for layer in dict.fromkeys(one["layer"] for one in values["results"]):
+        found = {one["rows"]: one for one in values["results"] if one["layer"] == layer}
+        yield [
+            layer,
+            *(
+                f"{min(one['fp32_us'], one['bf16_us']) / one['int8_us']:.2f}"
+                for one in (found[count] for count in rows)
+            ),
+        ]
+
+
+def table(values: dict[str, Any]) -> str:
+    """The table of a results file, as Markdown."""
+    make = {"comparison": comparison, "fidelity": fidelity}.get(values.get("kind", ""), linear)
+    heading, *rows = make(values)
+    lines = [heading, ["---"] * len(heading), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+if __name__ == "__main__":
+    print(table(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))))
