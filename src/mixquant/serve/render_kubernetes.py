@@ -49,7 +49,7 @@ def render(deployment: Deployment, image: str | None = None) -> str:
     if image is None:
         raise ServeError(
             "Kubernetes needs the name of an image that holds vLLM and mixquant: --image NAME "
-            "(docs/deploy.md says how to build one)"
+            "(docs/guide/containers.md says how to build one)"
         )
     set_of = in_containers(deployment, _place)
     engines = [process for process in set_of if is_engine(process)]

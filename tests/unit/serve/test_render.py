@@ -411,7 +411,7 @@ def test_the_image_that_compose_builds_is_the_documented_one() -> None:
     (build,) = (interpolated(one["build"]) for one in built)
     assert build["dockerfile_inline"] == DOCKERFILE
     assert {one["image"] for one in document["services"].values()} == {built[0]["image"]}
-    assert DOCKERFILE in (DOCS / "deploy.md").read_text()
+    assert DOCKERFILE in (DOCS / "guide" / "containers.md").read_text()
 
 
 def test_the_command_prints_the_manifest(
