@@ -1,7 +1,7 @@
 """The load generator: vLLM's own `vllm bench serve`, called with our requests.
 
 It runs in a process of its own, so that nothing of ours takes time from it, and what it prints goes to a
-file. Why this one: docs/bench.md.
+file. Why this one: docs/guide/bench.md.
 """
 
 from __future__ import annotations
