@@ -8,7 +8,7 @@ The few precise rows of a pass whose other rows are quantized (last tokens of pr
 the whole BF16 weight for a handful of rows: a kernel of ours (`mixquant.kernels.triton.few_rows`) takes
 them out of the input, or from where the quantizing kernel has put them, and writes their products over
 the quantized ones. To have it run beside those, on a stream of its own and a few multiprocessors,
-gained nothing that could be measured (docs/performance.md).
+gained nothing that could be measured (docs/develop/lab-notes.md).
 """
 
 from __future__ import annotations

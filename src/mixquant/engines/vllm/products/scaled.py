@@ -18,8 +18,8 @@ class ScaledProduct(Product):
     """FP8 or INT8 on a GPU: vLLM's row-wise quantizer and a product with a scale per row and column.
 
     The product is CUTLASS's in vLLM, and for many rows in FP8 on Hopper cuBLASLt's in torch: at
-    Qwen3-8B's shapes (docs/performance.md) it is the faster one where most of the arithmetic is, but it
-    takes the CPU longer to launch.
+    Qwen3-8B's shapes (docs/develop/lab-notes.md) it is the faster one where most of the arithmetic is,
+    but it takes the CPU longer to launch.
     """
 
     def __init__(self, fmt: str, weight: Tensor) -> None:
