@@ -1,26 +1,23 @@
-"""Writes docs/reference/commands.md from the command line's own definitions.
+"""Writes the pages of docs/ that are made from the code: every command, and the patches of vLLM.
 
-    python scripts/command_reference.py           # write the page
-    python scripts/command_reference.py --check   # exit code 1 if the page is not what would be written
+    python scripts/reference_pages.py
 
-`tests/unit/test_documents.py` makes the same check, so the page cannot fall behind the options.
+`tests/unit/test_documents.py` compares the pages with what would be written.
 """
 
 from __future__ import annotations
 
-import argparse
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
 import typer
 
-PAGE = Path(__file__).parents[1] / "docs" / "reference" / "commands.md"
-INTRODUCTION = """\
+DOCS = Path(__file__).parents[1] / "docs"
+COMMANDS = """\
 # Commands
 
-<!-- Written by scripts/command_reference.py. Change the help texts in src/mixquant/cli instead. -->
+<!-- Written by scripts/reference_pages.py. Change the help texts in src/mixquant/cli instead. -->
 
 `mixquant COMMAND --help` prints the same.
 
@@ -35,15 +32,54 @@ An error is one line on standard error. With `MIXQUANT_TRACEBACK=1` the tracebac
 """
 
 
-def page() -> str:
-    """The whole page, as Markdown."""
+PATCHES = """\
+# Patches of vLLM
+
+<!-- Written by scripts/reference_pages.py from src/mixquant/engines/vllm/patches/__init__.py. -->
+
+Where vLLM has a public hook, the plugin uses it: the entry point `vllm.general_plugins`, a
+quantization method, `additional_config`, and `worker_extension_cls`. Where no hook serves, the plugin
+wraps or replaces a function of vLLM. This is the complete list. At start, each patch of a model checks
+that it took, and the table in the log says in how many places.
+"""
+
+
+def commands() -> str:
+    """The page of every command, as Markdown."""
     from mixquant.cli import app
 
     group: Any = typer.main.get_command(app)
-    sections = [INTRODUCTION]
+    sections = [COMMANDS]
     for name, command in group.commands.items():
         sections.append(_section(name, command))
     return "\n".join(sections)
+
+
+def patches() -> str:
+    """The page of patches, as Markdown."""
+    from mixquant.engines.vllm.patches import LEDGER
+
+    sections = [PATCHES]
+    for one in LEDGER:
+        lines = [f"## {one.module}", "", one.does, "", "| | |", "| --- | --- |"]
+        lines.append(f"| changed | {'<br>'.join(_code(target) for target in one.targets)} |")
+        for name, text in (
+            ("why", one.why),
+            ("guard", one.guard),
+            ("versions read", one.read),
+            ("versions run", one.run),
+            ("needed until", one.until),
+        ):
+            lines.append(f"| {name} | {_cell(text)} |")
+        sections.append("\n".join([*lines, ""]))
+    return "\n".join(sections)
+
+
+PAGES = {"reference/commands.md": commands, "develop/patches.md": patches}
+
+
+def _code(target: str) -> str:
+    return f"`{target}`" if "." in target and " " not in target else target
 
 
 def _section(name: str, command: Any) -> str:
@@ -123,16 +159,6 @@ def _default(option: Any) -> str:
     return f"`{getattr(default, 'value', default)}`"
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description="Write the page of commands")
-    parser.add_argument("--check", action="store_true", help="write nothing; compare")
-    options = parser.parse_args()
-    made = page()
-    if options.check:
-        return int(PAGE.read_text(encoding="utf-8") != made)
-    PAGE.write_text(made, encoding="utf-8")
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    for name, make in PAGES.items():
+        (DOCS / name).write_text(make(), encoding="utf-8")
