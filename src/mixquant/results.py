@@ -12,7 +12,15 @@ import platform
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    TypeAdapter,
+    ValidationError,
+    model_serializer,
+)
 
 from mixquant.errors import MixquantError
 from mixquant.files.reading import ReadingError, parse_json, shown
@@ -97,7 +105,8 @@ class Measurement(_Part):
         metric: ``ttft``, ``tpot``, ``itl``, ``e2e`` (ms); ``prefill``, ``output``, ``total`` (tok/s);
             ``quantized``, ``cached`` (share).
         workload: ``length``, ``batch``, ``concurrency`` or ``agent``.
-        tokens: of each prompt; of the agent trace, the mean.
+        tokens: of each prompt, beside those ``cached``; of the agent trace, the mean.
+        cached: tokens of a turn's prompt that the KV cache holds already; None where there are no turns.
         concurrency: requests, or sessions of the agent trace, at a time.
         value: the median.
         unit: of the three numbers.
@@ -109,11 +118,20 @@ class Measurement(_Part):
     metric: str
     workload: str = "length"
     tokens: Count
+    cached: Count | None = None
     concurrency: Count
     value: float
     unit: str
     lowest: float | None = None
     highest: float | None = None
+
+    @model_serializer(mode="wrap")
+    def _without_absent_cached(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without ``cached`` where there is none: earlier versions refuse a field they do not know."""
+        values: dict[str, Any] = handler(self)
+        if values["cached"] is None:
+            del values["cached"]
+        return values
 
 
 class Piece(_Part):
