@@ -86,6 +86,30 @@ def bench() -> Bench:
     )
 
 
+def turns() -> Bench:
+    """New tokens behind cached ones: slower for small turns, nothing quantized in the smallest."""
+    results = []
+    for cached, factor in ((0, 1.1), (8192, 1.0), (32768, 0.95), (98304, 0.9)):
+        for tokens, gain in ((64, 1.0), (256, 0.85), (1024, 1.1), (4096, 1.35)):
+            base = 10 + tokens / 40 + cached / 4000
+            for arm, speed in (("bf16", 1.0), ("mixquant", gain * factor)):
+                at = {"workload": "turns", "tokens": tokens, "cached": cached}
+                ms = base / speed
+                results.append(
+                    measurement(arm, "ttft", ms, lowest=0.99 * ms, highest=1.01 * ms, **at)
+                )
+                share = 0.0 if arm == "bf16" or tokens == 64 else 0.99
+                results.append(measurement(arm, "quantized", share, unit="share", **at))
+    recipe = {"format": {"default": "fp8"}, "min_prefill_tokens": 128}
+    return bench().model_copy(
+        update={
+            "arms": (ARMS[0], Arm(name="mixquant", recipe=recipe)),
+            "results": tuple(results),
+            "breakdown": (),
+        }
+    )
+
+
 def fidelity() -> Fidelity:
     arms = {"bf16": (16.0, 0.0), "quantized": (8.0, 0.09), "mixquant": (8.0, 0.03)}
     arms |= {"fast": (4.0, 0.11), "balanced": (5.2, 0.045), "with two groups": (5.6, 0.06)}

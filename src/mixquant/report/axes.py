@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
-from mixquant.report.style import Look
+from mixquant.report.style import Look, color
 from mixquant.report.svg import plot_settings
 from mixquant.report.text import plain, short, tick
 
@@ -50,7 +50,7 @@ def name_rows(axes: Axes, names: Sequence[str]) -> None:
     axes.set_ylim(len(names) - 0.45, -0.55)
     axes.tick_params(axis="y", length=0)
     axes.grid(False, axis="y")
-    axes.xaxis.set_major_locator(MaxNLocator(nbins=6))
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=6 if abs(axes.dataLim.x1) < 1000 else 4))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: tick(x)))
 
 
@@ -67,7 +67,7 @@ def distances(
 
 def spaced(xs: Sequence[float]) -> list[float]:
     """Those of sorted counts that have room for their numbers on the axis."""
-    scale = math.log if xs[0] > 0 else float
+    scale = math.log if xs[0] > 0 else math.log1p
     room = (scale(xs[-1]) - scale(xs[0])) / 7
     kept = [xs[0]]
     for x in xs[1:]:
@@ -113,6 +113,8 @@ def label_outermost(axes: Axes, series: Sequence[Series]) -> None:
                     ha="center",
                     va=side,
                     fontsize=9.5,
+                    zorder=5,
+                    bbox={"facecolor": color("surface"), "edgecolor": "none", "pad": 0.5},
                 )
 
 
@@ -133,6 +135,37 @@ def from_zero_by_decades(axes: Axes, values: Sequence[float]) -> None:
     ticks += [least * 10**power for power in range(0, decades + 1, 1 + decades // 6)]
     axes.set_yticks(ticks, [tick(y) for y in ticks])
     axes.yaxis.set_minor_locator(NullLocator())
+
+
+def draw_spread(
+    axes: Axes,
+    xs: Sequence[float],
+    ys: Sequence[float],
+    look_color: str,
+    *,
+    x: tuple[list[float], list[float]] | None = None,
+    y: tuple[list[float], list[float]] | None = None,
+) -> None:
+    """Error bars with caps, on a halo that sets them off from bars, lines and markers behind."""
+    for drawn, width in ((color("surface"), 4.0), (look_color, 1.6)):
+        bars = axes.errorbar(
+            xs,
+            ys,
+            xerr=x,
+            yerr=y,
+            fmt="none",
+            ecolor=drawn,
+            elinewidth=width,
+            capsize=5 if width < 2 else 6,
+            capthick=width,
+        )
+        for part in (*bars.lines[1], *bars.lines[2]):
+            part.set_zorder(3 if width < 2 else 2.9)
+
+
+def shifts(number: int) -> list[float]:
+    """Factors that set several series apart at the same place of a logarithmic axis."""
+    return [1.035 ** (place - (number - 1) / 2) for place in range(number)]
 
 
 def key(look: Look, *, line: bool = True) -> Line2D:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 
-from mixquant.report.derived import arms_of
+from mixquant.report.derived import BASELINE, arms_of
 from mixquant.report.parts import Panel, Table
 from mixquant.report.plots import Stack, stacks
 from mixquant.report.style import kinds_of_work
@@ -39,6 +39,7 @@ def _breakdown(tokens: int, pieces: Sequence[Piece]) -> Panel:
     title = f"Where the time goes, {count(tokens)} prompt tokens"
     return Panel(
         title,
+        _meaning(arms, kinds, ms),
         f"Sum and largest parts: {clauses(said)}.",
         partial(
             stacks,
@@ -59,3 +60,19 @@ def _breakdown(tokens: int, pieces: Sequence[Piece]) -> Panel:
             ),
         ),
     )
+
+
+def _meaning(arms: Sequence[str], kinds: Sequence[str], ms: Mapping[tuple[str, str], float]) -> str:
+    """Which kind of work each arm saves most of, and which it adds."""
+    said = []
+    for arm in arms:
+        if arm == BASELINE or BASELINE not in arms:
+            continue
+        change = {kind: ms.get((arm, kind), 0.0) - ms.get((BASELINE, kind), 0.0) for kind in kinds}
+        least, most = (f(change, key=change.__getitem__) for f in (min, max))
+        parts = [f"saves most in {least}"] if change[least] < 0 else []
+        parts += [f"adds time for {most}"] if change[most] > 0 else []
+        if parts:
+            said.append(f"{arm} {listed(parts)}")
+    closing = f" Against BF16, {clauses(said)}." if said else ""
+    return f"A bar is the time of one prefill; its parts are kinds of work.{closing}"

@@ -9,6 +9,11 @@ from mixquant.results import Measurement
 
 BASELINE = "bf16"
 _LARGEST_RATIO = 1e9
+_NOTICEABLE = 0.02  # a smaller difference is none that a reader should act on
+# Workloads that repeat the same requests. Elsewhere lowest and highest are of different requests.
+_REPEATED = ("length", "batch")
+
+Condition = tuple[str, int, int, int | None]  # workload, prompt tokens, concurrency, cached tokens
 
 
 @dataclass(frozen=True)
@@ -21,6 +26,24 @@ class Speedup:
     low: float | None  # the slowest of the arm against the fastest of the baseline
     high: float | None
 
+    @property
+    def sign(self) -> int:
+        """1 faster than the baseline, -1 slower, 0 if below 2 % or if the runs overlap."""
+        repeated = self.measurement.workload in _REPEATED
+        if (
+            repeated
+            and self.low is not None
+            and self.high is not None
+            and self.low <= 1 <= self.high
+        ):
+            return 0
+        return sign_of(self.ratio)
+
+
+def sign_of(ratio: float) -> int:
+    """1 for a speed-up, -1 for a loss, 0 for a difference below 2 %."""
+    return 0 if abs(ratio - 1) < _NOTICEABLE else 1 if ratio > 1 else -1
+
 
 def arms_of(names: Iterable[str]) -> tuple[str, ...]:
     """Each once, the baseline first."""
@@ -31,20 +54,41 @@ def higher_is_better(unit: str) -> bool:
     return "/s" in unit
 
 
-def speedups(measurements: Iterable[Measurement], baseline: str = BASELINE) -> tuple[Speedup, ...]:
+def condition(m: Measurement) -> Condition:
+    """What must be alike for two arms to be compared."""
+    # A trace has prompts of all lengths. Their mean is a result: answers become prompts.
+    return m.workload, 0 if m.workload == "agent" else m.tokens, m.concurrency, m.cached
+
+
+def unquantized(measurements: Iterable[Measurement]) -> frozenset[tuple[str, Condition]]:
+    """The arms and conditions in which no prompt token was quantized, as far as it was counted."""
+    return frozenset(
+        (m.arm, condition(m))
+        for m in measurements
+        if m.metric == "quantized" and m.value == 0 and m.arm != BASELINE
+    )
+
+
+def speedups(
+    measurements: Iterable[Measurement],
+    left_out: frozenset[tuple[str, Condition]] = frozenset(),
+) -> tuple[Speedup, ...]:
     """Each measurement of the other arms against the baseline's of the same metric, workload, prompt
     length and concurrency; above 1 the arm is better. What has no counterpart, or is no speed (a
     share), is left out, and so is what would divide by zero.
+
+    Args:
+        left_out: arms and conditions that get no ratio, see `unquantized`.
     """
     measurements = tuple(measurements)
-    base = {_condition(m): m for m in measurements if m.arm == baseline}
+    base = {(condition(m), m.metric, m.unit): m for m in measurements if m.arm == BASELINE}
     found = []
     for own in measurements:
-        reference = base.get(_condition(own))
-        if own.arm == baseline or reference is None or own.unit == "share":
+        reference = base.get((condition(own), own.metric, own.unit))
+        if own.arm == BASELINE or reference is None or own.unit == "share":
             continue
         quotient = _ratio(own.value, reference.value, own.unit)
-        if quotient is None:
+        if quotient is None or (own.arm, condition(own)) in left_out:
             continue
         bounds = sorted(
             bound
@@ -54,12 +98,6 @@ def speedups(measurements: Iterable[Measurement], baseline: str = BASELINE) -> t
         low, high = bounds if len(bounds) == 2 else (None, None)
         found.append(Speedup(own.arm, own, quotient, low, high))
     return tuple(found)
-
-
-def _condition(m: Measurement) -> tuple[str, str, int, int, str]:
-    # A trace has prompts of all lengths. Their mean is a result: answers become prompts.
-    tokens = 0 if m.workload == "agent" else m.tokens
-    return m.workload, m.metric, tokens, m.concurrency, m.unit
 
 
 def _ratio(own: float, reference: float, unit: str) -> float | None:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 from functools import partial
-from statistics import fmean
 
 from mixquant.report.axes import Point, Series
 from mixquant.report.derived import BASELINE, arms_of
+from mixquant.report.evaluation_words import mean_scores, verdict
 from mixquant.report.parts import KeyFigure, Panel, Section, Table
 from mixquant.report.plots import Bar, bars, intervals
 from mixquant.report.style import Look, looks
@@ -23,6 +23,7 @@ def section(evaluation: Evaluation) -> Section:
     looked = looks([*arms, *(d.arm for d in evaluation.differences)])
     return Section(
         title="Benchmark scores",
+        verdict=verdict(evaluation, arms),
         key_figures=_key_figures(evaluation, arms),
         notes=tuple(
             f"{s.benchmark}, {s.arm}: {count(s.failed)} of {count(s.items * s.seeds)} requests got "
@@ -44,19 +45,6 @@ def section(evaluation: Evaluation) -> Section:
         ),
         tables=_settings(evaluation),
     )
-
-
-def mean_scores(evaluation: Evaluation) -> tuple[dict[str, float], int]:
-    """Each arm's mean over the benchmarks that all arms have, and how many these are."""
-    scored: dict[str, dict[str, float]] = {}
-    for s in evaluation.scores:
-        scored.setdefault(s.arm, {})[s.benchmark] = s.score
-    common = set.intersection(*(set(of_arm) for of_arm in scored.values())) if scored else set()
-    if not common:
-        return {}, 0
-    return {
-        arm: fmean(of_arm[name] for name in sorted(common)) for arm, of_arm in scored.items()
-    }, len(common)
 
 
 def _key_figures(evaluation: Evaluation, arms: tuple[str, ...]) -> tuple[KeyFigure, ...]:
@@ -115,6 +103,9 @@ def _scores(evaluation: Evaluation, arms: tuple[str, ...], looked: dict[str, Loo
     return [
         Panel(
             "Scores with 95 % intervals",
+            "Further right is better. The thin bars are 95 % intervals of each score alone; whether "
+            "two arms differ, the paired differences say more sharply, since they compare the same "
+            "items.",
             f"Scores: {clauses(said)}.",
             partial(
                 intervals,
@@ -152,6 +143,10 @@ def _differences(differences: tuple[Difference, ...], looked: dict[str, Look]) -
     )
     found = {(d.benchmark, d.arm, d.versus): d for d in differences}
     clear = [d for d in differences if d.low > 0 or d.high < 0]
+    meaning = (
+        "Each mark is an arm's score minus another's on the same items. A bar that crosses zero is "
+        "no difference beyond chance."
+    )
     said = (
         f"{len(clear)} of {len(differences)} differences are clear of zero: "
         + listed(
@@ -165,6 +160,7 @@ def _differences(differences: tuple[Difference, ...], looked: dict[str, Look]) -
     return [
         Panel(
             "Paired differences with 95 % intervals",
+            meaning,
             f"{said[:1].upper()}{said[1:]}.",
             partial(
                 intervals,
@@ -228,6 +224,9 @@ def _recoveries(recoveries: tuple[Recovery, ...], looked: dict[str, Look]) -> li
     return [
         Panel(
             "Recovery" if several else f"Recovery by {known[0].arm}",
+            "How much of what quantizing both phases loses is won back: 0 is as low as quantizing "
+            "everything, the dashed line at 100 is BF16's score."
+            + (f" Quantizing everything lost nothing in {listed(nothing)}." if nothing else ""),
             f"{finding}.",
             partial(
                 bars,

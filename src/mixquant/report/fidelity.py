@@ -7,6 +7,7 @@ from functools import partial
 
 from mixquant.report.axes import Point, Series
 from mixquant.report.derived import BASELINE, arms_of, pareto_front
+from mixquant.report.fidelity_words import notes, trends, verdict
 from mixquant.report.parts import KeyFigure, Panel, Section, Table
 from mixquant.report.plots import lines, scatter
 from mixquant.report.style import Look, looks
@@ -29,7 +30,9 @@ def section(fidelity: Fidelity) -> Section:
         panels += _by_length(results, arms, looked)
     return Section(
         title="Fidelity",
+        verdict=verdict(fidelity),
         key_figures=_key_figures(results),
+        notes=notes(results),
         panels=tuple(panels),
         tables=_tables(fidelity),
     )
@@ -43,7 +46,7 @@ def _key_figures(results: Sequence[Divergence]) -> tuple[KeyFigure, ...]:
     return tuple(
         KeyFigure(
             number(d.kl_mean),
-            f"{d.arm}: nats per token from {BASELINE} after {count(longest)} prompt tokens; "
+            f"{d.arm}: nats per token from BF16 after {count(longest)} prompt tokens; "
             f"same likeliest token {percent(d.top1)}",
         )
         for d in results
@@ -62,14 +65,20 @@ def _against_cost(
     front = pareto_front(points)
     on_it = [f"{here[i].arm} ({number(points[i][0])} bits, {number(points[i][1])})" for i in front]
     off_it = [d.arm for i, d in enumerate(here) if i not in front]
-    finding = f"On the Pareto front: {listed(on_it)}"
+    numbers = f"On the Pareto front: {listed(on_it)}"
+    meaning = (
+        "Lower is nearer to BF16, further left is cheaper. The dashed line joins the arms that no "
+        "other arm beats (the Pareto front)."
+    )
     if off_it:
-        finding += f"; beaten in both: {listed(off_it)}"
-    title = f"Divergence against cost, {count(here[0].prompt_tokens)} prompt tokens"
+        numbers += f"; beaten: {listed(off_it)}"
+        meaning += f" Beaten: {listed(off_it)}. Another arm is at least as near and as cheap."
+    title = f"Distance from BF16 against cost, {count(here[0].prompt_tokens)} prompt tokens"
     return [
         Panel(
             title,
-            f"{finding}.",
+            meaning,
+            f"{numbers}.",
             partial(
                 scatter,
                 series=[
@@ -77,7 +86,7 @@ def _against_cost(
                 ],
                 front=[Point(*points[i]) for i in front],
                 x_label="Mean bits of a multiplied weight in prefill",
-                y_label=f"KL from {BASELINE}, nats per token",
+                y_label="KL from BF16, nats per token",
             ),
             Table(
                 title,
@@ -106,12 +115,18 @@ def _after_the_prompt(here: Sequence[Divergence], looked: dict[str, Look]) -> li
         f"{count(d.by_position[-1].first)} on"
         for d in shown
     ]
-    title = f"Divergence after the prompt's end, {count(here[0].prompt_tokens)} prompt tokens"
+    title = f"Distance by answer token, {count(here[0].prompt_tokens)} prompt tokens"
     firsts = sorted({p.first for d in shown for p in d.by_position})
     found = {(d.arm, p.first): p for d in shown for p in d.by_position}
     return [
         Panel(
             title,
+            trends(
+                "A falling line means that the effect of the quantized prompt fades with each "
+                "answer token.",
+                "the first answer tokens to the last",
+                {d.arm: (d.by_position[0].kl_mean, d.by_position[-1].kl_mean) for d in shown},
+            ),
             f"KL in nats per token: {clauses(said)}.",
             partial(
                 lines,
@@ -123,8 +138,8 @@ def _after_the_prompt(here: Sequence[Divergence], looked: dict[str, Look]) -> li
                     )
                     for d in shown
                 ],
-                x_label="Answer token, first of its group",
-                y_label=f"KL from {BASELINE}, nats per token",
+                x_label="Answer token, first of its group (log scale)",
+                y_label="KL from BF16, nats per token",
                 log_y=True,
             ),
             Table(
@@ -166,7 +181,12 @@ def _by_length(
     value = {(d.arm, d.prompt_tokens): number(d.kl_mean) for d in results}
     return [
         Panel(
-            "Divergence by prompt length",
+            "Distance from BF16 by prompt length",
+            trends(
+                "A rising line means that longer prompts move the answers further from BF16.",
+                "the shortest prompt to the longest",
+                {arm: (found[0].kl_mean, found[-1].kl_mean) for arm, found in of.items()},
+            ),
             f"KL in nats per token: {clauses(said)}.",
             partial(
                 lines,
@@ -181,12 +201,12 @@ def _by_length(
                     )
                     for arm, found in of.items()
                 ],
-                x_label="Prompt tokens",
-                y_label=f"KL from {BASELINE}, nats per token",
+                x_label="Prompt tokens (log scale)",
+                y_label="KL from BF16, nats per token",
                 log_y=True,
             ),
             Table(
-                "Divergence by prompt length: KL in nats per token",
+                "Distance from BF16 by prompt length: KL in nats per token",
                 ("Prompt tokens", *of),
                 tuple(
                     (count(length), *(value.get((arm, length), "–") for arm in of))
@@ -206,7 +226,7 @@ def _tables(fidelity: Fidelity) -> tuple[Table, ...]:
         }
         tables.append(
             Table(
-                f"Distance from {BASELINE}, teacher-forced ({listed(sorted(answers))})",
+                f"Distance from BF16, teacher-forced ({listed(sorted(answers))})",
                 (
                     "Arm",
                     "Prompt tokens",

@@ -9,9 +9,10 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from mixquant.report import bench, comparison, evaluation, fidelity
+from mixquant.report.names import described, model_name, with_labels
 from mixquant.report.parts import Panel, Section
 from mixquant.report.plots import Alt
-from mixquant.report.text import plain
+from mixquant.report.text import listed, plain
 from mixquant.results import Bench, Comparison, Evaluation, Fidelity, Results
 
 
@@ -37,10 +38,10 @@ def page(files: Sequence[tuple[str | None, Results]]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    models = dict.fromkeys(results.model for _, results in files)
+    models = dict.fromkeys(model_name(results.model) for _, results in files)
     html = environment.get_template("page.html").render(
-        title=f"mixquant: {', '.join(models)}",
-        models=list(models),
+        title=f"mixquant on {listed(list(models))}",
+        several_models=len(models) > 1,
         files=[_file(f"file-{n}", name, results) for n, (name, results) in enumerate(files, 1)],
     )
     # JSON can hold halves of surrogate pairs, UTF-8 cannot.
@@ -48,17 +49,20 @@ def page(files: Sequence[tuple[str | None, Results]]) -> str:
 
 
 def _file(identity: str, name: str | None, results: Results) -> dict[str, Any]:
+    results, labels = with_labels(results)
     section = _section(results)
     return {
         "identity": identity,
         "name": name,
-        "model": results.model,
+        "model": model_name(results.model),
         "device": results.environment.device,
         "section": section,
+        "verdict": _prose(section.verdict),
+        "compared": described(results),
         "panels": [_panel(f"{identity}-{n}", p) for n, p in enumerate(section.panels, 1)],
         "facts": _facts(results),
         "command": results.command,
-        "arms": _arms(results),
+        "arms": _arms(results, {label: arm for arm, label in labels.items()}),
     }
 
 
@@ -75,13 +79,19 @@ def _section(results: Results) -> Section:
 
 
 def _panel(identity: str, panel: Panel) -> dict[str, Any]:
-    finding = plain(panel.finding)
+    description = plain(f"{panel.meaning} {panel.numbers}")
     return {
+        "identity": identity,
         "title": panel.title,
-        "finding": finding,
-        "plot": panel.draw(Alt(identity, plain(panel.title), finding)),
+        "meaning": _prose(panel.meaning),
+        "plot": panel.draw(Alt(identity, plain(panel.title), description)),
         "table": panel.table,
     }
+
+
+def _prose(text: str) -> str:
+    """With no line break between a number and its percent sign."""
+    return plain(text).replace(" %", "\N{NO-BREAK SPACE}%")
 
 
 def _facts(results: Results) -> list[tuple[str, str]]:
@@ -96,13 +106,16 @@ def _facts(results: Results) -> list[tuple[str, str]]:
     return facts + [(name, version) for name, version in where.versions.items()]
 
 
-def _arms(results: Results) -> list[dict[str, str | None]]:
+def _arms(results: Results, in_file: dict[str, str]) -> list[dict[str, str | None]]:
     if isinstance(results, Comparison):
         recipe = _pretty(results.recipe)
-        return [{"name": "mixquant", "arguments": None, "url": None, "recipe": recipe}]
+        return [
+            {"name": "mixquant", "in_file": None, "arguments": None, "url": None, "recipe": recipe}
+        ]
     return [
         {
             "name": arm.name,
+            "in_file": in_file.get(arm.name),
             "arguments": arm.arguments,
             "url": arm.url,
             "recipe": None if arm.recipe is None else _pretty(arm.recipe),

@@ -22,20 +22,22 @@ class Table:
 
 @dataclass(frozen=True)
 class Panel:
-    """A plot, what it shows in a sentence, and its figures as a table."""
+    """A plot, what it means, and its numbers: in a sentence for the alternative text, and as a table."""
 
     title: str
-    finding: str
+    meaning: str
+    numbers: str
     draw: Callable[[Alt], Markup]
     table: Table
 
 
 @dataclass(frozen=True)
 class KeyFigure:
-    """What one should take away, as large type."""
+    """A number to remember, in large type."""
 
     value: str
     meaning: str
+    is_loss: bool = False
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,7 @@ class Section:
     """What one file holds, without what all kinds of files have."""
 
     title: str
+    verdict: str = ""  # the result in a few sentences, with where it holds; "" if there is none
     key_figures: tuple[KeyFigure, ...] = ()
     notes: tuple[str, ...] = ()
     panels: tuple[Panel, ...] = ()

@@ -17,12 +17,14 @@ from mixquant.report.axes import (
     Series,
     add_legend,
     distances,
+    draw_spread,
     figure_and_axes,
     from_zero_by_decades,
     hold_off_spread,
     key,
     label_outermost,
     name_rows,
+    shifts,
     spaced,
 )
 from mixquant.report.style import Look, color
@@ -70,20 +72,28 @@ def lines(
 ) -> Markup:
     """Series over a common, logarithmic axis of counts, with the spread of each point."""
     with figure_and_axes(_HEIGHT) as (figure, axes):
-        for one in series:
-            axes.errorbar(
-                [p.x for p in one.points],
-                [p.y for p in one.points],
-                yerr=distances([(p.y, p.low, p.high) for p in one.points]),
+        has_spread = any(p.low is not None for one in series for p in one.points)
+        apart = shifts(len(series)) if has_spread else [1.0] * len(series)
+        for shift, one in zip(apart, series, strict=True):
+            at = [p.x * shift for p in one.points]
+            values = [p.y for p in one.points]
+            axes.plot(at, values, color=one.look.color, linestyle=one.look.dashes, zorder=2)
+            spread = distances([(p.y, p.low, p.high) for p in one.points])
+            if spread is not None:
+                draw_spread(axes, at, values, one.look.color, y=spread)
+            axes.plot(
+                at,
+                values,
                 color=one.look.color,
                 marker=one.look.marker,
-                linestyle=one.look.dashes,
-                elinewidth=1.4,
-                capsize=3,
+                linestyle="none",
+                zorder=4,
             )
         xs = sorted({p.x for one in series for p in one.points})
         if xs[0] > 0:
             axes.set_xscale("log")
+        else:
+            axes.set_xscale("symlog", linthresh=1)
         axes.set_xticks(spaced(xs), [tick(x) for x in spaced(xs)])
         axes.xaxis.set_minor_locator(NullLocator())
         axes.grid(False, axis="x")
@@ -119,12 +129,12 @@ def bars(alt: Alt, rows: Sequence[Bar], x_label: str, *, reference: float | None
                 row.value,
                 height=0.66,
                 color=row.look.color,
-                xerr=distances([(row.value, row.low, high)]),
-                ecolor=color("ink"),
-                capsize=3,
             )
+            spread = distances([(row.value, row.low, high)])
+            if spread is not None:
+                draw_spread(axes, [row.value], [place], color("ink"), x=spread)
             end = max(row.value, row.value if high is None else high, 0.0)
-            axes.annotate(row.label, (end, place), (6, 0), textcoords="offset points", va="center")
+            axes.annotate(row.label, (end, place), (8, 0), textcoords="offset points", va="center")
         if reference is not None:
             axes.axvline(reference, color=color("muted"), linestyle=(0, (4, 3)), linewidth=1.4)
         widest = max((len(row.label) for row in rows), default=0)
@@ -188,15 +198,18 @@ def intervals(
     with figure_and_axes(1.05 + len(groups) * max(0.2 * len(series), 0.34)) as (figure, axes):
         for place, one in enumerate(series):
             shift = (place + 0.5) * each - 0.4
-            axes.errorbar(
-                [p.y for p in one.points],
-                [p.x + shift for p in one.points],
-                xerr=distances([(p.y, p.low, p.high) for p in one.points]),
+            values = [p.y for p in one.points]
+            places = [p.x + shift for p in one.points]
+            interval = distances([(p.y, p.low, p.high) for p in one.points])
+            if interval is not None:
+                draw_spread(axes, values, places, one.look.color, x=interval)
+            axes.plot(
+                values,
+                places,
                 color=one.look.color,
                 marker=one.look.marker,
                 linestyle="none",
-                elinewidth=1.6,
-                capsize=3,
+                zorder=4,
             )
         if reference is not None:
             axes.axvline(reference, color=color("muted"), linestyle=(0, (4, 3)), linewidth=1.4)

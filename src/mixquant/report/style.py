@@ -13,7 +13,7 @@ from itertools import count
 
 from mixquant.report.derived import BASELINE
 
-VARIABLES = ("ink", "muted", "grid", "surface", *(f"series-{i}" for i in range(8)))
+VARIABLES = ("ink", "muted", "grid", "surface", "gain", "loss", *(f"series-{i}" for i in range(8)))
 STAND_INS = {name: f"#0a{number:02x}fe" for number, name in enumerate(VARIABLES)}
 
 _MARKERS = "osD^vPX*"

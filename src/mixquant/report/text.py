@@ -14,6 +14,8 @@ METRICS = {
     "total": "Total throughput",
     "quantized": "Quantized share of the prompt tokens",
     "cached": "Cached share of the prompt tokens",
+    "transfer_seconds": "Time to send the KV cache",
+    "transfer_bytes": "Size of the KV cache sent",
     "batch_of_16": "Time of all requests",  # of benchmarks/vllm_speed.py
 }
 

@@ -66,6 +66,30 @@ CUT_OFF = """() => [...document.querySelectorAll('svg text')].filter(e => {
 }).map(e => e.textContent)"""
 
 
+# Error bars, their caps apart, and the halos behind them: the style, and how wide on the screen.
+SPREADS = """(svg) => [...svg.querySelectorAll('path')]
+  .filter(e => /^fill: none.* stroke-width: (1.6|4)$/.test(e.getAttribute('style')))
+  .map(e => [e.getAttribute('style').includes('--surface') ? 'halo' : 'bar',
+    parseFloat(getComputedStyle(e).strokeWidth) * e.getScreenCTM().a])"""
+# Cells of a heat map that have a tint: number, its colour, and the tint with what lies behind.
+CELLS = """() => {
+  const surface = getComputedStyle(document.querySelector('figure')).backgroundColor;
+  const texts = [...document.querySelectorAll('svg text')]
+    .filter(e => /^\\d\\.\\d\\d$/.test(e.textContent));
+  const tints = [...document.querySelectorAll('svg path')]
+    .filter(e => /--(gain|loss)/.test(e.getAttribute('style')));
+  const inside = (a, b) => a.left >= b.left && a.right <= b.right && a.top >= b.top
+    && a.bottom <= b.bottom;
+  return texts.map(text => {
+    const box = text.getBoundingClientRect();
+    const tint = tints.find(e => inside(box, e.getBoundingClientRect()));
+    const style = getComputedStyle(tint);
+    return [text.textContent, getComputedStyle(text).fill, style.fill,
+      parseFloat(style.opacity), surface];
+  });
+}"""
+
+
 @pytest.fixture(scope="module")
 def chromium() -> Iterator[Any]:
     path = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -96,6 +120,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     ]
     pages = {
         "h200": page([("h200.json", results.read(H200))]),
+        "turns": page([("turns.json", sample_results.turns())]),
         "all": page([(f"{sample.kind}.json", sample) for sample in samples]),
         "long": page([(f"{LONG}.json", sample) for sample in long]),
     }
@@ -129,7 +154,7 @@ def visit(chromium: Any, files: dict[str, Path]) -> Iterator[Any]:
 
 
 schemes = pytest.mark.parametrize("scheme", ["light", "dark"])
-names = pytest.mark.parametrize("name", ["h200", "all", "long"])
+names = pytest.mark.parametrize("name", ["h200", "turns", "all", "long"])
 
 
 @schemes
@@ -137,7 +162,7 @@ names = pytest.mark.parametrize("name", ["h200", "all", "long"])
 def test_plots_are_there(visit: Any, name: str, scheme: str) -> None:
     tab = visit(name, scheme=scheme)
     plots = tab.locator("figure > svg")
-    assert plots.count() == {"h200": 3, "all": 19, "long": 19}[name]
+    assert plots.count() == {"h200": 3, "turns": 1, "all": 19, "long": 19}[name]
     for n in range(plots.count()):
         box = plots.nth(n).bounding_box()
         assert box["width"] > 300
@@ -149,7 +174,9 @@ def test_plots_are_there(visit: Any, name: str, scheme: str) -> None:
 
 def test_alt_texts(visit: Any) -> None:
     tab = visit("h200")
-    said = r"^Time to first token by prompt length Speed against bf16 .*: mixquant 1.10× to 1.39×"
+    said = (
+        r"^Time to first token by prompt length Above .* Speed against bf16 .*: mixquant 1.10× to"
+    )
     assert tab.get_by_role("img", name=re.compile(said)).count() == 1
     assert tab.get_by_role("img", name=re.compile(r"\d")).count() == 3
 
@@ -169,7 +196,7 @@ def test_contrast(visit: Any, scheme: str) -> None:
     tab = visit("all", scheme=scheme)
     texts = tab.evaluate(TEXT_COLORS)
     assert len(texts) > 400
-    assert {"text", "TD", "FIGCAPTION", "SUMMARY", "STRONG", "A"} <= {tag for tag, *_ in texts}
+    assert {"text", "TD", "P", "B", "DD", "SUMMARY", "STRONG", "A"} <= {tag for tag, *_ in texts}
     for tag, color, behind, text in texts:
         assert contrast(color, behind) >= 4.5, (tag, color, behind, text)
     *series, surface = tab.evaluate(SERIES_COLORS)
@@ -202,7 +229,7 @@ def test_texts_in_plots_can_be_read(visit: Any, width: int) -> None:
 def test_figures_open(visit: Any) -> None:
     tab = visit("h200")
     assert not tab.get_by_text("216.2 (211.7 to 227.5)").is_visible()
-    tab.get_by_text("The figures").first.click()
+    tab.get_by_text("Show the numbers").first.click()
     assert tab.get_by_text("216.2 (211.7 to 227.5)").is_visible()
 
 
@@ -227,6 +254,50 @@ def test_on_paper(visit: Any, name: str) -> None:
     assert pages >= 2
 
 
+@pytest.mark.parametrize("width", [1000, 1200, 2400])
+@names
+def test_no_hole_in_the_grid(visit: Any, name: str, width: int) -> None:
+    tab = visit(name, width=width)
+    for panels in tab.locator(".panels").all():
+        room = panels.bounding_box()
+        boxes = [figure.bounding_box() for figure in panels.locator("figure").all()]
+        rows: dict[float, float] = {}
+        for box in boxes:
+            rows[box["y"]] = max(rows.get(box["y"], 0.0), box["x"] + box["width"])
+        assert len(rows) == len(boxes) // 2 + len(boxes) % 2
+        assert all(right == pytest.approx(room["x"] + room["width"]) for right in rows.values())
+
+
+@schemes
+def test_error_bars_can_be_seen(visit: Any, scheme: str) -> None:
+    tab = visit("h200", scheme=scheme)
+    for figure in tab.locator("figure > svg").all():
+        strokes = figure.evaluate(SPREADS)
+        halos = [width for kind, width in strokes if kind == "halo"]
+        bars = [width for kind, width in strokes if kind == "bar"]
+        assert len(halos) == len(bars) >= 2
+        assert min(bars) >= 1.3  # CSS pixels
+        assert min(halos) >= 2 * min(bars)  # so that they stand out on a bar of any colour
+
+
+@schemes
+def test_heat_map(visit: Any, scheme: str) -> None:
+    tab = visit("turns", scheme=scheme)
+    cells = tab.evaluate(CELLS)
+    assert len(cells) == 12
+    for text, color, fill, opacity, surface in cells:
+        behind = [
+            opacity * top + (1 - opacity) * bottom
+            for top, bottom in zip(channels(fill), channels(surface), strict=True)
+        ]
+        mixed = f"rgb({', '.join(str(round(part)) for part in behind)})"
+        assert contrast(color, mixed) >= 4.5, (text, color, mixed)
+        red, _, blue = behind
+        assert (red > blue) == (float(text) < 1), (text, mixed)
+    most, none = (tab.locator("svg text", has_text=re.compile(f"^{n}$")) for n in ("98,304", "0"))
+    assert most.bounding_box()["y"] < none.bounding_box()["y"]
+
+
 def test_a_table_that_is_too_wide_scrolls(visit: Any) -> None:
     tab = visit("all", width=320)
     tab.evaluate("document.querySelectorAll('details').forEach(e => e.open = true)")
@@ -237,9 +308,14 @@ def test_a_table_that_is_too_wide_scrolls(visit: Any) -> None:
     assert widest > 0
 
 
+def channels(color: str) -> list[int]:
+    """Red, green and blue of a colour as getComputedStyle writes it, 0 to 255."""
+    return [int(part) for part in re.findall(r"\d+", color)[:3]]
+
+
 def luminance(color: str) -> float:
-    """The relative luminance of WCAG 2.2, of a colour as getComputedStyle writes it."""
-    red, green, blue = (int(part) / 255 for part in re.findall(r"\d+", color)[:3])
+    """The relative luminance of WCAG 2.2."""
+    red, green, blue = (part / 255 for part in channels(color))
     linear = [
         part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4
         for part in (red, green, blue)
