@@ -17,6 +17,7 @@ TOO_DEEP = 100  # levels; the routers take 127
 # Of one request: a prompt of a million token ids, and more. Without a limit, 16 MiB of empty lists take
 # a minute and a gigabyte, and stop all else for seconds.
 MOST_VALUES = 1_200_000
+MOST_LEFT_OUT, LONGEST_PATH = 100, 200  # parameters that an answer can name; characters of each
 _STRING_OR_VALUE = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"?|[\[{,]', re.DOTALL)
 
 
@@ -56,9 +57,9 @@ _PART: dict[str, Any] = {
     "input_audio": _values("data format"),
     "source": _values("type media_type data url"),
     "input": DATA,  # of a tool
-    "content": DATA,  # what a tool gave back: text or parts
-    "cache_control": DATA,
+    "cache_control": _values("type ttl"),
 }
+_PART["content"] = dict(_PART)  # what a tool gave back: text or parts
 _CALL = {
     **_values("id type index"),
     "function": {**_values("name arguments"), "arguments": DATA},
@@ -114,6 +115,33 @@ _CHAT = {
     "tool_choice": {**_values("type"), "function": _values("name")},
     "documents": DATA,
 }
+# Of a Responses request: a message, a call, what it gave back, or reasoning, each with what the engine
+# said of it before.
+_RESPONSES_PART = {
+    **_values("type text refusal detail image_url file_id file_url file_data filename"),
+    "annotations": _values(
+        "type title url index start_index end_index file_id filename container_id"
+    ),
+    "logprobs": {
+        **_values("token logprob bytes"),
+        "top_logprobs": _values("token logprob bytes"),
+    },
+}
+_RESPONSES_ITEM = {
+    **_values("type id role status phase call_id name namespace arguments input"),
+    **_values("encrypted_content server_label error approval_request_id"),
+    **dict.fromkeys(("content", "output", "summary"), _RESPONSES_PART),
+}
+_RESPONSES_TOOL = {
+    **_values("type name description strict defer_loading server_label server_description"),
+    "parameters": DATA,
+    "format": _values("type syntax definition"),
+    "allowed_tools": _values("tool_names read_only"),
+    "search_context_size": VALUE,
+    "container": _values("type"),
+}
+# A namespace holds functions.
+_RESPONSES_TOOL["tools"] = dict(_RESPONSES_TOOL)
 _RESPONSES = {
     **_values("model user stream store background truncation include service_tier priority"),
     **_values("instructions previous_response_id max_output_tokens max_tool_calls"),
@@ -121,17 +149,26 @@ _RESPONSES = {
     **_values("presence_penalty frequency_penalty repetition_penalty skip_special_tokens"),
     **_values("include_stop_str_in_output include_reasoning parallel_tool_calls cache_salt"),
     **_values("prompt_cache_key watermarking enable_response_messages"),
-    **dict.fromkeys(("input", "metadata", "tools", "chat_template_kwargs", "logit_bias"), DATA),
+    **dict.fromkeys(("metadata", "chat_template_kwargs", "logit_bias"), DATA),
+    "input": _RESPONSES_ITEM,
+    "tools": _RESPONSES_TOOL,
     "reasoning": _values("effort summary generate_summary"),
     "text": {**_values("verbosity"), "format": _FORMAT},
-    "tool_choice": DATA,
+    "tool_choice": {
+        **_values("type name mode server_label"),
+        "tools": _values("type name server_label"),
+    },
     "structured_outputs": _STRUCTURED,
 }
 _ANTHROPIC = {
     **_values("model"),
     "messages": {**_values("role"), "content": _PART},
     "system": _PART,
-    "tools": {**_values("type name description"), "input_schema": DATA, "cache_control": DATA},
+    "tools": {
+        **_values("type name description"),
+        "input_schema": DATA,
+        "cache_control": _values("type ttl"),
+    },
     "tool_choice": _values("type name disable_parallel_tool_use"),
     "thinking": _values("type budget_tokens display"),
     "output_config": {**_values("effort"), "format": _FORMAT},
@@ -167,7 +204,8 @@ class Accepted:
     Attributes:
         body: what was kept of it.
         content: the same as JSON text in UTF-8.
-        left_out: parameters that were not kept, by name, at its top.
+        left_out: paths of parameters that were not kept, such as ``tools.function.extra``; the first
+            `MOST_LEFT_OUT` with at most `LONGEST_PATH` characters.
     """
 
     body: dict[str, Any]
@@ -197,7 +235,8 @@ def accepted(path: str, raw: bytes) -> Accepted:
     if not isinstance(given, dict):
         raise Refused(400, "the request's body has to be a JSON object")
     known = KNOWN[path]
-    body = _kept(given, known, "")
+    left_out: dict[str, None] = {}
+    body = _kept(given, known, "", left_out)
     try:
         content = json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode()
     except UnicodeEncodeError:
@@ -206,26 +245,29 @@ def accepted(path: str, raw: bytes) -> Accepted:
         ) from None
     except RecursionError:
         raise Refused(400, f"the request is nested more than {TOO_DEEP} levels deep") from None
-    return Accepted(body, content, tuple(name for name in given if name not in known))
+    return Accepted(body, content, tuple(left_out))
 
 
-def _kept(value: Any, known: Known, where: str, depth: int = 1) -> Any:
-    """A value without what is not known of it."""
+def _kept(value: Any, known: Known, where: str, left_out: dict[str, None], depth: int = 1) -> Any:
+    """A value without what is not known of it, which is added to ``left_out``."""
     if depth > TOO_DEEP:
         raise Refused(400, f"the request is nested more than {TOO_DEEP} levels deep")
     if isinstance(value, list):
-        return [_kept(one, known, where, depth + 1) for one in value]
+        return [_kept(one, known, where, left_out, depth + 1) for one in value]
     if not isinstance(value, dict):
         return value
     if isinstance(known, Value):
         raise Refused(400, f"{where} takes a value or a list of values, not an object")
     if isinstance(known, Data):
-        return {name: _kept(one, known, where, depth + 1) for name, one in value.items()}
-    return {
-        name: _kept(one, known[name], f"{where}.{name}" if where else name, depth + 1)
-        for name, one in value.items()
-        if name in known
-    }
+        return {name: _kept(one, known, where, left_out, depth + 1) for name, one in value.items()}
+    kept = {}
+    for name, one in value.items():
+        path = f"{where}.{name}" if where else name
+        if name in known:
+            kept[name] = _kept(one, known[name], path, left_out, depth + 1)
+        elif len(left_out) < MOST_LEFT_OUT and len(path) <= LONGEST_PATH:
+            left_out[path] = None
+    return kept
 
 
 def _holds_too_many_values(raw: bytes) -> bool:

@@ -39,6 +39,7 @@ from mixquant.serve.listener import Limits, error_body
 
 LOG = logging.getLogger("uvicorn.error")  # whose handler and level the server sets up
 GENERATES = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages")
+MOST_OF_A_HEADER = 1000  # characters: of names of parameters
 BYTES_PER_TOKEN = 4  # of English text and code; what decides is a rough measure of worth
 # On its way to one engine alone the router, 0.1.17, does not show the engines of these paths the key.
 NEED_TRANSFER = ("/v1/responses", "/v1/messages")
@@ -462,9 +463,15 @@ def refused(answer: httpx.Response) -> Response:
 
 def with_left_out(response: Response, taken: Taken) -> Response:
     """A response that names the parameters which were not passed on."""
-    names = [name for name in taken.left_out if name.isascii() and name.isidentifier()]
+    names = [
+        path
+        for path in taken.left_out
+        if path.isascii() and all(name.isidentifier() for name in path.split("."))
+    ]
+    while len(", ".join(names)) > MOST_OF_A_HEADER:
+        names.pop()
     if names:
-        response.headers["x-ignored-parameters"] = ", ".join(names)[:1000]
+        response.headers["x-ignored-parameters"] = ", ".join(names)
     return response
 
 

@@ -97,7 +97,97 @@ def test_what_is_not_known_is_left_out_at_every_depth() -> None:
     kept = accepted("/v1/chat/completions", json.dumps(body).encode())
     assert b"transfer" not in kept.content
     assert kept.body["tools"] == [{"type": "function", "function": {"name": "f"}}]
-    assert kept.left_out == ("kv_transfer_params",)
+    name = "kv_transfer_params"
+    inner = ("messages.content", "messages", "tools.function", "tools", "tool_choice.function")
+    inner += ("tool_choice", "response_format", "structured_outputs", "stream_options")
+    inner += ("repetition_detection",)
+    assert kept.left_out == (*(f"{one}.{name}" for one in inner), name)
+
+
+def test_so_is_what_a_tool_gave_back() -> None:
+    evil = {"kv_transfer_params": 1}
+    part = {"type": "text", "text": "a", "cache_control": {"type": "ephemeral"}}
+    body = {"messages": [{"role": "user", "content": [
+        {"type": "tool_result", "tool_use_id": "1", "content": [
+            {**part, "cache_control": {"type": "ephemeral", **evil}, **evil}
+        ]}
+    ]}]}  # fmt: skip
+    kept = accepted("/v1/messages", json.dumps(body).encode())
+    (result,) = kept.body["messages"][0]["content"]
+    assert result["content"] == [part]
+    assert kept.left_out == (
+        "messages.content.content.cache_control.kv_transfer_params",
+        "messages.content.content.kv_transfer_params",
+    )
+
+
+RESPONSES: dict[str, Any] = {
+    "input": [
+        {"role": "user", "content": [
+            {"type": "input_text", "text": "a"},
+            {"type": "input_image", "image_url": "data:", "detail": "low"},
+        ]},
+        {"type": "reasoning", "id": "r", "summary": [{"type": "summary_text", "text": "a"}],
+         "content": [{"type": "reasoning_text", "text": "b"}], "encrypted_content": None},
+        {"type": "function_call", "id": "f", "call_id": "1", "name": "f", "arguments": "{}",
+         "status": "completed"},
+        {"type": "function_call_output", "call_id": "1", "output": "r"},
+        {"type": "function_call_output", "call_id": "1",
+         "output": [{"type": "input_text", "text": "r"}]},
+        {"type": "custom_tool_call", "call_id": "2", "name": "c", "input": "text"},
+        {"type": "custom_tool_call_output", "call_id": "2", "output": "r"},
+        {"type": "message", "id": "m", "role": "assistant", "status": "completed", "content": [
+            {"type": "output_text", "text": "a", "annotations": [{"type": "url_citation", "url": "u"}],
+             "logprobs": [{"token": "a", "logprob": -1.0, "bytes": [1], "top_logprobs": [
+                 {"token": "b", "logprob": -2.0, "bytes": [2]}]}]}
+        ]},
+    ],
+    "tools": [
+        {"type": "function", "name": "f", "description": "d", "strict": True,
+         "parameters": {"type": "object", "properties": {"kv_transfer_params": {"a": 1}}}},
+        {"type": "custom", "name": "c", "format": {"type": "grammar", "syntax": "lark",
+                                                   "definition": "x"}},
+        {"type": "code_interpreter", "container": {"type": "auto"}},
+        {"type": "namespace", "name": "n", "description": "d", "tools": [
+            {"type": "function", "name": "g", "parameters": {"type": "object"}}]},
+    ],
+    "tool_choice": {"type": "allowed_tools", "mode": "auto",
+                    "tools": [{"type": "function", "name": "f"}]},
+}  # fmt: skip
+
+
+def test_a_responses_request_is_kept_as_it_was() -> None:
+    kept = accepted("/v1/responses", json.dumps(RESPONSES).encode())
+    assert (kept.body, kept.left_out) == (RESPONSES, ())
+
+
+@pytest.mark.parametrize("name", ["input", "tools", "tool_choice"])
+def test_a_responses_request_holds_nothing_else_at_any_depth(name: str) -> None:
+    def marked(value: Any, where: str = "") -> Any:
+        """With a parameter more in every object that is no schema."""
+        if isinstance(value, list):
+            return [marked(one, where) for one in value]
+        if not isinstance(value, dict) or where == "parameters":
+            return value
+        return {"evil": 1, **{key: marked(one, key) for key, one in value.items()}}
+
+    kept = accepted("/v1/responses", json.dumps({name: marked(RESPONSES[name])}).encode())
+    assert kept.body == {name: RESPONSES[name]}
+    assert f"{name}.evil" in kept.left_out
+    assert all(one.endswith(".evil") for one in kept.left_out)
+
+
+@pytest.mark.parametrize("name", ["server_url", "headers", "authorization", "connector_id"])
+def test_a_client_does_not_say_where_the_tools_of_an_engine_are(name: str) -> None:
+    body = {"tools": [{"type": "mcp", "server_label": "a", name: {"a": "b"}}]}
+    kept = accepted("/v1/responses", json.dumps(body).encode())
+    assert kept.left_out == (f"tools.{name}",)
+
+
+def test_no_more_names_are_told_than_a_header_holds() -> None:
+    body = {"messages": [{f"n{number}": 1 for number in range(5000)}]}
+    kept = accepted("/v1/chat/completions", json.dumps(body).encode())
+    assert kept.left_out == tuple(f"messages.n{number}" for number in range(module.MOST_LEFT_OUT))
 
 
 @pytest.mark.parametrize("name", ["temperature", "model", "stop", "prompt"])
