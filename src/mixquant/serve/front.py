@@ -132,7 +132,7 @@ def application(settings: Settings, client: httpx.AsyncClient | None = None) -> 
         if "x-session-id" not in headers and taken.session:
             headers["x-session-id"] = taken.session
         answer = await first_that_answers(
-            request.url.path, taken.content, headers, taken.route, taken.reason
+            request.scope["path"], taken.content, headers, taken.route, taken.reason
         )
         return await relayed(answer, taken.streams)
 
@@ -244,7 +244,7 @@ def application(settings: Settings, client: httpx.AsyncClient | None = None) -> 
 
     async def taken_from(request: Request, until_sent: ExitStack) -> Taken:
         raw = await bodies.read(request, until_sent)
-        path, least = request.url.path, settings.min_transfer_tokens
+        path, least = request.scope["path"], settings.min_transfer_tokens
         return await bodies.parsed(raw, lambda content: taken_of(path, content, least))
 
     async def forward(request: Request, until_sent: ExitStack) -> Response:
@@ -253,7 +253,7 @@ def application(settings: Settings, client: httpx.AsyncClient | None = None) -> 
         try:
             answer = await upstream.request(
                 "POST" if taken else "GET",
-                settings.direct + request.url.path,
+                settings.direct + request.scope["path"],
                 content=taken.content if taken else None,
                 headers=to_router,
             )
@@ -264,7 +264,7 @@ def application(settings: Settings, client: httpx.AsyncClient | None = None) -> 
         if answer.status_code >= 400:
             return refused(answer)
         content = answer.content
-        if request.url.path == "/v1/models":
+        if request.scope["path"] == "/v1/models":
             try:
                 content = answers.models(content)
             except (ValueError, KeyError, TypeError):
@@ -307,11 +307,13 @@ def application(settings: Settings, client: httpx.AsyncClient | None = None) -> 
         for path, (endpoint, method) in guarded.items()
     ]
     routes += [Route("/health", health), Route("/ready", whole)]
-    return Starlette(
+    app = Starlette(
         routes=routes,
         lifespan=lifespan,
         exception_handlers={404: unknown, 405: unknown, Exception: own_fault},
     )
+    app.router.redirect_slashes = False  # to wherever the client's Host header says
+    return app
 
 
 def inner_application(engine_key: str) -> Starlette:
@@ -437,7 +439,7 @@ class Guarded:
         request = Request(scope, receive, send)
         with ExitStack() as until_sent:
             answer = await self.answer(request, until_sent)
-            REQUESTS.labels(request.url.path, str(answer.status_code)).inc()
+            REQUESTS.labels(request.scope["path"], str(answer.status_code)).inc()
             await answer(scope, receive, send)
 
     async def answer(self, request: Request, until_sent: ExitStack) -> Response:
@@ -500,7 +502,7 @@ def said_by_router(answer: httpx.Response) -> str:
 
 
 async def unknown(request: Request, error: Exception) -> Response:
-    return failure(404, f"{request.method} {request.url.path} is not served here")
+    return failure(404, f"{request.method} {request.scope['path']} is not served here")
 
 
 async def own_fault(request: Request, error: Exception) -> Response:

@@ -364,11 +364,26 @@ def test_the_list_of_models_does_not_show_paths() -> None:
 def test_what_is_not_served() -> None:
     routers = Routers()
     with served(routers) as client:
-        for method, path in (("POST", "/add_worker"), ("GET", "/v1/completions"), ("GET", "/x")):
+        for method, path in (
+            ("POST", "/add_worker"),
+            ("GET", "/v1/completions"),
+            ("GET", "/x"),
+            ("GET", "/v1/models/"),
+            ("POST", "/tokenize/"),
+        ):
             answer = client.request(method, path)
             assert answer.status_code == 404
             assert path in answer.json()["error"]["message"]
     assert routers.asked == []
+
+
+@pytest.mark.parametrize("host", ["x/add_worker?", "x/v1/completions?a=", "a@b", "[::1"])
+def test_a_host_header_does_not_say_what_is_asked_for(host: str) -> None:
+    routers = Routers(direct=httpx.Response(200, json={"data": []}))
+    with served(routers) as client:
+        assert client.get("/v1/models", headers={"Host": host}).status_code == 200
+        assert client.post("/tokenize", json={}, headers={"Host": host}).status_code == 200
+    assert [one.url.path for one in routers.asked] == ["/v1/models", "/tokenize"]
 
 
 # --- when engines end --------------------------------------------------------------------------------
