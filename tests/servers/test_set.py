@@ -32,7 +32,7 @@ from vllm_engines import ON_GPU, require_vllm
 
 from mixquant.serve import checks
 from mixquant.serve.description import Deployment, ServeError
-from mixquant.serve.leftovers import members, shared_memory
+from mixquant.serve.orphans import members, shared_memory
 from mixquant.servers.ports import free_ports
 
 require_vllm()

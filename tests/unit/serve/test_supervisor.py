@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import multiprocessing
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from typing import Any
 
 import pytest
 
-from mixquant.serve import leftovers, supervisor
+from mixquant.serve import orphans, supervisor
 from mixquant.serve.commands import Place, Process, Role
 from mixquant.serve.description import Deployment, ServeError
 from mixquant.serve.supervisor import Supervised, Supervisor
@@ -209,7 +210,7 @@ def test_a_set_starts_and_ends_in_order_and_leaves_nothing(
     assert whole.left() == []
     assert not whole.supervisor.scratch.exists()
     child = int(whole.log("prefill-0").split("child ")[2].split()[0])
-    assert leftovers._is_zombie(str(child))
+    assert orphans._is_zombie(str(child))
     goodbye = {
         name: float(whole.log(name).split("goodbye")[1].split()[0])
         for name in ("front", "decode-0")
@@ -317,6 +318,18 @@ def test_an_engine_is_not_told_the_key_of_clients(
         assert "clients' key None" in whole.log(name)
 
 
+def test_no_process_inherits_a_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A front would ask for the one of clients, though no key is described."""
+    names = ("MIXQUANT_API_KEY", "MIXQUANT_ENGINE_KEY")
+    for name in names:
+        monkeypatch.setenv(name, "secret")
+    monkeypatch.setenv("OUTER_KEY", "kept")
+    whole = Set(tmp_path, ALL)
+    for one in whole.supervisor.supervised:
+        assert not set(names) & set(one.environment)
+        assert one.environment["OUTER_KEY"] == "kept"
+
+
 def test_one_line_for_each_stage(tmp_path: Path) -> None:
     held = {**ALL, "router-direct": ["held"], "front": ["held"]}
     release = tmp_path / "release"
@@ -354,6 +367,13 @@ def test_the_exit_code_says_whether_it_was_ready(
     assert whole.left() == []
 
 
+# The package is a stand-in without torch, whose import takes far longer than what is tested.
+BARE_PACKAGE = f"""
+import sys, types
+package = types.ModuleType("mixquant")
+package.__path__ = [{str(Path(orphans.__file__).parents[1])!r}]
+sys.modules["mixquant"] = package
+"""
 STARTER = """
 import subprocess, sys, time
 from mixquant.servers.process import tied
@@ -369,7 +389,16 @@ def test_when_the_starter_is_killed_all_ends(tmp_path: Path, habits: list[str]) 
     log = tmp_path / "log"
     with log.open("wb") as file:
         starter = subprocess.Popen(
-            [sys.executable, "-c", STARTER, sys.executable, "-c", SERVER, str(port), *habits],
+            [
+                sys.executable,
+                "-c",
+                BARE_PACKAGE + STARTER,
+                sys.executable,
+                "-c",
+                SERVER,
+                str(port),
+                *habits,
+            ],
             stdout=file,
             stderr=file,
         )
@@ -378,11 +407,76 @@ def test_when_the_starter_is_killed_all_ends(tmp_path: Path, habits: list[str]) 
         await until(lambda: "habits are set" in log.read_text())
         child = int(log.read_text().split("child ")[2].split()[0])
         session = os.getsid(child)
-        assert len(leftovers.members(session)) == 3  # the server, its child, and who watches
+        assert len(orphans.members(session)) == 3  # the server, its child, and who watches
         starter.kill()
         starter.wait()
-        await until(lambda: not leftovers.members(session))
+        await until(lambda: not orphans.members(session))
         assert ("goodbye" in log.read_text()) == ("deaf" not in habits)
+
+    asyncio.run(main())
+
+
+PARENT = """
+import os, subprocess, sys
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(1000)"])
+print("child", child.pid, os.getsid(0), flush=True)
+"""
+CHILD = re.compile(r"^child (\d+) (\d+)$", re.MULTILINE)
+# Has the script that ties processes begin with a line more.
+CHANGED = """
+from mixquant.servers import process
+process._TIED = {!r} + chr(10) + process._TIED
+"""
+
+
+@pytest.mark.parametrize("change", ["", "import os; del os.pidfd_open"])
+def test_the_children_of_one_that_ended_first_end_with_the_starter(
+    tmp_path: Path, change: str
+) -> None:
+    log = tmp_path / "log"
+    script = BARE_PACKAGE + CHANGED.format(change) + STARTER
+    with log.open("wb") as file:
+        starter = subprocess.Popen(
+            [sys.executable, "-c", script, sys.executable, "-c", PARENT], stdout=file, stderr=file
+        )
+
+    async def main() -> None:
+        await until(lambda: CHILD.search(log.read_text()) is not None)
+        child, session = map(int, CHILD.findall(log.read_text())[0])
+        await until(lambda: orphans._is_zombie(str(session)))
+        assert child in orphans.members(session)
+        starter.kill()
+        starter.wait()
+        await until(lambda: not orphans.members(session))
+
+    try:
+        asyncio.run(main())
+    finally:
+        starter.kill()
+
+
+@pytest.mark.parametrize("change", ["import os; del os.pidfd_open", "import os; del os.setpgid"])
+def test_one_that_cannot_be_tied_says_so(tmp_path: Path, change: str) -> None:
+    """And is tied wherever it can be."""
+    log = tmp_path / "log"
+    with log.open("wb") as file:
+        starter = subprocess.Popen(
+            [sys.executable, "-c", BARE_PACKAGE + CHANGED.format(change) + STARTER]
+            + [sys.executable, "-c", PARENT + "import time; time.sleep(1000)"],
+            stdout=file,
+            stderr=file,
+        )
+
+    async def main() -> None:
+        await until(lambda: CHILD.search(log.read_text()) is not None)
+        _, session = map(int, CHILD.findall(log.read_text())[0])
+        starter.kill()
+        starter.wait()
+        if "setpgid" in change:
+            await until(lambda: "if it is killed, this process may stay" in log.read_text())
+            assert "Traceback" not in log.read_text()
+            os.killpg(session, signal.SIGKILL)
+        await until(lambda: not orphans.members(session))
 
     asyncio.run(main())
 
@@ -513,19 +607,19 @@ def test_shared_memory_that_another_one_uses_stays(tmp_path: Path) -> None:
 def test_memory_is_seen_in_the_maps_of_a_process() -> None:
     block = shm.SharedMemory(create=True, size=4096)
     try:
-        assert f"/dev/shm/{block.name}" in leftovers.shared_memory([os.getpid()])
-        assert leftovers.shared_memory([2**30]) == set()
+        assert f"/dev/shm/{block.name}" in orphans.shared_memory([os.getpid()])
+        assert orphans.shared_memory([2**30]) == set()
     finally:
         block.close()
         block.unlink()
-    assert f"/dev/shm/{block.name}" not in leftovers.shared_memory([os.getpid()])
-    assert os.getpid() in leftovers.members(os.getsid(0))
+    assert f"/dev/shm/{block.name}" not in orphans.shared_memory([os.getpid()])
+    assert os.getpid() in orphans.members(os.getsid(0))
 
 
 def test_a_semaphore_is_seen_under_its_name() -> None:
-    before = leftovers.shared_memory([os.getpid()])
+    before = orphans.shared_memory([os.getpid()])
     lock = multiprocessing.get_context("spawn").Lock()
-    (found,) = leftovers.shared_memory([os.getpid()]) - before
+    (found,) = orphans.shared_memory([os.getpid()]) - before
     assert Path(found).exists()
     assert Path(found).name == f"sem.{lock._semlock.name.lstrip('/')}"  # type: ignore[attr-defined]
 
