@@ -112,7 +112,9 @@ class Deployment(BaseModel):
         decode_fallback: without a prefill engine alive the decode engines prefill by themselves;
             off, requests then fail with status 503.
         routing: the router's policy for both roles.
-        metrics_port: of the loopback address, for the metrics of a set's front. None: a free one.
+        metrics_port: of the loopback address, for the metrics of a set's front. None: a free one. In
+            containers the front listens on its container's address: with Compose this port of the
+            machine's loopback address leads there; in Kubernetes it is a port of the front's pod.
         max_body_bytes: of one request's body; a larger one is refused with status 413.
         request_timeout: seconds that the headers of a request may take to come, and then its body;
             after them it is refused with status 408.

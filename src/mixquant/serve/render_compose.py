@@ -11,7 +11,7 @@ import shlex
 from typing import Any
 
 from mixquant._version import __version__
-from mixquant.serve.commands import Process
+from mixquant.serve.commands import LOOPBACK, Process
 from mixquant.serve.containers import (
     CACHE,
     DOCKERFILE,
@@ -96,6 +96,9 @@ def _service(deployment: Deployment, process: Process, image: str) -> dict[str, 
     if process.role in ("front", "colocated"):
         published = {"target": process.place.port, "published": str(deployment.port)}
         service["ports"] = [{**published, "host_ip": _address(deployment), "protocol": "tcp"}]
+    if process.role == "front" and deployment.metrics_port is not None:
+        metrics = {"target": process.place.metrics, "published": str(deployment.metrics_port)}
+        service["ports"].append({**metrics, "host_ip": LOOPBACK, "protocol": "tcp"})
     if is_engine(process):
         _add_engine(service, deployment, process)
     return service

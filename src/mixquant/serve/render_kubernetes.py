@@ -6,6 +6,7 @@ loopback address of the front's pod, because they ask nobody for a key.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from mixquant.serve.commands import DIRECT_ROUTER, TRANSFER_ROUTER, Place, Process
@@ -51,12 +52,12 @@ def render(deployment: Deployment, image: str | None = None) -> str:
             "Kubernetes needs the name of an image that holds vLLM and mixquant: --image NAME "
             "(docs/guide/containers.md says how to build one)"
         )
-    set_of = in_containers(deployment, _place)
+    set_of = in_containers(deployment, lambda name: _place(deployment, name))
     engines = [process for process in set_of if is_engine(process)]
     objects: list[dict[str, Any]] = []
     for role in dict.fromkeys(process.role for process in engines):
-        its = [process for process in engines if process.role == role]
-        objects += _engines(deployment, its, image)
+        of_role = [process for process in engines if process.role == role]
+        objects += _engines(deployment, of_role, image)
     others = [process for process in set_of if not is_engine(process)]
     if others:
         objects += [_front(deployment, others, image), _network_policy()]
@@ -83,9 +84,18 @@ def _introduction(deployment: Deployment, set_of: list[Process]) -> str:
     return "\n".join(lines)
 
 
-def _place(name: str) -> Place:
+def _place(deployment: Deployment, name: str) -> Place:
     if name in _IN_THE_FRONTS_POD:
-        return _IN_THE_FRONTS_POD[name]
+        place = _IN_THE_FRONTS_POD[name]
+        if name != "front" or deployment.metrics_port is None:
+            return place
+        taken = {port for one in _IN_THE_FRONTS_POD.values() for port in (one.port, one.metrics)}
+        if deployment.metrics_port in taken - {place.metrics}:
+            raise ServeError(
+                f"metrics_port: {deployment.metrics_port} is a port of the front's pod already; give "
+                f"another one than {', '.join(map(str, sorted(taken - {place.metrics})))}"
+            )
+        return replace(place, metrics=deployment.metrics_port)
     role, _, number = name.rpartition("-")
     return alone(f"{NAME}-{name}.{NAME}-{role}" if number.isdigit() else NAME)
 

@@ -19,7 +19,7 @@ from paths import REPOSITORY
 from mixquant import cli
 from mixquant.serve import render_compose, render_kubernetes
 from mixquant.serve.commands import Process, processes
-from mixquant.serve.containers import DOCKERFILE, PYTHON, alone, is_engine
+from mixquant.serve.containers import DOCKERFILE, METRICS, PYTHON, alone, is_engine
 from mixquant.serve.description import Deployment, ServeError
 
 yaml = pytest.importorskip("yaml")
@@ -429,3 +429,37 @@ def test_the_command_prints_the_manifest(
         assert cli.main([*asking, *wrong]) == 2
         printed = capsys.readouterr()
         assert printed.out == "" and printed.err.startswith("error: ")
+
+
+def test_compose_publishes_the_metrics_of_the_front_on_the_loopback_address() -> None:
+    set_of = {"model": "m", "prefill": 1, "decode": 1, "host": "0.0.0.0"}
+    (public,) = compose(Deployment(**set_of))["services"]["front"]["ports"]
+    described = Deployment(**set_of, metrics_port=9090)
+    first, metrics = compose(described)["services"]["front"]["ports"]
+    assert first == public
+    assert metrics == {
+        "target": METRICS, "published": "9090", "host_ip": "127.0.0.1", "protocol": "tcp"
+    }  # fmt: skip
+    front = compose(described)["services"]["front"]["command"]
+    assert front[front.index("--inner") + 1] == f"0.0.0.0:{METRICS}"
+
+
+def test_the_metrics_port_is_one_of_the_fronts_pod() -> None:
+    described = Deployment(model="m", prefill=1, decode=1, metrics_port=9090)
+    pod = pods(kubernetes(described))["mixquant-front"]
+    by_name = {one["name"]: one for one in pod["containers"]}
+    front = by_name["front"]
+    assert {"name": "metrics", "containerPort": 9090} in front["ports"]
+    assert front["command"][front["command"].index("--inner") + 1] == "0.0.0.0:9090"
+    for name in ("router-transfer", "router-direct"):
+        command = by_name[name]["command"]
+        assert command[command.index("--key-check") + 1] == (
+            "http://127.0.0.1:9090/internal/key-check"
+        )
+
+
+@pytest.mark.parametrize("port", [8001, 8002, 29001, 29002])
+def test_a_metrics_port_that_the_fronts_pod_has_already(port: int) -> None:
+    described = Deployment(model="m", prefill=1, decode=1, metrics_port=port)
+    with pytest.raises(ServeError, match=f"^metrics_port: {port} is a port of the front's pod"):
+        kubernetes(described)
