@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from mixquant.serve.commands import local_places, processes
+from mixquant.serve.commands import local_placement, processes
 from mixquant.serve.description import Deployment
 
 pytest.importorskip("vllm_router")
@@ -90,7 +90,7 @@ class Set:
 @pytest.fixture(scope="module")
 def served() -> Iterator[Set]:
     deployment = Deployment(model="m", prefill=2, decode=2, port=_port())
-    started = processes(deployment, local_places(deployment), gpus=[])
+    started = processes(deployment, local_placement(deployment), gpus=[])
     engines = {
         one.name: Engine(one.name, one.place.port)
         for one in started

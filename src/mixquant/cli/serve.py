@@ -245,21 +245,21 @@ def _rendered(deployment: Deployment, kind: str, image: str | None) -> str:
 def _run(described: Deployment, dry_run: bool) -> None:
     from mixquant.serve import checks
     from mixquant.serve.commands import dry_run as shown
-    from mixquant.serve.commands import local_places, processes
+    from mixquant.serve.commands import local_placement, processes
     from mixquant.serve.description import api_key
 
     gpus = checks.visible_gpus()
     held = []
     if not dry_run:
         checks.check_packages(described)
-        held = checks.hold_port(described)  # from before a model is loaded
+        held = checks.reserve_port(described)  # from before a model is loaded
     checks.check_gpus(described, gpus)
     checkpoint = models.find(described.model, say)
     deployment = _with_parsers(described, checkpoint).model_copy(
         update={"model": checkpoint.source, "served_model_name": described.name}
     )
     checks.check_memory(deployment, checks.size_of_weights(checkpoint.source), gpus)
-    started = processes(deployment, local_places(deployment), gpus=[gpu.name for gpu in gpus])
+    started = processes(deployment, local_placement(deployment), gpus=[gpu.name for gpu in gpus])
     if dry_run:
         print(shown(deployment, started), end="")
         return

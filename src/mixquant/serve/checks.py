@@ -125,11 +125,11 @@ def check_memory(deployment: Deployment, weights: int, gpus: list[Gpu]) -> None:
 
 def check_port(deployment: Deployment) -> None:
     """Raises ServeError where the public address cannot be listened on."""
-    for one in hold_port(deployment):
+    for one in reserve_port(deployment):
         one.close()
 
 
-def hold_port(deployment: Deployment) -> list[socket.socket]:
+def reserve_port(deployment: Deployment) -> list[socket.socket]:
     """Keeps the public address from others until the sockets that come back are closed.
 
     The first of them is of the address itself. A set's front takes it over; it listens already, so

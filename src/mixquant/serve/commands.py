@@ -150,7 +150,7 @@ def processes(
     return [*prefill, *decode, *routers, _front(deployment, routers, front, python)]
 
 
-def local_places(deployment: Deployment) -> Callable[[str], Place]:
+def local_placement(deployment: Deployment) -> Callable[[str], Place]:
     """Places on this machine: the public one as described, all else on free loopback ports."""
     public = "front" if deployment.disaggregated else "engine"
     names = 4 + (deployment.prefill or 0) + (deployment.decode or 0)

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from mixquant.cli import main
 from mixquant.serve import checks
-from mixquant.serve.commands import Process, dry_run, local_places, processes
+from mixquant.serve.commands import Process, dry_run, local_placement, processes
 from mixquant.serve.description import Deployment, ServeError, api_key, read
 from mixquant.servers.ports import free_ports
 
@@ -29,7 +29,7 @@ def described(**values: Any) -> Deployment:
 
 
 def of(deployment: Deployment, **options: Any) -> dict[str, Process]:
-    return {one.name: one for one in processes(deployment, local_places(deployment), **options)}
+    return {one.name: one for one in processes(deployment, local_placement(deployment), **options)}
 
 
 def option(process: Process, name: str) -> str:
@@ -322,7 +322,7 @@ def test_one_colocated_engine_needs_no_router() -> None:
 
 def test_the_dry_run_can_be_read_back_as_shell_text() -> None:
     deployment = described(**SET, environment={"A": "b c"}, api_key_variable="KEY")
-    started = processes(deployment, local_places(deployment))
+    started = processes(deployment, local_placement(deployment))
     text = dry_run(deployment, started)
     commands = [block for block in text.split("\n\n") if block.strip()]
     assert len(commands) == len(started)
@@ -420,12 +420,12 @@ def test_a_port_that_is_taken(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize("second", [{}, SET])
 def test_two_do_not_start_on_one_port(first: dict[str, Any], second: dict[str, Any]) -> None:
     (port,) = free_ports(1)
-    held = checks.hold_port(described(port=port, **first))
+    held = checks.reserve_port(described(port=port, **first))
     try:
         with pytest.raises(ServeError, match=f"cannot listen on port {port} of 127.0.0.1"):
-            checks.hold_port(described(port=port, **second))
+            checks.reserve_port(described(port=port, **second))
         with pytest.raises(ServeError, match=f"cannot listen on port {port} of localhost"):
-            checks.hold_port(described(port=port, host="localhost", **second))
+            checks.reserve_port(described(port=port, host="localhost", **second))
         # What the first one starts can listen: vLLM binds as here.
         if not first:
             with socket.socket() as engine:
@@ -433,11 +433,11 @@ def test_two_do_not_start_on_one_port(first: dict[str, Any], second: dict[str, A
                 engine.bind(("127.0.0.1", port))
                 engine.listen()
                 with pytest.raises(ServeError):
-                    checks.hold_port(described(port=port, host="0.0.0.0", **second))
+                    checks.reserve_port(described(port=port, host="0.0.0.0", **second))
     finally:
         for one in held:
             one.close()
-    for one in checks.hold_port(described(port=port, **second)):
+    for one in checks.reserve_port(described(port=port, **second)):
         one.close()
 
 
