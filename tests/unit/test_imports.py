@@ -15,6 +15,7 @@ import pytest
 import mixquant
 
 SOURCES = Path(mixquant.__file__).parent
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(SOURCES.parent)}
 HEAVY = ("torch", "transformers", "torchao", "gguf", "vllm")
 # From the ground up: a module imports from its own layer and from those before it. What is in
 # mixquant/__init__, and what it needs to stay lean, stands above the engines that it exports.
@@ -81,8 +82,7 @@ def loaded_after(code: str) -> set[str]:
     """The modules that a process of its own has loaded after some code."""
     shown = "import json, sys; print('\\n' + json.dumps(list(sys.modules)))"
     command = [sys.executable, "-c", f"{code}\n{shown}"]
-    environment = os.environ | {"PYTHONPATH": str(SOURCES.parent)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return set(json.loads(done.stdout.splitlines()[-1]))
 
@@ -155,3 +155,12 @@ def test_the_plugin_does_not_reach_the_transformers_engine() -> None:
         rest += new
     assert len(reached) > 20
     assert not [name for name in reached if name.startswith("mixquant.engines.transformers")]
+
+
+def test_no_library_speaks_before_a_command_does() -> None:
+    code = "from mixquant.cli import main\nmain(['--version'])\nimport transformers.quantizers.auto"
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=ENVIRONMENT, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == f"mixquant {mixquant.__version__}\n"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shlex
 import sys
@@ -58,11 +59,15 @@ def _check_text(arguments: Sequence[str]) -> None:
             raise InputError(f"the argument '{shown[:100]}' is not UTF-8 text") from None
 
 
-def _quieten_transformers(logging: Any) -> None:
+# Loggers that warn while Transformers is imported, of what no user of a command can put right.
+_NOISY_IMPORTS = ("torchao", "torch.utils._pytree")
+
+
+def _quieten_transformers(hf_logging: Any) -> None:
     """Its warnings are for programmers, and progress bars are noise in a file."""
-    logging.set_verbosity_error()
+    hf_logging.set_verbosity_error()
     if not sys.stderr.isatty():
-        logging.disable_progress_bar()
+        hf_logging.disable_progress_bar()
 
 
 def _quieten_hub(utils: Any) -> None:
@@ -76,6 +81,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     0: done; 2: something that was given cannot be used; 1: an unexpected error. Either error is one
     line on standard error. With the environment variable MIXQUANT_TRACEBACK set, it is raised.
     """
+    for name in _NOISY_IMPORTS:
+        logging.getLogger(name).setLevel(logging.ERROR)
     # When a command imports them, which takes seconds: most need them late, --help not at all.
     after_import("transformers.utils.logging", _quieten_transformers)
     after_import("huggingface_hub.utils", _quieten_hub)
