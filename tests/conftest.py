@@ -1,4 +1,4 @@
-"""Shared fixtures: the real model that tests run on."""
+"""What all tests share: how they are marked, how many examples they try, and the real model."""
 
 from __future__ import annotations
 
@@ -7,17 +7,13 @@ import os
 # Before anything imports huggingface_hub, which reads it once: tests never go to the network.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-import contextlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import this_machine
 import torch
 from example_counts import FAST, THOROUGH
 from hypothesis import settings
-from served import TEMPLATE, Served
 
 from mixquant.checkpoints import models
 
@@ -57,32 +53,3 @@ def smollm2_path() -> str:
 def smollm2(smollm2_path: str) -> tuple[Any, Any]:
     """SmolLM2 in BF16, not prepared, and its tokenizer. Tests must not change either."""
     return models.load(smollm2_path)
-
-
-@pytest.fixture(scope="session")
-def served(smollm2_path: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    """One server for all tests that only ask: starting one takes most of a minute."""
-    pytest.importorskip("vllm", reason="vLLM is not installed")
-    from mixquant import Recipe
-    from mixquant.evaluate.benchmarks.plan import on_cpu
-    from mixquant.servers.arms import Arm, running
-
-    folder = tmp_path_factory.mktemp("served")
-    template = folder / "template.jinja"
-    template.write_text(TEMPLATE)
-    arguments = ["--max-model-len", str(Served.context), "--enforce-eager"]
-    arguments += ["--dtype", this_machine.SERVED_IN]
-    arguments += ["--api-key", Served.key, "--chat-template", str(template)]
-    arguments += ["--enable-auto-tool-choice", "--tool-call-parser", "hermes"]
-    arm = on_cpu(Arm("mixquant", Recipe(**this_machine.RECIPE), tuple(arguments)), Served.context)
-    with contextlib.ExitStack() as stack:
-        # As long as it lives, other servers cannot have half of the memory, vLLM's default.
-        session = stack.enter_context(pytest.MonkeyPatch.context())
-        session.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("VLLM_LOGGING_LEVEL", "WARNING")
-            url = stack.enter_context(
-                running(arm, smollm2_path, name=Served.name, log=folder / "log")
-            )
-        # From here on others' logs are tested, too.
-        yield Served(url)

@@ -11,10 +11,10 @@ from mixquant import cli, results
 
 @pytest.mark.slow
 def test_three_arms_in_process(
-    smollm2_path: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "bench.json"
-    arguments = ["bench", smollm2_path, "--engine", "transformers", "--json", str(file)]
+    arguments = ["bench", model, "--engine", "transformers", "--json", str(file)]
     arguments += ["--lengths", "20,300", "--output-tokens", "3", "--repeats", "2"]
     assert cli.main([*arguments, "--recipe", '{"format": "int8"}']) == 0
     bench = results.read(file)

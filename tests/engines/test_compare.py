@@ -28,19 +28,19 @@ def _compare(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 
 
 @pytest.mark.slow
-def test_compare(smollm2_path: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_compare(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "results.json"
-    printed = _compare(capsys, smollm2_path, "--json", str(file), "--max-new-tokens", "12")
+    printed = _compare(capsys, model, "--json", str(file), "--max-new-tokens", "12")
     assert [entry.name for entry in tmp_path.iterdir()] == ["results.json"]
     result = json.loads(file.read_text())
     read = results.read(file)
     assert isinstance(read, results.Comparison)
     assert results.to_json(read) == file.read_text()
     assert result["kind"] == "comparison"
-    assert result["command"] == f"mixquant compare {smollm2_path} --json {file} --max-new-tokens 12"
+    assert result["command"] == f"mixquant compare {model} --json {file} --max-new-tokens 12"
     assert result["environment"]["versions"]["torch"] == torch.__version__
 
-    assert result["model"] == smollm2_path
+    assert result["model"] == model
     assert result["device"] in ("cpu", "cuda")
     assert result["format"] in ("int8", "fp8", "nvfp4")
     arms: dict[str, dict[str, Any]] = {arm["name"]: arm for arm in result["arms"]}
@@ -73,13 +73,13 @@ def test_compare(smollm2_path: str, tmp_path: Path, capsys: pytest.CaptureFixtur
 
 
 def test_some_arms_of_a_text_of_ones_own(
-    smollm2_path: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     text, file = tmp_path / "text", tmp_path / "results.json"
     text.write_text("The harvest was poor, so the price of bread has doubled.")
     printed = _compare(
         capsys,
-        smollm2_path,
+        model,
         *("--arms", "mixquant", "--prompt-file", str(text), "--json", str(file)),
         *("--recipe", "exact", "--max-new-tokens", "1"),
         *("--report", str(tmp_path / "report.html")),

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import this_machine
+from real_model import layers_of
 from transformers import AutoTokenizer
 from vllm_engines import (
     ON_GPU,
@@ -37,7 +38,6 @@ pytestmark = [
 # Some end within a block of the KV cache, some with one; the shortest is less than a block.
 LENGTHS = (300, 37, 128, 256)
 NEW = 8
-LAYERS = 4 * 30  # that are linear
 # As in the tests of one engine: the shapes of passes differ, and with them the order of sums.
 SAME = 0.1
 NIXL = {"kv_connector": "NixlConnector", "kv_buffer_device": "cuda" if ON_GPU else "cpu"}
@@ -51,15 +51,15 @@ def prompts(smollm2_path: str) -> list[list[int]]:
 
 
 @pytest.fixture(scope="module")
-def second_checkpoint(smollm2_path: str, tmp_path_factory: pytest.TempPathFactory) -> str | None:
+def second_checkpoint(model: str, tmp_path_factory: pytest.TempPathFactory) -> str | None:
     if importlib.util.find_spec("llmcompressor") is None:
         return None
-    return str(quantize(smollm2_path, tmp_path_factory.mktemp("second") / "fp8", "fp8", samples=2))
+    return str(quantize(model, tmp_path_factory.mktemp("second") / "fp8", "fp8", samples=2))
 
 
 @pytest.fixture(scope="module")
 def engines(
-    smollm2_path: str,
+    model: str,
     prompts: list[list[int]],
     second_checkpoint: str | None,
     tmp_path_factory: pytest.TempPathFactory,
@@ -70,7 +70,7 @@ def engines(
 
     def engine(runs: dict[str, Any], **recipe: Any) -> dict[str, Any]:
         options = {**base, **mixquant(min_prefill_tokens=0, **recipe)}
-        return {"model": smollm2_path, "options": options, "runs": runs}
+        return {"model": model, "options": options, "runs": runs}
 
     def a_set(runs: dict[str, Any], **recipe: Any) -> dict[str, Any]:
         def role(name: str, kv_role: str) -> dict[str, Any]:
@@ -78,7 +78,7 @@ def engines(
             return {**base, "kv_transfer_config": transfer, **mixquant(role=name, **recipe)}
 
         return {
-            "model": smollm2_path,
+            "model": model,
             "options": role("decode", "kv_consumer"),
             "prefill": role("prefill", "kv_producer"),
             "runs": runs,
@@ -97,6 +97,10 @@ def engines(
     return results_of(spec, tmp_path_factory.mktemp("engines"))
 
 
+def linear_layers(model: str) -> int:
+    return 4 * layers_of(model)  # qkv, o, gate and up, down
+
+
 def a_set_of(engines: dict[str, Any], name: str) -> dict[str, Any]:
     if (found := engines.get(name)) is None:
         pytest.skip("llm-compressor is not installed")
@@ -107,12 +111,14 @@ SETS = ("set", "set, second checkpoint")
 
 
 @pytest.mark.parametrize("name", SETS)
-def test_the_prefill_engine_quantizes_every_row(engines: dict[str, Any], name: str) -> None:
+def test_the_prefill_engine_quantizes_every_row(
+    engines: dict[str, Any], name: str, model: str
+) -> None:
     run = a_set_of(engines, name)["all, prefill"]
     for request in range(len(run["tokens"])):
         assert quantized_positions(run, request) == list(range(LENGTHS[request]))
     assert all(row[3] for one in run["passes"] for row in rows_of(one))
-    assert run["products"]["linear"] == LAYERS * len(run["passes"])
+    assert run["products"]["linear"] == linear_layers(model) * len(run["passes"])
 
 
 @pytest.mark.parametrize("name", SETS)
@@ -173,12 +179,12 @@ def test_what_nobody_sends_the_decode_engine_reads_itself_in_bf16(engines: dict[
     assert not run["products"]
 
 
-def test_bf16_weights_are_never_all_there(engines: dict[str, Any], smollm2_path: str) -> None:
+def test_bf16_weights_are_never_all_there(engines: dict[str, Any], model: str) -> None:
     """Of quantized layers: while a prefill engine loads, no more than one at a time."""
     colocated, prefill = engines["colocated"]["all"], engines["set"]["all, prefill"]
-    assert colocated["most_layers_in_bf16"] == LAYERS
+    assert colocated["most_layers_in_bf16"] == linear_layers(model)
     assert prefill["most_layers_in_bf16"] == 1
-    config = json.loads((Path(smollm2_path) / "config.json").read_text())
+    config = json.loads((Path(model) / "config.json").read_text())
     embeddings = 2 * config["vocab_size"] * config["hidden_size"]
     norms = 2 * (2 * config["num_hidden_layers"] + 1) * config["hidden_size"]
     assert prefill["parameter_bytes"] == embeddings + norms

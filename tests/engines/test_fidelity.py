@@ -254,13 +254,11 @@ def _by_arm(result: Any) -> dict[str, Divergence]:
 
 
 @pytest.fixture(scope="module")
-def measured(
-    smollm2_path: str, texts: list[Path], tmp_path_factory: pytest.TempPathFactory
-) -> Fidelity:
+def measured(model: str, texts: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Fidelity:
     folder = tmp_path_factory.mktemp("fidelity")
     recipe, file = folder / "my.json", folder / "fidelity.json"
     recipe.write_text(json.dumps({"format": "int8", "min_prefill_tokens": 0}))
-    arguments = [smollm2_path, *_arguments(texts, file), "--recipe", str(recipe)]
+    arguments = [model, *_arguments(texts, file), "--recipe", str(recipe)]
     assert cli.main(["fidelity", *arguments, "--recipe", "exact"]) == 0
     result = read(file)
     assert isinstance(result, Fidelity)
@@ -296,16 +294,14 @@ class TestOnTransformers:
         assert my.quantized_share == (LENGTH - 1) / LENGTH
         assert quantized.quantized_share == 1
 
-    def test_by_hand(self, measured: Fidelity, texts: list[Path], smollm2_path: str) -> None:
+    def test_by_hand(self, measured: Fidelity, texts: list[Path], model: str) -> None:
         """The same from Transformers' own calls: a prompt, then one token at a time."""
-        tokenizer = transformers.AutoTokenizer.from_pretrained(smollm2_path)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(model)
         rows = [tokenizer(text.read_text())["input_ids"][: LENGTH + ANSWER] for text in texts]
         tokens = torch.tensor(rows)
 
         def load() -> Any:
-            return transformers.AutoModelForCausalLM.from_pretrained(
-                smollm2_path, dtype=torch.bfloat16
-            )
+            return transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16)
 
         def expected(model: Any, *, said: bool) -> torch.Tensor:
             cache = transformers.DynamicCache()
@@ -349,18 +345,18 @@ class TestOnTransformers:
 
 
 @pytest.mark.slow
-def test_long_prompts_are_read_one_by_one(smollm2_path: str, monkeypatch: Any) -> None:
+def test_long_prompts_are_read_one_by_one(model: str, monkeypatch: Any) -> None:
     """Side by side or not, the answers are put together in order."""
     from mixquant.checkpoints.models import find
     from mixquant.evaluate.fidelity import answers_transformers
 
-    tokens = transformers.AutoTokenizer.from_pretrained(smollm2_path)(topics["types"])["input_ids"]
+    tokens = transformers.AutoTokenizer.from_pretrained(model)(topics["types"])["input_ids"]
     prompts = tuple(tuple(tokens[first : first + 40]) for first in (0, 100, 200))
     passages = [Passages(40, prompts, tuple(prompt[:2] for prompt in prompts))]
     recipe = mixquant.Recipe(format="int8", min_prefill_tokens=0)
-    together = answers_transformers.run(find(smollm2_path), recipe, passages)
+    together = answers_transformers.run(find(model), recipe, passages)
     monkeypatch.setattr(answers_transformers, "ROWS_AT_ONCE", 80)
-    apart = answers_transformers.run(find(smollm2_path), recipe, passages)
+    apart = answers_transformers.run(find(model), recipe, passages)
     (one,), (other,) = together.answers, apart.answers
     assert other.quantized_share == one.quantized_share == 39 / 40
     for number in range(3):
@@ -428,7 +424,7 @@ class TestOnVLLM:
     def test_agrees_with_transformers(
         self,
         measured: Fidelity,
-        smollm2_path: str,
+        model: str,
         texts: list[Path],
         tmp_path: Path,
         monkeypatch: pytest.MonkeyPatch,
@@ -439,7 +435,7 @@ class TestOnVLLM:
         int8 = {"format": "int8", "min_prefill_tokens": 0, **this_machine.RECIPE}
         recipe.write_text(json.dumps(int8))
         # Prompts come in three pieces, of which only the last one ends in an answer's token.
-        arguments = [smollm2_path, *_arguments(texts, file), "--recipe", str(recipe)]
+        arguments = [model, *_arguments(texts, file), "--recipe", str(recipe)]
         arguments += ["--no-quantized", "--engine", "vllm"]
         arguments += ["--vllm-args", "--max-num-batched-tokens 128 --max-num-seqs 4"]
         assert cli.main(["fidelity", *arguments]) == 0
@@ -460,11 +456,11 @@ class TestOnVLLM:
         assert result.costs[1] == measured.costs[1]
 
     def test_an_engine_that_does_not_start(
-        self, refused: Callable[..., str], smollm2_path: str, texts: list[Path], tmp_path: Path
+        self, refused: Callable[..., str], model: str, texts: list[Path], tmp_path: Path
     ) -> None:
         require_vllm()
         options = _arguments(texts, tmp_path / "fidelity.json")
-        line = refused(smollm2_path, *options, "--engine", "vllm", "--vllm-args", "--no-such-thing")
+        line = refused(model, *options, "--engine", "vllm", "--vllm-args", "--no-such-thing")
         assert "vLLM ended: " in line
         assert "unrecognized arguments: --no-such-thing" in line
         log = Path(line.split("(all of it: ")[1].rstrip(")\n"))
