@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,6 @@ import torch
 
 from mixquant import cli, results
 from mixquant.evaluate.compare import run as compare
-from mixquant.evaluate.compare.run import divergence
 from mixquant.evaluate.compare.workload import PROMPT_TOKENS, agent_workload
 from mixquant.report import page
 
@@ -93,13 +91,6 @@ def test_some_arms_of_a_text_of_ones_own(
     assert arm["tpot_s"] is None  # the first token of an answer comes out of prefill
     assert arm["prefill_tokens"] < 500
     assert arm["quantized_prefill_tokens"] == arm["extra_bytes"] == 0
-
-
-def test_divergence() -> None:
-    p, q = torch.tensor([[0.5, 0.5], [0.9, 0.1]]), torch.tensor([[0.25, 0.75], [0.9, 0.1]])
-    kl, agrees = divergence(p.log(), q.log())
-    assert kl.tolist() == pytest.approx([0.5 * math.log(2) + 0.5 * math.log(2 / 3), 0.0], abs=1e-6)
-    assert agrees.tolist() == [False, True]
 
 
 class TestWorkload:

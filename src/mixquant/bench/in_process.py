@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any
 
@@ -18,8 +17,8 @@ from mixquant.bench.summary import measurements
 from mixquant.bench.trace import Request
 from mixquant.bench.workloads import Point
 from mixquant.checkpoints.models import Checkpoint, load_model
-from mixquant.core.phase import plan_in_force
-from mixquant.engines.transformers import phase, prepare, summary
+from mixquant.engines.transformers import phase, prepare
+from mixquant.engines.transformers.counting import quantized_rows
 from mixquant.results import Measurement
 from mixquant.servers.arms import Arm
 
@@ -49,8 +48,6 @@ def run(
         model = load_model(checkpoint, torch.bfloat16)
         if arm.recipe is not None:
             prepare(model, arm.recipe)
-        # A plan knows rows, not layers: it has quantized rows even where no layer is quantized.
-        counted = arm.recipe is not None and summary(model).extra_bytes > 0
         found: list[Measurement] = []
         tokens = 0
         for point in points:
@@ -59,14 +56,14 @@ def run(
                 share = (number + tokens / work) / len(arms)
                 progress(f"{arm.name}: {point.name}, run {turn} of {repeats}", share)
                 ((request,),) = point.run(turn)
-                with _rows(model) as quantized:
+                with quantized_rows(model) as quantized:
                     answer = _answer(model, request)
                 tokens += point.prompt_tokens
                 if turn:
                     runs.append([answer])
-                    rows[0] += sum(quantized)
-                    rows[1] += len(request.prompt) - sum(quantized)
-            counts = Counts(*map(float, rows)) if counted else Counts()
+                    rows[0] += quantized[0]  # the prompt's pass
+                    rows[1] += len(request.prompt) - quantized[0]
+            counts = Counts(*map(float, rows)) if arm.recipe is not None else Counts()
             found += measurements(arm.name, point, runs, counts)
         del model
         gc.collect()
@@ -89,23 +86,6 @@ def _answer(model: Any, request: Request) -> Answer:
         times.append(_now(model))
     gaps = [after - before for before, after in pairwise(times)]
     return Answer(len(request.prompt), request.output_tokens, times[0], gaps[0], tuple(gaps[1:]))
-
-
-@contextmanager
-def _rows(model: Any) -> Iterator[list[int]]:
-    """A list of how many rows each pass quantized, prefill alone."""
-    quantized: list[int] = []
-
-    def count(*arguments: Any) -> None:
-        plan = plan_in_force()
-        # The first pass is the prompt's.
-        quantized.append(plan.quantized_rows if plan and not quantized else 0)
-
-    hook = model.get_decoder().register_forward_pre_hook(count)
-    try:
-        yield quantized
-    finally:
-        hook.remove()
 
 
 def _now(model: Any) -> float:

@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from mixquant import MixQuantConfig, cli, prepare
-from mixquant.checkpoints import models
+from mixquant.checkpoints import llm_compressor, models
 from mixquant.checkpoints import write as module
 from mixquant.checkpoints.compressed_tensors import Fp8Tensors, Nvfp4Tensors
 from mixquant.checkpoints.models import ModelError
@@ -331,7 +331,7 @@ class TestRefusals:
         says: str,
         where: str,
     ) -> None:
-        real = module._run
+        real = llm_compressor.run
 
         def run(*arguments: Any) -> None:
             if where == "saving":
@@ -340,7 +340,7 @@ class TestRefusals:
             assert partial.name.startswith(".out.")
             raise error
 
-        monkeypatch.setattr(module, "_run", run)
+        monkeypatch.setattr(llm_compressor, "run", run)
         said = self._refused(str(tiny), "out", "fp8")
         assert said.startswith("cannot quantize")
         assert says in said
@@ -363,7 +363,7 @@ class TestRefusals:
         def run(*arguments: Any) -> None:
             raise KeyboardInterrupt
 
-        monkeypatch.setattr(module, "_run", run)
+        monkeypatch.setattr(llm_compressor, "run", run)
         with pytest.raises(KeyboardInterrupt):
             quantize(str(tiny), "out")
 

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import copy
 import gc
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from mixquant.checkpoints.models import Checkpoint, load_model
-from mixquant.core.phase import plan_in_force
 from mixquant.core.recipe import Recipe
 from mixquant.engines.transformers import phase, prepare, summary
+from mixquant.engines.transformers.counting import quantized_rows
 from mixquant.evaluate.fidelity.answers import Answers, Progress, Run
 from mixquant.evaluate.fidelity.passages import Passages
 
@@ -74,7 +73,7 @@ def _groups(one: Passages) -> list[range]:
 def _answers(model: Any, one: Passages, group: range) -> Answers:
     prompts = torch.tensor([one.prompts[text] for text in group], device=model.device)
     forced = torch.tensor([one.continuations[text] for text in group], device=model.device)
-    with _counted(model) as quantized, phase("prefill"):
+    with quantized_rows(model) as quantized, phase("prefill"):
         output = model(input_ids=prompts, use_cache=True, logits_to_keep=1)
     first, cache = output.logits[:, -1], output.past_key_values
     before = copy.deepcopy(cache)
@@ -101,26 +100,6 @@ def _answers(model: Any, one: Passages, group: range) -> Answers:
         greedy=tuple(tuple(answer) for answer in greedy.tolist()),
         quantized_share=sum(quantized) / prompts.numel(),
     )
-
-
-@contextmanager
-def _counted(model: Any) -> Iterator[list[int]]:
-    """Takes down how many rows each pass quantizes."""
-    rows: list[int] = []
-    # A plan knows rows, not layers: it has quantized rows even where no layer is quantized.
-    made = getattr(model, "mixquant_summary", None)
-    anything = made is not None and made.extra_bytes > 0
-
-    def count(*args: Any) -> None:
-        plan = plan_in_force()
-        if plan is not None and anything:
-            rows.append(plan.quantized_rows)
-
-    hook = model.get_decoder().register_forward_pre_hook(count)
-    try:
-        yield rows
-    finally:
-        hook.remove()
 
 
 def _joined(parts: Sequence[Answers]) -> Answers:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mixquant.checkpoints.models import Checkpoint
 from mixquant.core.recipe import Recipe
-from mixquant.evaluate.compare.run import divergence
+from mixquant.evaluate.divergence import divergence
 from mixquant.evaluate.fidelity.answers import Answers, Engine, Progress
 from mixquant.evaluate.fidelity.cost import cost, cost_of_bf16
 from mixquant.evaluate.fidelity.passages import Passages

@@ -1,0 +1,136 @@
+"""llm-compressor, run on a loaded model: which of its schemes, how quietly, and past which faults."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+Scheme = Literal["nvfp4", "fp8"]
+Progress = Callable[[str, float], None]
+
+# llm-compressor's names. NVFP4 has static scales for the activations of each layer, measured on
+# calibration data; FP8's scales, one per token, need none.
+_SCHEMES: dict[Scheme, str] = {"nvfp4": "NVFP4", "fp8": "FP8_DYNAMIC"}
+
+
+def run(
+    model: Any,
+    tokenizer: Any,
+    scheme: Scheme,
+    left_alone: list[str],
+    data: list[dict[str, Any]] | None,
+    into: Path,
+    progress: Progress,
+) -> None:
+    """Quantizes a model in place and saves it.
+
+    Args:
+        model: Transformers', with its weights.
+        scheme: of all its linear layers but those of `left_alone`.
+        data: calibration inputs; None for a scheme that needs none.
+        into: the directory of the files.
+        progress: is told what is being done, and the share of all that is done (0 to 1).
+    """
+    import torch
+    from torch.utils.data import DataLoader
+
+    progress("Starting llm-compressor", 0.05)
+    with _quiet(), _granite():
+        from llmcompressor import oneshot
+        from llmcompressor.modifiers.quantization import QuantizationModifier
+
+        loader = None if data is None else DataLoader(_Samples(data, progress))  # type: ignore
+        oneshot(
+            model=model,
+            tokenizer=tokenizer,
+            recipe=QuantizationModifier(
+                targets="Linear", scheme=_SCHEMES[scheme], ignore=left_alone
+            ),
+            dataset=loader,
+            # The whole model at once: it is in memory, and nothing in it has to be traced.
+            pipeline="datafree" if loader is None else "basic",
+        )
+        progress("Writing", 0.7)
+        # Rounding to E2M1 is compiled there; without a C++ compiler it runs as written, slowly.
+        eager = scheme == "nvfp4" and not _compiles()
+        with torch.compiler.set_stance("force_eager" if eager else "default"):
+            model.save_pretrained(into, save_compressed=True)
+
+
+class _Samples:
+    """A data set that tells how far it was read, which is how far calibration got."""
+
+    def __init__(self, samples: list[dict[str, Any]], progress: Progress) -> None:
+        self._samples = samples
+        self._progress = progress
+
+    def __len__(self) -> int:
+        return len(self._samples)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        share = index / len(self._samples)
+        self._progress(f"Calibrating, {index + 1} of {len(self._samples)}", 0.1 + 0.6 * share)
+        return self._samples[index]
+
+
+def _compiles() -> bool:
+    import torch
+
+    try:
+        torch.compile(lambda x: x + 1)(torch.zeros(2))
+    except Exception:  # of many classes, by what is missing
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without llm-compressor's log lines, warnings and bars: ours tell as much."""
+    # Read when they are imported, where they would take over loguru's configuration for this process.
+    for library in ("LLM_COMPRESSOR", "COMPRESSED_TENSORS"):
+        os.environ.setdefault(f"{library}_LOG_DISABLED", "true")
+    from loguru import logger
+    from tqdm import tqdm
+
+    begin = tqdm.__init__
+
+    def begin_hidden(self: Any, *args: Any, **kwargs: Any) -> None:
+        begin(self, *args, **{**kwargs, "disable": True})
+
+    libraries = ("llmcompressor", "compressed_tensors")
+    for library in libraries:
+        logger.disable(library)
+    tqdm.__init__ = begin_hidden
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        tqdm.__init__ = begin
+        for library in libraries:
+            logger.enable(library)
+
+
+@contextlib.contextmanager
+def _granite() -> Iterator[None]:
+    """Gives llm-compressor 0.12 a class that Transformers no longer has, so that it can be imported.
+
+    Its search for experts begins by importing all modules that it has code for, GraniteMoE's old one
+    among them; from 0.14 it does not. No module is of the class given here.
+    """
+    from torch import nn
+    from transformers.models.granitemoe import modeling_granitemoe
+
+    name = "GraniteMoeParallelExperts"
+    if hasattr(modeling_granitemoe, name):
+        yield
+        return
+    setattr(modeling_granitemoe, name, type(name, (nn.Module,), {}))
+    try:
+        yield
+    finally:
+        delattr(modeling_granitemoe, name)
