@@ -98,6 +98,12 @@ def parser_for(kind: Kind, source: str, model_type: str) -> str | None:
     return None
 
 
+def is_known(kind: Kind, name: str) -> bool:
+    """Whether the vLLM that is installed has a parser of this name; True where that cannot be told."""
+    available = _available(kind)
+    return available is None or name in available
+
+
 def _template(source: str) -> str:
     """A checkpoint's chat templates, where it has several one after the other."""
     if text := _text(source, "chat_template.jinja"):

@@ -501,3 +501,34 @@ def test_answers_in_which_nothing_was_found_are_counted_and_their_rate_is_shown(
     with console.capture() as shown:
         console.print(*tables(whole))
     assert "one in" not in shown.get()
+
+
+def test_where_every_request_failed_no_score_is_shown() -> None:
+    from rich.console import Console
+
+    from mixquant.cli.tables.scores import tables
+
+    whole = sample_results.evaluation()
+    scores = tuple(
+        one.model_copy(
+            update={"score": 0.0, "low": 0.0, "high": 0.0, "failed": one.items * one.seeds}
+        )
+        if (one.benchmark, one.arm) == ("math500", "mixquant")
+        else one
+        for one in whole.scores
+    )
+    console = Console(width=120)
+    with console.capture() as shown:
+        console.print(*tables(whole.model_copy(update={"scores": scores})))
+    lines = [re.split(r"\s{2,}", line.strip()) for line in shown.get().splitlines()]
+    assert ["math500", "500", "2", "91.2", "84.8", "-"] in lines
+    assert ["math500", "mixquant - bf16", "-", "-"] in lines
+    assert ["math500", "recovery of mixquant", "-"] in lines
+    assert ["mean", "recovery of mixquant", "-"] in lines
+    assert ["bfcl-v4", "recovery of mixquant", "67%"] in lines
+    assert "-: every request failed." in " ".join(shown.get().split())
+    (mean,) = [line for line in lines if line[0] == "mean" and "recovery" not in line[1]]
+    assert mean == ["mean", "46.4", "44.3", "47.4"]  # of the benchmarks that all arms answered
+    with console.capture() as shown:
+        console.print(*tables(whole))
+    assert "every request failed" not in shown.get()

@@ -13,6 +13,7 @@ _UNEXTRACTED = (
     " None in: the share of answers in which no letter, number or call was found; they count "
     "as wrong."
 )
+_NO_SCORE = " -: every request failed."
 
 
 def tables(result: Evaluation) -> list[Table]:
@@ -29,7 +30,9 @@ def _scores(result: Evaluation) -> Table:
         title=f"{result.model}: scores in percent",
         title_justify="left",
         caption="Below each score the interval that holds 95 %, over items. Failed requests count "
-        "as wrong." + _UNEXTRACTED * any(score.unextracted for score in result.scores),
+        "as wrong."
+        + _UNEXTRACTED * any(score.unextracted for score in result.scores)
+        + _NO_SCORE * any(_all_failed(score) for score in result.scores),
         caption_justify="left",
         box=box.SIMPLE_HEAD,
     )
@@ -39,12 +42,12 @@ def _scores(result: Evaluation) -> Table:
     for arm in arms:
         table.add_column(arm, justify="right", no_wrap=True)
     for name in dict.fromkeys(score.benchmark for score in result.scores):
-        its_parts = [part for part in result.subscores if part.benchmark.startswith(f"{name}/")]
-        for row in (name, *dict.fromkeys(part.benchmark for part in its_parts)):
+        groups = [part for part in result.subscores if part.benchmark.startswith(f"{name}/")]
+        for row in (name, *dict.fromkeys(part.benchmark for part in groups)):
             label = row if row == name else f"  {row.removeprefix(f'{name}/')}"
-            its = {s.arm: s for s in (*result.scores, *its_parts) if s.benchmark == row}
-            first = next(iter(its.values()))
-            cells = (_cell(its.get(arm)) for arm in arms)
+            by_arm = {s.arm: s for s in (*result.scores, *groups) if s.benchmark == row}
+            first = next(iter(by_arm.values()))
+            cells = (_cell(by_arm.get(arm)) for arm in arms)
             table.add_row(label, str(first.items), str(first.seeds), *cells)
     if means := _means(result.scores, arms):
         table.add_section()
@@ -52,8 +55,13 @@ def _scores(result: Evaluation) -> Table:
     return table
 
 
+def _all_failed(score: Score) -> bool:
+    """Whether no request of it was answered, so that its score says nothing of the model."""
+    return score.failed == score.items * score.seeds > 0
+
+
 def _cell(score: Score | None) -> str:
-    if score is None:
+    if score is None or _all_failed(score):
         return "-"
     interval = f"{100 * score.low:.1f} - {100 * score.high:.1f}"
     cell = f"{100 * score.score:.1f}\n[dim]{interval}[/dim]"
@@ -67,6 +75,8 @@ def _means(scores: Sequence[Score], arms: Sequence[str]) -> list[float]:
     """Of each arm, over the benchmarks that all arms have a score of, if they are several."""
     by_benchmark: dict[str, dict[str, float]] = {}
     for score in scores:
+        if _all_failed(score):
+            continue
         by_benchmark.setdefault(score.benchmark, {})[score.arm] = score.score
     complete = [row for row in by_benchmark.values() if len(row) == len(arms)]
     if len(complete) < 2:
@@ -100,14 +110,25 @@ def _differences(result: Evaluation) -> Table:
 
 def _rows(result: Evaluation, name: str) -> Iterator[tuple[str, ...]]:
     by_chance = False
+    failed = {
+        score.arm
+        for score in result.scores
+        if name in (score.benchmark, "mean") and _all_failed(score)
+    }
     for one in result.differences:
         if one.benchmark == name:
+            if failed & {one.arm, one.versus}:
+                yield name, f"{one.arm} - {one.versus}", "-", "-"
+                continue
             interval = f"{100 * one.low:+.1f} to {100 * one.high:+.1f}"
             yield name, f"{one.arm} - {one.versus}", f"{100 * one.difference:+.1f}", interval
             by_chance |= (one.arm, one.versus) == ("quantized", "bf16") and one.high >= 0
     for one_back in result.recoveries:
         if one_back.benchmark == name:
-            yield name, f"recovery of {one_back.arm}", _share(one_back, by_chance), ""
+            share = _share(one_back, by_chance)
+            if failed & {one_back.arm, "bf16", "quantized"}:
+                share = "-"
+            yield name, f"recovery of {one_back.arm}", share, ""
 
 
 def _share(recovery: Recovery, by_chance: bool) -> str:

@@ -28,6 +28,8 @@ from mixquant.evaluate.benchmarks.plan import (
 )
 from mixquant.evaluate.benchmarks.runner import Work, run
 from mixquant.evaluate.benchmarks.scoring import Answered, differences_of, recoveries_of, scores_of
+from mixquant.evaluate.benchmarks.tool_parser import with_tool_parser
+from mixquant.evaluate.tasks import Task
 from mixquant.servers.arms import Arm, ArmError, running, served_models
 
 
@@ -58,6 +60,7 @@ def evaluate(options: Options, progress: Progress) -> tuple[results.Evaluation, 
         ServerError, RunError: a server did not start, or is gone. What is finished is kept.
     """
     tasks = chosen_tasks(options)
+    options = _with_tool_parsers(options, tasks, progress)
     with _alone_in(options.out):
         context = context_of(options)
         if not torch.cuda.is_available():
@@ -94,6 +97,19 @@ def evaluate(options: Options, progress: Progress) -> tuple[results.Evaluation, 
         for number, benchmark in enumerate(benchmarks)
     ]
     return _results(options, benchmarks, answered, context), _problems(options, answered)
+
+
+def _with_tool_parsers(options: Options, tasks: Sequence[Task], progress: Progress) -> Options:
+    """The options, if a task needs tools with a parser of their calls in each arm that is started."""
+    needing = next((task.name for task in tasks if task.needs_tools), None)
+    if needing is None or all(arm.url is not None for arm in options.arms):
+        return options
+    checkpoint = find(options.model, progress.note)
+    arms = [
+        arm if arm.url is not None else with_tool_parser(arm, checkpoint, needing, progress.note)
+        for arm in options.arms
+    ]
+    return replace(options, arms=arms)
 
 
 def _run_arm(

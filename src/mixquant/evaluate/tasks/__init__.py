@@ -98,6 +98,7 @@ class Task:
 
     Attributes:
         needs_judge: whether ``run`` or ``score`` asks a second model (a judge, a simulated user).
+        needs_tools: whether requests offer tools, whose calls the server has to parse.
         defaults: what the benchmark changes of the run's settings: ``seeds`` (how many),
             ``max_tokens``, ``context_tokens`` (what `Cut` leaves of a text), ``temperature``,
             ``top_p``, ``top_k``, ``thinking``.
@@ -107,6 +108,7 @@ class Task:
 
     name: ClassVar[str]
     needs_judge: ClassVar[bool] = False
+    needs_tools: ClassVar[bool] = False
     defaults: ClassVar[Mapping[str, Any]] = {}
     weights: ClassVar[Mapping[str, float]] = {}
 

@@ -84,6 +84,7 @@ class BfclV4(Task):
     """
 
     name = "bfcl-v4"
+    needs_tools = True
     weights: ClassVar[Mapping[str, float]] = WEIGHTS
 
     def load(self, data: Path | None, cut: Cut) -> list[Item]:

@@ -56,6 +56,7 @@ class Tau2Bench(Task):
 
     name = "tau2-bench"
     needs_judge = True
+    needs_tools = True
     weights: ClassVar[Mapping[str, float]] = dict.fromkeys(DOMAINS, 1.0)
 
     def load(self, data: Path | None, cut: Cut) -> list[Item]:
