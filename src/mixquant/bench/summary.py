@@ -84,9 +84,12 @@ def gains(found: Iterable[Measurement]) -> dict[tuple[str, str, int, int, str], 
     """How many times as fast as the reference each figure is; above 1 is better.
 
     Returns:
-        By arm, workload, tokens, concurrency and metric; without shares, and without what the
-        reference does not have.
+        By arm, workload, tokens, concurrency and metric; without shares, without what the reference
+        does not have, and without points where an arm quantized nothing (`nothing_quantized`): it
+        did there what the reference does, so a ratio is noise.
     """
+    found = list(found)
+    nothing = nothing_quantized(found)
     figures = [figure for figure in found if figure.unit != "share"]
     if not figures:
         return {}
@@ -95,7 +98,21 @@ def gains(found: Iterable[Measurement]) -> dict[tuple[str, str, int, int, str], 
     gained = {}
     for (arm, *where), value in by_key.items():
         base = by_key.get((reference, *where))  # type: ignore[arg-type]
-        if base and value:
+        unquantized = arm != reference and (arm, *where[:-1]) in nothing
+        if base and value and not unquantized:
             faster = base / value if where[-1] in TIMES else value / base
             gained[(arm, *where)] = faster
     return gained  # type: ignore[return-value]
+
+
+def nothing_quantized(found: Iterable[Measurement]) -> set[tuple[str, str, int, int]]:
+    """The points at which an arm read prompts and quantized none of their tokens.
+
+    Returns:
+        By arm, workload, tokens and concurrency. Arms that do not count rows are not among them.
+    """
+    return {
+        (figure.arm, figure.workload, figure.tokens, figure.concurrency)
+        for figure in found
+        if figure.metric == "quantized" and figure.value == 0
+    }

@@ -14,15 +14,16 @@ import typer
 from mixquant._after_import import after_import
 from mixquant._version import __version__
 from mixquant.cli.bench import bench
+from mixquant.cli.chat import chat
 from mixquant.cli.compare import compare
 from mixquant.cli.console import InputError, print_error
 from mixquant.cli.evaluate import evaluate
 from mixquant.cli.fidelity import fidelity
+from mixquant.cli.generate import generate
 from mixquant.cli.info import info
 from mixquant.cli.quantize import quantize
 from mixquant.cli.report import report
 from mixquant.cli.serve import serve
-from mixquant.cli.talk import chat, generate
 from mixquant.errors import MixquantError
 
 app = typer.Typer(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -25,6 +25,7 @@ from mixquant.cli.console import (
     InputError,
     check_writable,
     err,
+    lines_now_and_then,
     out,
     print_error,
     say,
@@ -228,6 +229,33 @@ def evaluate(
         raise typer.Exit(1)
 
 
+class _Lines:
+    """`mixquant.evaluate.benchmarks.run.Progress`, where output is redirected."""
+
+    def __init__(self, show: Callable[[str], None]) -> None:
+        self._show = show
+        self._doing, self._done, self._total = "starting", 0, 0
+
+    def note(self, message: str) -> None:
+        say(message)
+
+    def doing(self, what: str) -> None:
+        self._doing = what
+        self._update()
+
+    def total(self, answers: int) -> None:
+        self._total = answers
+        self._update()
+
+    def advance(self) -> None:
+        self._done += 1
+        self._update()
+
+    def _update(self) -> None:
+        counted = f" ({self._done} of {self._total} answers)" if self._total else ""
+        self._show(f"{self._doing}{counted}")
+
+
 class _Bar:
     """`mixquant.evaluate.benchmarks.run.Progress`, on a terminal."""
 
@@ -249,7 +277,11 @@ class _Bar:
 
 
 @contextmanager
-def _progress() -> Iterator[_Bar]:
+def _progress() -> Iterator[_Bar | _Lines]:
+    if not err.is_terminal:
+        with lines_now_and_then() as show:
+            yield _Lines(show)
+        return
     with Progress(
         SpinnerColumn(),
         TextColumn("{task.description}"),
@@ -260,7 +292,6 @@ def _progress() -> Iterator[_Bar]:
         TimeRemainingColumn(),
         console=err,
         transient=True,
-        disable=not err.is_terminal,
         speed_estimate_period=600,  # answers take minutes
     ) as bar:
         yield _Bar(bar)

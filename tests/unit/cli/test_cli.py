@@ -155,7 +155,7 @@ def test_unexpected_error(
     def broken(*args: object) -> None:
         raise ZeroDivisionError("of two\nlines")
 
-    monkeypatch.setattr("mixquant.cli.talk.find", broken)
+    monkeypatch.setattr("mixquant.cli.generate.find", broken)
     assert cli.main(["generate", "smollm2", "x"]) == 1
     assert capsys.readouterr().err == (
         "error: ZeroDivisionError: of two lines (MIXQUANT_TRACEBACK=1 shows where)\n"
@@ -211,16 +211,29 @@ def test_generate(smollm2_path: str, capsys: pytest.CaptureFixture[str], tmp_pat
     assert cli.main(["generate", smollm2_path, question, *limit]) == 0
     printed = capsys.readouterr()
     assert "Paris" in printed.out
-    assert "read 37 tokens, 0 were cached" in printed.err
+    assert re.search(
+        r"read 37 tokens \(0 in (INT8|FP8|NVFP4): fewer than 128\); wrote ", printed.err
+    )
 
     (tmp_path / "question").write_text(question)
     file = ["--prompt-file", str(tmp_path / "question")]
     assert cli.main(["generate", smollm2_path, *file, *limit]) == 0
     assert capsys.readouterr().out == printed.out
 
+    (tmp_path / "long").write_text("The sea is large. " * 40 + question)
+    assert (
+        cli.main(["generate", smollm2_path, "--prompt-file", str(tmp_path / "long"), *limit]) == 0
+    )
+    (read, quantized) = re.findall(r"read (\d+) tokens \((\d+) in \w+\)", capsys.readouterr().err)[
+        0
+    ]
+    assert int(quantized) == int(read) - 1 > 128  # all but the precise tail
+
     raw = ["generate", smollm2_path, "The capital of France is", "--raw", *limit]
     assert cli.main([*raw, "--recipe", "exact"]) == 0
-    assert capsys.readouterr().out.startswith(" Paris")
+    printed = capsys.readouterr()
+    assert printed.out.startswith(" Paris")
+    assert "(0 quantized: the recipe keeps every layer in BF16)" in printed.err
 
     sampled = [*raw, "--temperature", "2", "--seed"]
     texts = []
@@ -242,8 +255,10 @@ def test_chat_keeps_its_cache(smollm2_path: str) -> None:
     assert done.returncode == 0, done.stderr
     assert "Paris" in done.stdout
     turns = [
-        tuple(map(int, numbers))
-        for numbers in re.findall(r"read (\d+) tokens, (\d+) were cached; wrote (\d+)", done.stderr)
+        tuple(int(number or 0) for number in numbers)
+        for numbers in re.findall(
+            r"read (\d+) tokens \(.*?\)(?:, (\d+) were cached)?; wrote (\d+)", done.stderr
+        )
     ]
     assert len(turns) == 3
     (read, cached, wrote), (read_next, cached_next, _), (_, cached_after_reset, _) = turns

@@ -5,7 +5,8 @@ from __future__ import annotations
 from rich import box
 from rich.table import Table
 
-from mixquant.results import Comparison
+from mixquant.cli.hints import why_none
+from mixquant.results import ComparedArm, Comparison
 
 _SHORT = {"bfloat16": "bf16", "float32": "fp32"}
 
@@ -21,7 +22,7 @@ def table(result: Comparison) -> Table:
         f"{sum(result.answer_tokens_per_turn)} answer tokens, on {result.device_name}, "
         f"{result.threads} threads. TTFT: sum over the turns, each the median of "
         f"{result.prefill_rounds}. KL (per token) and top-1: from the bf16 arm, "
-        "teacher-forced on its answers." + _baseline(result),
+        "teacher-forced on its answers." + _baseline(result) + _nothing_quantized(result),
         caption_justify="left",
         box=box.SIMPLE_HEAD,
     )
@@ -39,7 +40,9 @@ def table(result: Comparison) -> Table:
         table.add_column(heading, justify="right", no_wrap=True)
     baseline = next((arm for arm in result.arms if arm.name == "bf16"), None)
     for arm in result.arms:
-        gain = arm.prefill_tokens_per_s / baseline.prefill_tokens_per_s if baseline else None
+        gain = None
+        if baseline and not _quantized_nothing(arm):
+            gain = arm.prefill_tokens_per_s / baseline.prefill_tokens_per_s
         table.add_row(
             arm.name,
             _SHORT.get(arm.compute_dtype, arm.compute_dtype),
@@ -72,3 +75,16 @@ def _baseline(result: Comparison) -> str:
     probes = ", ".join(f"{name} {took:.2f} s" for name, took in result.probed_prefill_s.items())
     fastest = min(result.probed_prefill_s, key=result.probed_prefill_s.__getitem__)
     return f" The bf16 arm computes in {fastest}, the faster here (first prompt: {probes})."
+
+
+def _quantized_nothing(arm: ComparedArm) -> bool:
+    return arm.name != "bf16" and arm.quantized_prefill_tokens == 0
+
+
+def _nothing_quantized(result: Comparison) -> str:
+    """A sentence on the arms that did only what bf16 does, so that their times are no speed-up."""
+    names = [arm.name for arm in result.arms if _quantized_nothing(arm)]
+    if not names:
+        return ""
+    why = why_none(result.recipe, max(result.prompt_tokens_per_turn))
+    return f" {' and '.join(names)} quantized no prompt token ({why}): no speed-up is shown."

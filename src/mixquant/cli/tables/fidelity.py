@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from rich import box
 from rich.table import Table
 
+from mixquant.cli.hints import why_none
 from mixquant.results import Divergence, Fidelity
 
 _CAPTION = (
@@ -36,7 +37,8 @@ def _figures(result: Fidelity, here: Sequence[Divergence], caption: str | None) 
         f"{result.model} ({result.engine}): {first.answers} prompts of {first.prompt_tokens} "
         f"tokens, {first.greedy_tokens} after each"
     )
-    table.caption = caption
+    notes = (_nothing_quantized(result, here), caption or "")
+    table.caption = "\n".join(note for note in notes if note) or None
     table.add_column("\narm", overflow="fold")
     table.add_column("\nin")
     headings = ("\nbits", "\nrows", "KL\nmean", "\n99 %", "\nmax", "\ntop-1", "\nperpl.", "\nsame")
@@ -58,6 +60,20 @@ def _figures(result: Fidelity, here: Sequence[Divergence], caption: str | None) 
             f"{one.identical_tokens:.1f}",
         )
     return table
+
+
+def _nothing_quantized(result: Fidelity, here: Sequence[Divergence]) -> str:
+    """A sentence on the arms that read these prompts as bf16 does."""
+    reference = here[0].arm
+    recipes = {arm.name: arm.recipe for arm in result.arms}
+    reasons: dict[str, list[str]] = {}
+    for one in here:
+        if one.arm != reference and one.quantized_share == 0:
+            why = why_none(recipes.get(one.arm), one.prompt_tokens)
+            reasons.setdefault(why, []).append(one.arm)
+    return " ".join(
+        f"{' and '.join(arms)} quantized no prompt token: {why}." for why, arms in reasons.items()
+    )
 
 
 def _fading(here: Sequence[Divergence]) -> Table:

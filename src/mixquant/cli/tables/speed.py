@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from rich.table import Table
 
-from mixquant.bench.summary import gains, reference_of
+from mixquant.bench.summary import gains, nothing_quantized, reference_of
 from mixquant.results import Measurement
 
 TITLES = {
@@ -18,6 +18,10 @@ TITLES = {
 
 # Metrics and their headings; times in ms. The others are in the file: 80 columns are full.
 _COLUMNS = (("ttft", "TTFT"), ("tpot", "TPOT"), ("total", "tok/s"))
+_NOTHING_QUANTIZED = (
+    "quant 0%: no token of these prompts was quantized (those with fewer tokens than the recipe's "
+    "min_prefill_tokens are read in BF16), so there is no speed-up to show."
+)
 _SHARES = (("quantized", "quant"), ("cached", "cached"))
 
 
@@ -25,7 +29,7 @@ def tables(found: Sequence[Measurement]) -> list[Table]:
     """A table for each workload that was measured.
 
     Beside each median stands how many times as fast as the reference it is, and after times to
-    first token the lowest and the highest.
+    first token the lowest and the highest. Where an arm quantized nothing, no ratio stands.
     """
     names = list(dict.fromkeys(figure.workload for figure in found))
     return [_table(workload, found) for workload in names]
@@ -40,9 +44,12 @@ def _table(workload: str, found: Sequence[Measurement]) -> Table:
     shown = [column for column in _COLUMNS if column[0] in metrics]
     shares = [column for column in _SHARES if column[0] in metrics]
 
+    unquantized = {arm for arm, *_ in nothing_quantized(own)} - {reference}
     table = Table(
         title=TITLES.get(workload, workload),
         title_justify="left",
+        caption=_NOTHING_QUANTIZED if unquantized else None,
+        caption_justify="left",
         box=None,
         pad_edge=False,
         padding=(0, 1, 0, 0),
