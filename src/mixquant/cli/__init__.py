@@ -27,7 +27,7 @@ from mixquant.cli.serve import serve
 from mixquant.errors import MixquantError
 
 app = typer.Typer(
-    help="Phase-aware quantized inference: prefill in low precision, decode in BF16.",
+    help="Phase-aware quantized inference for LLM agents: prefill in low precision, decode in BF16.",
     add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -44,7 +44,10 @@ def _version(wanted: bool) -> None:
 @app.callback()
 def _options(
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")
+        bool,
+        typer.Option(
+            "--version", callback=_version, is_eager=True, help="Print the version and exit."
+        ),
     ] = False,
 ) -> None:
     pass

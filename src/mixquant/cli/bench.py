@@ -57,8 +57,8 @@ def bench(
         typer.Option(
             "--arm",
             metavar="NAME[=ARGUMENTS]",
-            help="bf16, quantized, mixquant, or a name of your own with vLLM's arguments, as in "
-            "'fp8=--quantization fp8'; may be repeated.",
+            help="What to measure: bf16, quantized, mixquant, or a name of your own with vLLM "
+            "arguments, such as 'fp8=--quantization fp8'. May be repeated.",
             show_default="bf16, quantized, mixquant",
         ),
     ] = None,
@@ -67,29 +67,40 @@ def bench(
         typer.Option(
             "--url",
             metavar="NAME=URL",
-            help="An OpenAI-compatible server that runs already, instead; may be repeated. "
-            "Its key is taken from OPENAI_API_KEY.",
+            help="Measure an OpenAI-compatible server that already runs. May be repeated. Its API key "
+            "is read from OPENAI_API_KEY.",
         ),
     ] = None,
     served_name: Annotated[
         str | None,
-        typer.Option("--served-name", help="What servers call the model.", show_default="MODEL"),
+        typer.Option(
+            "--served-name", help="Name of the model at the servers.", show_default="MODEL"
+        ),
     ] = None,
     engine: Annotated[
         Literal["vllm", "transformers"],
-        typer.Option("--engine", help="transformers: in process, by prompt length only."),
+        typer.Option(
+            "--engine",
+            help="Engine that runs the model. transformers runs in this process and measures "
+            "prompt lengths only.",
+        ),
     ] = "vllm",
     recipe: RecipeOption = None,
     format: FormatOption = None,
     vllm_args: Annotated[
-        str, typer.Option("--vllm-args", metavar="ARGUMENTS", help="For every server started.")
+        str,
+        typer.Option(
+            "--vllm-args",
+            metavar="ARGUMENTS",
+            help="vLLM arguments for every server that is started.",
+        ),
     ] = "",
     lengths: Annotated[
         str | None,
         typer.Option(
             "--lengths",
             metavar="N,N,...",
-            help="Of prompts, in tokens; or none.",
+            help="Prompt lengths to measure, in tokens, or none.",
             show_default=_shown(LENGTHS),
         ),
     ] = None,
@@ -98,7 +109,7 @@ def bench(
         typer.Option(
             "--batches",
             metavar="N,N,...",
-            help="Requests sent at once; or none.",
+            help="Batch sizes to measure (requests sent at once), or none.",
             show_default=_shown(BATCHES),
         ),
     ] = None,
@@ -107,7 +118,7 @@ def bench(
         typer.Option(
             "--concurrencies",
             metavar="N,N,...",
-            help="Requests kept in flight, and of the trace sessions; or none.",
+            help="Numbers of requests in flight to measure (for the trace: of sessions), or none.",
             show_default=_shown(CONCURRENCIES),
         ),
     ] = None,
@@ -116,19 +127,22 @@ def bench(
         typer.Option(
             "--trace",
             metavar="FILE",
-            help="An agent trace (JSONL); or builtin, or none.",
+            help="Agent trace to replay, as JSONL, or builtin, or none.",
             show_default="builtin",
         ),
     ] = None,
     prompt_tokens: Annotated[
         int,
-        typer.Option("--prompt-tokens", min=1, help="Of each prompt in batches and in flight."),
+        typer.Option(
+            "--prompt-tokens", min=1, help="Prompt length for --batches and --concurrencies."
+        ),
     ] = 1024,
     output_tokens: Annotated[
-        int, typer.Option("--output-tokens", min=1, help="Of each answer, except the trace's.")
+        int, typer.Option("--output-tokens", min=1, help="Answer length, except in the trace.")
     ] = 32,
     repeats: Annotated[
-        int, typer.Option("--repeats", min=1, help="Of each measurement, after a warm-up.")
+        int,
+        typer.Option("--repeats", min=1, help="Times to repeat each measurement after a warm-up."),
     ] = 3,
     seed: Annotated[
         int | None,
@@ -136,24 +150,28 @@ def bench(
             "--seed",
             min=0,
             max=LARGEST_SEED,
-            help="Of the prompts. The same one twice finds them in a running server's prefix cache.",
+            help="Seed of the prompts. With a seed that was used before, a running server finds them "
+            "in its prefix cache.",
             show_default="a new one",
         ),
     ] = None,
     json_file: Annotated[
-        Path | None, typer.Option("--json", metavar="FILE", help="Write the results there, too.")
+        Path | None,
+        typer.Option(
+            "--json", metavar="FILE", help="Also write the results to this file, as JSON."
+        ),
     ] = None,
     log_dir: Annotated[
         Path | None,
         typer.Option(
             "--log-dir",
             metavar="DIR",
-            help="Keep what servers print there.",
-            show_default="kept after an error only",
+            help="Directory to keep the servers' logs in.",
+            show_default="logs are kept only after an error",
         ),
     ] = None,
 ) -> None:
-    """Measure time to first token, time per output token and throughput, arm after arm."""
+    """Measure time to first token, time per output token and throughput of each arm."""
     from mixquant.bench.run import check_server, run
     from mixquant.bench.trace import BUILTIN, read_trace
     from mixquant.bench.workloads import Plan, points

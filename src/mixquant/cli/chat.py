@@ -32,7 +32,7 @@ _COMMAND = re.compile(r"/\w*")  # a first word with another slash in it is a pat
 def chat(
     model: Model,
     system: Annotated[
-        str | None, typer.Option("--system", metavar="TEXT", help="The system prompt.")
+        str | None, typer.Option("--system", metavar="TEXT", help="System prompt.")
     ] = None,
     recipe: RecipeOption = None,
     format: FormatOption = None,

@@ -39,22 +39,30 @@ def compare(
     format: FormatOption = None,
     arms: Annotated[
         str,
-        typer.Option("--arms", metavar="NAMES", help="Those to report, separated by commas."),
+        typer.Option("--arms", metavar="NAMES", help="Arms to report, separated by commas."),
     ] = "bf16,quantized,mixquant",
     prompt_file: Annotated[
         Path | None,
-        typer.Option("--prompt-file", metavar="FILE", help="The document; default: Python's own."),
+        typer.Option(
+            "--prompt-file",
+            metavar="FILE",
+            help="Document that the conversation is about, as UTF-8 text.",
+            show_default="Python's documentation",
+        ),
     ] = None,
     max_new_tokens: NewTokens = 24,
     json_file: Annotated[
-        Path | None, typer.Option("--json", metavar="FILE", help="Write the results there, too.")
+        Path | None,
+        typer.Option(
+            "--json", metavar="FILE", help="Also write the results to this file, as JSON."
+        ),
     ] = None,
     report_file: Annotated[
         Path | None,
-        typer.Option("--report", metavar="FILE", help="Write them as a page of HTML, too."),
+        typer.Option("--report", metavar="FILE", help="Also write a report to this file, as HTML."),
     ] = None,
 ) -> None:
-    """Run an agent-like conversation in BF16, quantized, and with mixquant; show cost and gain."""
+    """Run an agent-like conversation in BF16, fully quantized and with mixquant, and compare them."""
     chosen = chosen_recipe(recipe, format)
     names = _arms(arms)
     text = None if prompt_file is None else read_text(prompt_file)

@@ -56,14 +56,19 @@ def evaluate(
     model: Model,
     benchmark: Annotated[
         list[str],
-        typer.Option("--benchmark", metavar="NAME", help="May be repeated; 'list' lists them."),
+        typer.Option(
+            "--benchmark",
+            metavar="NAME",
+            help="Benchmark to run, or list to list them. May be repeated.",
+        ),
     ],
     data: Annotated[
         list[str] | None,
         typer.Option(
             "--data",
             metavar="[NAME=]FILE",
-            help="A benchmark's data in its published schema; default: from the Hub.",
+            help="Data of a benchmark, in its published schema.",
+            show_default="downloaded from the Hugging Face Hub",
         ),
     ] = None,
     arm: Annotated[
@@ -71,55 +76,96 @@ def evaluate(
         typer.Option(
             "--arm",
             metavar="NAME[=ARGUMENTS]",
-            help="bf16, quantized, mixquant, or one of your own with arguments for vLLM.",
-            show_default="those three",
+            help="What to evaluate: bf16, quantized, mixquant, or a name of your own with vLLM "
+            "arguments. May be repeated.",
+            show_default="bf16, quantized, mixquant",
         ),
     ] = None,
     url: Annotated[
         list[str] | None,
         typer.Option(
-            "--url", metavar="NAME=URL", help="An arm whose OpenAI-compatible server runs already."
+            "--url",
+            metavar="NAME=URL",
+            help="Evaluate an OpenAI-compatible server that already runs. May be repeated.",
         ),
     ] = None,
     served_name: Annotated[
         str | None,
-        typer.Option("--served-name", metavar="NAME", help="What the servers call the model."),
+        typer.Option("--served-name", metavar="NAME", help="Name of the model at the servers."),
     ] = None,
     recipe: RecipeOption = None,
     format: FormatOption = None,
     vllm_args: Annotated[
-        str, typer.Option("--vllm-args", metavar="ARGUMENTS", help="For every server started.")
+        str,
+        typer.Option(
+            "--vllm-args",
+            metavar="ARGUMENTS",
+            help="vLLM arguments for every server that is started.",
+        ),
     ] = "",
     seeds: Annotated[
         int | None,
-        typer.Option("--seeds", min=1, metavar="N", show_default="by benchmark"),
+        typer.Option(
+            "--seeds",
+            min=1,
+            metavar="N",
+            help="Number of answers to each item, each with its own seed.",
+            show_default="by benchmark",
+        ),
     ] = None,
     limit: Annotated[
         int | None,
-        typer.Option("--limit", min=1, metavar="N", help="Only so many items of each benchmark."),
+        typer.Option(
+            "--limit", min=1, metavar="N", help="Ask at most this many items of each benchmark."
+        ),
     ] = None,
     temperature: Annotated[
         float | None,
-        typer.Option("--temperature", min=0.0, callback=temperature_option, show_default="0.6"),
+        typer.Option(
+            "--temperature",
+            min=0.0,
+            callback=temperature_option,
+            help="Sampling temperature; 0 takes the likeliest token.",
+            show_default="0.6",
+        ),
     ] = None,
     top_p: Annotated[
         float | None,
-        typer.Option("--top-p", min=0.0, max=1.0, callback=finite, show_default="0.95"),
+        typer.Option(
+            "--top-p",
+            min=0.0,
+            max=1.0,
+            callback=finite,
+            help="Sample from the likeliest tokens that hold this share of the probability.",
+            show_default="0.95",
+        ),
     ] = None,
     top_k: Annotated[
-        int | None, typer.Option("--top-k", min=-1, max=MOST, show_default="20")
+        int | None,
+        typer.Option(
+            "--top-k",
+            min=-1,
+            max=MOST,
+            help="Sample from this many of the likeliest tokens; -1 samples from all.",
+            show_default="20",
+        ),
     ] = None,
     max_tokens: Annotated[
         int | None,
         typer.Option(
             "--max-tokens",
             min=1,
-            help="Longest answer, with reasoning.",
+            help="Maximum length of an answer with its reasoning, in tokens.",
             show_default="by benchmark",
         ),
     ] = None,
     thinking: Annotated[
-        bool | None, typer.Option("--thinking/--no-thinking", show_default="thinking")
+        bool | None,
+        typer.Option(
+            "--thinking/--no-thinking",
+            help="Let models that can reason do so before they answer.",
+            show_default="thinking",
+        ),
     ] = None,
     max_context: Annotated[
         int | None,
@@ -127,7 +173,7 @@ def evaluate(
             "--context",
             min=1,
             metavar="N",
-            help="Tokens that the model takes, if fewer than it says.",
+            help="Context length to use, in tokens, if smaller than the model's.",
         ),
     ] = None,
     judge_url: Annotated[
@@ -135,31 +181,47 @@ def evaluate(
         typer.Option(
             "--judge-url",
             metavar="URL",
-            help=f"An OpenAI-compatible server that judges; its key: {' or '.join(JUDGE_KEYS)}.",
+            help="OpenAI-compatible server that judges answers. Its API key is read from "
+            f"{' or '.join(JUDGE_KEYS)}.",
         ),
     ] = None,
-    judge_model: Annotated[str | None, typer.Option("--judge-model", metavar="NAME")] = None,
+    judge_model: Annotated[
+        str | None,
+        typer.Option("--judge-model", metavar="NAME", help="Name of the model that judges."),
+    ] = None,
     concurrency: Annotated[
-        int, typer.Option("--concurrency", min=1, metavar="N", help="Items in work at a time.")
+        int, typer.Option("--concurrency", min=1, metavar="N", help="Items to work on at a time.")
     ] = 16,
     retries: Annotated[
-        int, typer.Option("--retries", min=0, metavar="N", help="Of a request that fails.")
+        int,
+        typer.Option("--retries", min=0, metavar="N", help="Times to retry a request that fails."),
     ] = 8,
     timeout: Annotated[
         float,
         typer.Option(
-            "--timeout", min=0.1, callback=finite, metavar="SECONDS", help="Of one request."
+            "--timeout",
+            min=0.1,
+            callback=finite,
+            metavar="SECONDS",
+            help="Time limit of one request.",
         ),
     ] = 3600,
     out_dir: Annotated[
         Path,
-        typer.Option("--out", metavar="DIR", help="Answers go there; a stopped run continues."),
+        typer.Option(
+            "--out",
+            metavar="DIR",
+            help="Directory for the answers. A run that was stopped continues from it.",
+        ),
     ] = Path("mixquant-evaluation"),
     json_file: Annotated[
-        Path | None, typer.Option("--json", metavar="FILE", help="Write the results there, too.")
+        Path | None,
+        typer.Option(
+            "--json", metavar="FILE", help="Also write the results to this file, as JSON."
+        ),
     ] = None,
 ) -> None:
-    """Ask benchmarks in BF16, quantized, and with mixquant; show scores and what is won back."""
+    """Run benchmarks in BF16, fully quantized and with mixquant, and compare the scores."""
     if "list" in benchmark:
         from mixquant.evaluate.tasks.registry import TASKS
 

@@ -47,7 +47,8 @@ def fidelity(
         typer.Option(
             "--text",
             metavar="FILE",
-            help="A text whose beginning is read; may be repeated. Default: Python's documentation.",
+            help="UTF-8 text whose beginning is the prompt. May be repeated.",
+            show_default="Python's documentation",
         ),
     ] = None,
     recipe: Annotated[
@@ -55,8 +56,8 @@ def fidelity(
         typer.Option(
             "--recipe",
             metavar="RECIPE",
-            help="A preset (fast, balanced, exact), a JSON object, or a JSON file; may be repeated, "
-            "each is an arm.",
+            help="Preset (fast, balanced, exact), JSON object or JSON file. May be repeated; each "
+            "recipe is an arm.",
             show_default="balanced",
         ),
     ] = None,
@@ -67,13 +68,15 @@ def fidelity(
             "--length",
             min=1,
             metavar="N",
-            help="Of the prompts, in tokens; may be repeated.",
+            help="Prompt length, in tokens. May be repeated.",
             show_default="1024",
         ),
     ] = None,
     answer_tokens: Annotated[
         int,
-        typer.Option("--answer-tokens", min=1, metavar="N", help="After each prompt."),
+        typer.Option(
+            "--answer-tokens", min=1, metavar="N", help="Tokens to compare after each prompt."
+        ),
     ] = 96,
     texts: Annotated[
         int | None,
@@ -81,32 +84,37 @@ def fidelity(
             "--texts",
             min=1,
             metavar="N",
-            help="How many of the built-in texts.",
+            help="Number of built-in texts to read.",
             show_default=str(BUILT_IN_TEXTS),
         ),
     ] = None,
     quantized: Annotated[
         bool,
-        typer.Option(help="Add the arm that quantizes both phases, with the first recipe."),
+        typer.Option(
+            help="Add an arm that quantizes both phases with the first recipe.",
+        ),
     ] = True,
     engine: Annotated[
         EngineName,
-        typer.Option("--engine", help="What runs the model: vllm for those that only fit there."),
+        typer.Option(
+            "--engine", help="Engine that runs the model; vllm for models that only fit there."
+        ),
     ] = EngineName.transformers,
     vllm_args: Annotated[
         str,
-        typer.Option(
-            "--vllm-args", metavar="ARGUMENTS", help="vLLM's own, as a shell would read them."
-        ),
+        typer.Option("--vllm-args", metavar="ARGUMENTS", help="vLLM arguments, as one string."),
     ] = "",
     json_file: Annotated[
-        Path | None, typer.Option("--json", metavar="FILE", help="Write the results there, too.")
+        Path | None,
+        typer.Option(
+            "--json", metavar="FILE", help="Also write the results to this file, as JSON."
+        ),
     ] = None,
 ) -> None:
-    """Measure how far recipes are from BF16 on the same texts, next to what they cost.
+    """Measure how far each recipe's token distributions are from BF16's, and what it quantizes.
 
-    Perplexity and task scores of small samples are noise; the divergence of every token's distribution
-    is not.
+    Task scores of a few samples are mostly noise. The divergence of every token's distribution shows
+    small differences.
     """
     lengths = list(dict.fromkeys(length or [1024]))
     sources: list[str | None] = [*recipe] if recipe else [None]

@@ -23,10 +23,10 @@ from mixquant.cli.options import (
 
 def generate(
     model: Model,
-    prompt: Annotated[str | None, typer.Argument(help="What to answer.")] = None,
+    prompt: Annotated[str | None, typer.Argument(help="Prompt to answer.")] = None,
     prompt_file: PromptFile = None,
     raw: Annotated[
-        bool, typer.Option("--raw", help="Continue the text as it is, without the chat template.")
+        bool, typer.Option("--raw", help="Continue the text without a chat template.")
     ] = False,
     recipe: RecipeOption = None,
     format: FormatOption = None,
@@ -34,7 +34,7 @@ def generate(
     temperature: Temperature = 0.0,
     seed: Seed = 0,
 ) -> None:
-    """Answer one prompt; the answer alone goes to standard output, as it is written."""
+    """Answer one prompt. Only the answer goes to standard output, token by token."""
     if (prompt is None) == (prompt_file is None):
         raise InputError("give either PROMPT or --prompt-file")
     text = read_text(prompt_file) if prompt_file is not None else prompt or ""

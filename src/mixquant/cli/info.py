@@ -12,7 +12,7 @@ from mixquant.cli.console import out
 
 
 def info() -> None:
-    """Show what this machine multiplies natively, and the versions that matter."""
+    """Show which formats this machine multiplies natively, and the versions of the packages."""
     import platform
 
     import torch

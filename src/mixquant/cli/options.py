@@ -14,7 +14,7 @@ from mixquant.core.recipe import Recipe
 Model = Annotated[
     str,
     typer.Argument(
-        metavar="MODEL", help=f"A directory, a Hugging Face hub name, or [bold]{SMOLLM2}[/bold]."
+        metavar="MODEL", help=f"Model directory, Hugging Face Hub name, or [bold]{SMOLLM2}[/bold]."
     ),
 ]
 RecipeOption = Annotated[
@@ -22,7 +22,7 @@ RecipeOption = Annotated[
     typer.Option(
         "--recipe",
         metavar="RECIPE",
-        help="A preset (fast, balanced, exact), a JSON object, or a JSON file.",
+        help="Preset (fast, balanced, exact), JSON object or JSON file.",
         show_default="balanced",
     ),
 ]
@@ -31,7 +31,8 @@ FormatOption = Annotated[
     typer.Option(
         "--format",
         metavar="FORMAT",
-        help="auto (the fastest native one), nvfp4, fp8, int8 or bf16; overrides the recipe's.",
+        help="Format of prefill: auto (the fastest that the device multiplies natively), nvfp4, fp8, "
+        "int8 or bf16. Overrides the recipe's.",
         show_default="auto",
     ),
 ]
@@ -40,7 +41,11 @@ MOST = 2**31 - 1  # of what engines count in 32 bits
 NewTokens = Annotated[
     int,
     typer.Option(
-        "--max-new-tokens", min=1, max=MOST, metavar="N", help="Longest answer, in tokens."
+        "--max-new-tokens",
+        min=1,
+        max=MOST,
+        metavar="N",
+        help="Maximum length of an answer, in tokens.",
     ),
 ]
 
@@ -65,12 +70,15 @@ Temperature = Annotated[
         "--temperature",
         min=0.0,
         callback=temperature_option,
-        help="Of sampling; 0 takes the likeliest token.",
+        help="Sampling temperature; 0 takes the likeliest token.",
     ),
 ]
-Seed = Annotated[int, typer.Option("--seed", min=0, max=LARGEST_SEED, help="Of sampling.")]
+Seed = Annotated[int, typer.Option("--seed", min=0, max=LARGEST_SEED, help="Sampling seed.")]
 PromptFile = Annotated[
-    Path | None, typer.Option("--prompt-file", metavar="FILE", help="UTF-8 text to read.")
+    Path | None,
+    typer.Option(
+        "--prompt-file", metavar="FILE", help="Read the prompt from this file, as UTF-8 text."
+    ),
 ]
 
 

@@ -14,25 +14,27 @@ from mixquant.cli.options import Model
 def quantize(
     model: Model,
     out_dir: Annotated[
-        Path, typer.Argument(metavar="OUT", help="The directory to write; new, or empty.")
+        Path, typer.Argument(metavar="OUT", help="Directory to write; new or empty.")
     ],
     format: Annotated[
-        str, typer.Option("--format", metavar="FORMAT", help="nvfp4 or fp8.")
+        str, typer.Option("--format", metavar="FORMAT", help="Format of the weights: nvfp4 or fp8.")
     ] = "nvfp4",
     ignore: Annotated[
         list[str] | None,
         typer.Option(
             "--ignore",
             metavar="PATTERN",
-            help="A layer to leave alone, by name or glob pattern; may be repeated.",
+            help="Name or glob pattern of a layer that stays in BF16. May be repeated.",
         ),
     ] = None,
     samples: Annotated[
         int,
-        typer.Option("--samples", min=1, metavar="N", help="Texts that nvfp4 is calibrated on."),
+        typer.Option(
+            "--samples", min=1, metavar="N", help="Number of texts to calibrate nvfp4 on."
+        ),
     ] = 16,
 ) -> None:
-    """Write a quantized checkpoint, for a recipe's prefill_model; needs llm-compressor."""
+    """Write a quantized checkpoint with llm-compressor, for the prefill_model of a recipe."""
     from transformers.utils import logging
 
     from mixquant.checkpoints.write import quantize as run

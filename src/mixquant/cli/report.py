@@ -13,13 +13,15 @@ from mixquant.cli.console import check_writable, out, write_whole
 def report(
     files: Annotated[
         list[Path],
-        typer.Argument(metavar="FILE...", help="What bench, fidelity, evaluate or compare wrote."),
+        typer.Argument(
+            metavar="FILE...", help="Results files of bench, fidelity, evaluate or compare."
+        ),
     ],
-    out_file: Annotated[Path, typer.Option("--out", metavar="FILE", help="The page.")] = Path(
-        "report.html"
-    ),
+    out_file: Annotated[
+        Path, typer.Option("--out", metavar="FILE", help="Report to write.")
+    ] = Path("report.html"),
 ) -> None:
-    """Write one page of HTML with plots and tables from results files."""
+    """Write a report with plots and tables from results files, as one HTML page."""
     from mixquant.results import read
 
     check_writable(out_file)

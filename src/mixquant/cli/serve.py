@@ -16,7 +16,7 @@ from mixquant.serve.description import Deployment, ServeError, read
 
 _SET = "A disaggregated set"
 _ADDRESS = "Address"
-_HOW = "How"
+_HOW = "Running"
 
 
 def serve(
@@ -24,18 +24,20 @@ def serve(
         str | None,
         typer.Argument(
             metavar="MODEL",
-            help="A directory, a Hugging Face hub name, or [bold]smollm2[/bold]; "
-            "left out, the file of --config names it.",
+            help="Model directory, Hugging Face Hub name, or [bold]smollm2[/bold]. "
+            "May be left out if the --config file names it.",
         ),
     ] = None,
     vllm_arguments: Annotated[
         list[str] | None,
-        typer.Argument(metavar="-- VLLM...", help="vLLM's own arguments, for every engine."),
+        typer.Argument(metavar="-- VLLM...", help="vLLM arguments for every engine."),
     ] = None,
     config: Annotated[
         Path | None,
         typer.Option(
-            "--config", metavar="FILE", help="YAML with the same description; options go before it."
+            "--config",
+            metavar="FILE",
+            help="YAML file with the same settings. Options override it.",
         ),
     ] = None,
     recipe: RecipeOption = None,
@@ -44,7 +46,7 @@ def serve(
         typer.Option(
             "--prefill",
             metavar="N",
-            help="Engines that read prompts, with quantized weights alone.",
+            help="Number of prefill engines. They hold only quantized weights.",
             rich_help_panel=_SET,
         ),
     ] = None,
@@ -53,39 +55,35 @@ def serve(
         typer.Option(
             "--decode",
             metavar="N",
-            help="Engines that write answers, in BF16.",
+            help="Number of decode engines. They run in BF16.",
             rich_help_panel=_SET,
         ),
     ] = None,
     prefill_gpus: Annotated[
         str | None,
-        typer.Option(
-            metavar="0,1,...", help="GPUs that the prefill engines share out.", rich_help_panel=_SET
-        ),
+        typer.Option(metavar="0,1,...", help="GPUs for the prefill engines.", rich_help_panel=_SET),
     ] = None,
     decode_gpus: Annotated[
         str | None,
-        typer.Option(
-            metavar="2,3,...", help="GPUs that the decode engines share out.", rich_help_panel=_SET
-        ),
+        typer.Option(metavar="2,3,...", help="GPUs for the decode engines.", rich_help_panel=_SET),
     ] = None,
     prefill_args: Annotated[
         str | None,
         typer.Option(
-            metavar="'ARGS'", help="vLLM's own, for prefill engines.", rich_help_panel=_SET
+            metavar="'ARGS'", help="vLLM arguments for prefill engines.", rich_help_panel=_SET
         ),
     ] = None,
     decode_args: Annotated[
         str | None,
         typer.Option(
-            metavar="'ARGS'", help="vLLM's own, for decode engines.", rich_help_panel=_SET
+            metavar="'ARGS'", help="vLLM arguments for decode engines.", rich_help_panel=_SET
         ),
     ] = None,
     min_transfer_tokens: Annotated[
         int | None,
         typer.Option(
             metavar="N",
-            help="Shorter prompts (estimated) are read by a decode engine.",
+            help="Estimated prompt length below which a decode engine also runs prefill.",
             rich_help_panel=_SET,
             show_default="256",
         ),
@@ -94,25 +92,28 @@ def serve(
         bool | None,
         typer.Option(
             "--decode-fallback/--no-decode-fallback",
-            help="Decode engines read prompts while no prefill engine lives.",
+            help="Let decode engines run prefill while no prefill engine is up.",
             rich_help_panel=_SET,
             show_default="on",
         ),
     ] = None,
     tensor_parallel_size: Annotated[
-        int | None, typer.Option(metavar="N", help="GPUs of each engine.", show_default="1")
+        int | None,
+        typer.Option(
+            metavar="N", help="GPUs of each engine (tensor parallelism).", show_default="1"
+        ),
     ] = None,
     served_model_name: Annotated[
         str | None,
         typer.Option(
-            metavar="NAME", help="What requests call the model.", rich_help_panel=_ADDRESS
+            metavar="NAME", help="Name of the model in requests.", rich_help_panel=_ADDRESS
         ),
     ] = None,
     tool_parser: Annotated[
         str | None,
         typer.Option(
             metavar="NAME",
-            help="vLLM's parser of tool calls, or [bold]none[/bold].",
+            help="vLLM parser for tool calls, or [bold]none[/bold].",
             show_default="by the model's chat template",
         ),
     ] = None,
@@ -120,7 +121,7 @@ def serve(
         str | None,
         typer.Option(
             metavar="NAME",
-            help="vLLM's parser of reasoning, or [bold]none[/bold].",
+            help="vLLM parser for reasoning, or [bold]none[/bold].",
             show_default="by the model's chat template",
         ),
     ] = None,
@@ -129,7 +130,7 @@ def serve(
         typer.Option(
             "--host",  # left to itself, typer 0.27 calls it as its metavar, --HOST
             metavar="HOST",
-            help="To listen on.",
+            help="Address to listen on.",
             rich_help_panel=_ADDRESS,
             show_default="127.0.0.1",
         ),
@@ -139,7 +140,7 @@ def serve(
         typer.Option(
             "--port",
             metavar="PORT",
-            help="Of it.",
+            help="Port to listen on.",
             rich_help_panel=_ADDRESS,
             show_default="8000",
         ),
@@ -148,29 +149,35 @@ def serve(
         str | None,
         typer.Option(
             metavar="NAME",
-            help="Environment variable with the key that clients have to show.",
+            help="Environment variable that holds the API key that clients must send.",
             rich_help_panel=_ADDRESS,
         ),
     ] = None,
     api_key_file: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="File with that key.", rich_help_panel=_ADDRESS),
+        typer.Option(metavar="FILE", help="File that holds the API key.", rich_help_panel=_ADDRESS),
     ] = None,
     logs: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="Takes one log for each process.", rich_help_panel=_HOW),
+        typer.Option(
+            metavar="DIR",
+            help="Directory for the logs, one for each process.",
+            rich_help_panel=_HOW,
+        ),
     ] = None,
     dry_run: Annotated[
         bool,
         typer.Option(
-            "--dry-run", help="Print the commands and environments only.", rich_help_panel=_HOW
+            "--dry-run",
+            help="Print the commands and their environments, and start nothing.",
+            rich_help_panel=_HOW,
         ),
     ] = False,
     render: Annotated[
         Literal["compose", "kubernetes"] | None,
         typer.Option(
             "--render",
-            help="Print a manifest that runs the same, each process in a container.",
+            help="Print a manifest that runs the same processes in containers.",
             rich_help_panel=_HOW,
         ),
     ] = None,
@@ -178,15 +185,15 @@ def serve(
         str | None,
         typer.Option(
             metavar="NAME",
-            help="For --render: a container image with vLLM and mixquant.",
+            help="Container image with vLLM and mixquant, for --render.",
             rich_help_panel=_HOW,
-            show_default="compose: built from vLLM's",
+            show_default="compose builds one from vLLM's image",
         ),
     ] = None,
 ) -> None:
-    """Serves a model: one engine for both phases, or engines for prefill and engines for decode.
+    """Serve a model with one engine for both phases, or with prefill engines and decode engines.
 
-    vLLM's own arguments follow after [bold]--[/bold]:
+    vLLM arguments follow after [bold]--[/bold]:
     mixquant serve MODEL --prefill 2 --decode 1 -- --max-model-len 32768
     """
     values: dict[str, Any] = read(config) if config else {}
