@@ -36,11 +36,11 @@ Count = Annotated[int, Field(ge=0, le=2**53)]  # what a float holds exactly
 _LARGEST = 1e30  # figure; beyond it a square, a sum or an axis may be infinite
 
 
-class _Part(BaseModel):
+class _Record(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class Environment(_Part):
+class Environment(_Record):
     """Where and when something was measured.
 
     Attributes:
@@ -81,7 +81,7 @@ class Environment(_Part):
         )
 
 
-class Arm(_Part):
+class Arm(_Record):
     """One of the things compared.
 
     Attributes:
@@ -97,7 +97,7 @@ class Arm(_Part):
     url: str | None = None
 
 
-class Measurement(_Part):
+class Measurement(_Record):
     """One figure of one arm: the median, and how far single values were from it.
 
     Attributes:
@@ -134,7 +134,7 @@ class Measurement(_Part):
         return values
 
 
-class Piece(_Part):
+class Piece(_Record):
     """The share of one kind of work in a measured time, from a profile.
 
     Attributes:
@@ -150,7 +150,7 @@ class Piece(_Part):
     ms: float
 
 
-class Bench(_Part):
+class Bench(_Record):
     """What `mixquant bench` writes.
 
     Attributes:
@@ -174,7 +174,7 @@ class Bench(_Part):
     breakdown: tuple[Piece, ...] = ()
 
 
-class Position(_Part):
+class Position(_Record):
     """How far an arm is from BF16 at answer tokens of this distance from the prompt's end.
 
     Attributes:
@@ -188,7 +188,7 @@ class Position(_Part):
     top1: float
 
 
-class Divergence(_Part):
+class Divergence(_Record):
     """One arm at one prompt length, against BF16, over all texts.
 
     Attributes:
@@ -222,7 +222,7 @@ class Divergence(_Part):
     by_position: tuple[Position, ...]
 
 
-class Cost(_Part):
+class Cost(_Record):
     """How an arm's prefill arithmetic in linear layers is divided among formats.
 
     Attributes:
@@ -236,7 +236,7 @@ class Cost(_Part):
     bits: float
 
 
-class Fidelity(_Part):
+class Fidelity(_Record):
     """What `mixquant fidelity` writes.
 
     Attributes:
@@ -262,7 +262,7 @@ class Fidelity(_Part):
     results: tuple[Divergence, ...]
 
 
-class Score(_Part):
+class Score(_Record):
     """One arm on one benchmark; shares, not percent. The interval holds 95 %.
 
     Attributes:
@@ -290,7 +290,7 @@ class Score(_Part):
     unextracted: Count = 0
 
 
-class Difference(_Part):
+class Difference(_Record):
     """An arm minus ``versus``, paired by item and seed. The interval holds 95 %.
 
     Attributes:
@@ -310,7 +310,7 @@ class Difference(_Part):
     high: float
 
 
-class Recovery(_Part):
+class Recovery(_Record):
     """How much of the loss of quantizing everything an arm wins back.
 
     Attributes:
@@ -324,7 +324,7 @@ class Recovery(_Part):
     recovery: float | None
 
 
-class Evaluation(_Part):
+class Evaluation(_Record):
     """What `mixquant evaluate` writes.
 
     Attributes:
@@ -352,7 +352,7 @@ class Evaluation(_Part):
     subscores: tuple[Score, ...] = ()
 
 
-class ComparedArm(_Part):
+class ComparedArm(_Record):
     """What one arm of `mixquant compare` cost and gave. Times in seconds.
 
     Attributes:
@@ -386,7 +386,7 @@ class ComparedArm(_Part):
     text: str
 
 
-class Comparison(_Part):
+class Comparison(_Record):
     """What `mixquant compare` writes: the arms side by side.
 
     Attributes:

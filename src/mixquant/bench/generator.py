@@ -103,18 +103,18 @@ def generator(log: Path) -> Iterator[Generator]:
             "or '[cpu]' on a machine without a GPU"
         )
     context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe()
-    process = context.Process(target=_serve, args=(theirs, str(log)), daemon=True)
+    own_end, other_end = context.Pipe()
+    process = context.Process(target=_serve, args=(other_end, str(log)), daemon=True)
     process.start()
-    theirs.close()
+    other_end.close()
     try:
         try:
-            failure = ours.recv()
+            failure = own_end.recv()
         except EOFError:
             failure = "it ended while it started"
         if failure is not None:
             raise GeneratorError(f"cannot use vLLM's load generator: {failure} (see {log})")
-        yield Generator(process, ours, log)
+        yield Generator(process, own_end, log)
     finally:
         process.kill()
         process.join()
@@ -183,10 +183,10 @@ async def _send(
     if all(len(session) == 1 for session in sessions):
         requests = [session[0] for session in sessions]
         return [await _benchmark(serve, url, model, requests, concurrency)]
-    places = asyncio.Semaphore(concurrency)
+    in_flight = asyncio.Semaphore(concurrency)
 
     async def follow(session: Sequence[Request]) -> dict[str, Any]:
-        async with places:
+        async with in_flight:
             # One at a time, and in their order: its own places are given to who waited longest.
             return await _benchmark(serve, url, model, session, 1)
 

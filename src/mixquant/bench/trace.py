@@ -141,9 +141,9 @@ def turns(session: Session, tokenizer: Any, mark: str) -> list[Request]:
     read = tokens(f"{mark}\n")
     found: list[Request] = []
     for message in session.messages:
-        its = tokens(message.text())
+        written = tokens(message.text())
         if message.role == "assistant":
             # At least one: some tokenizers drop all there is to drop of a strange message.
-            found.append(Request(tuple(read), max(len(its), 1)))
-        read += its
+            found.append(Request(tuple(read), max(len(written), 1)))
+        read += written
     return found

@@ -96,21 +96,21 @@ def _quiet() -> Iterator[None]:
     from loguru import logger
     from tqdm import tqdm
 
-    begin = tqdm.__init__
+    start = tqdm.__init__
 
-    def begin_hidden(self: Any, *args: Any, **kwargs: Any) -> None:
-        begin(self, *args, **{**kwargs, "disable": True})
+    def start_hidden(self: Any, *args: Any, **kwargs: Any) -> None:
+        start(self, *args, **{**kwargs, "disable": True})
 
     libraries = ("llmcompressor", "compressed_tensors")
     for library in libraries:
         logger.disable(library)
-    tqdm.__init__ = begin_hidden
+    tqdm.__init__ = start_hidden
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        tqdm.__init__ = begin
+        tqdm.__init__ = start
         for library in libraries:
             logger.enable(library)
 

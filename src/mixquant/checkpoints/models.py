@@ -112,9 +112,9 @@ def find(model: str, say: Callable[[str], None] = lambda message: None) -> Check
 def quantizations(config: Mapping[str, Any]) -> list[Any]:
     """What a config.json says of how its weights are quantized, in each of the places for it."""
     text = config.get("text_config")
-    places = (config, text if isinstance(text, dict) else {})
+    sections = (config, text if isinstance(text, dict) else {})
     keys = ("quantization_config", "compression_config")
-    return [place[key] for place in places for key in keys if place.get(key)]
+    return [section[key] for section in sections for key in keys if section.get(key)]
 
 
 def load_tokenizer(checkpoint: Checkpoint) -> Any:

@@ -187,7 +187,9 @@ def bench(
         given |= {"--arm NAME=ARGUMENTS": [arm for arm in arms or () if "=" in arm]}
         for option, value in given.items():
             if value and value != "none":
-                raise InputError(f"{option} needs --engine vllm: in process, requests come singly")
+                raise InputError(
+                    f"{option} needs --engine vllm: with transformers, requests run one at a time"
+                )
         batches = concurrencies = trace = "none"
     numbers = {
         "--lengths": _numbers("--lengths", lengths, LENGTHS),
@@ -266,7 +268,7 @@ def bench(
                 out.print(table)
                 out.print()
         if done and len(done) < len(compared):
-            kept = f", and {json_file} holds them" if json_file is not None else ""
+            kept = f" (results in {json_file})" if json_file is not None else ""
             say(f"finished: {', '.join(arm.name for arm in done)}{kept}")
 
 
@@ -306,7 +308,7 @@ def _that_fit(
         )
         if point.workload in chosen:
             raise InputError(too_long)
-        left_out.append(f"left out {too_long}")
+        left_out.append(f"skipped {too_long}")
     return fitting, left_out
 
 

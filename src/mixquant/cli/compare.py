@@ -107,7 +107,7 @@ def _write_report(file: Path, result: Comparison) -> None:
     from mixquant.report import page
 
     write_whole(file, page([(None, result)]))
-    say(f"The same with plots: {file.absolute()}")
+    say(f"Report with plots: {file.absolute()}")
 
 
 def _arms(text: str) -> list[str]:

@@ -273,7 +273,7 @@ def evaluate(
         with _progress() as progress:
             result, problems = run(options, progress)
     except KeyboardInterrupt:
-        say(f"Stopped; what is finished is in {out_dir}, and the same command goes on from there.")
+        say(f"Stopped. Finished answers are in {out_dir}; the same command continues from there.")
         raise
     except RunError as error:
         print_error(str(error))
@@ -287,7 +287,7 @@ def evaluate(
     if problems:
         for problem in problems:
             say(problem)
-        print_error("not every answer could be had; the same command asks for those again")
+        print_error("some requests failed; the same command asks them again")
         raise typer.Exit(1)
 
 

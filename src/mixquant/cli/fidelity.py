@@ -173,7 +173,7 @@ def fidelity(
         if finished:
             with ExitStack() as then:
                 if json_file is not None:
-                    then.callback(say, f"Written to {json_file.absolute()}")
+                    then.callback(say, f"Results written to {json_file.absolute()}")
                     then.callback(write_results, json_file, to_json(finished[-1]))
                 out.print(*tables(finished[-1]), sep="")
 

@@ -221,10 +221,10 @@ def serve(
     }
     values |= {name: value for name, value in given.items() if value is not None}
     if "model" not in values and config is None:
-        raise ServeError("give a MODEL, or a --config whose file names one")
+        raise ServeError("no model is named: give a MODEL, or name one in the file of --config")
     deployment = Deployment.from_values(values, f"{config}: " if config else "")
     if image is not None and render is None:
-        raise ServeError("--image is for --render, which this is without")
+        raise ServeError("--image needs --render")
     if render is not None:
         print(_rendered(deployment, render, image), end="")
     else:
@@ -243,8 +243,8 @@ def _rendered(deployment: Deployment, kind: str, image: str | None) -> str:
         return renderer.render(_with_parsers(deployment, found), image)
     text = renderer.render(deployment, image)
     say(
-        f"{deployment.model} is not looked at: name its parsers with --tool-parser and "
-        "--reasoning-parser, or tools that it may choose are refused"
+        f"{deployment.model} is no local directory, so its chat template is not read: give "
+        "--tool-parser and --reasoning-parser, or requests with tools are refused"
     )
     return text
 
@@ -272,7 +272,9 @@ def _run(described: Deployment, dry_run: bool) -> None:
         return
     key = api_key(deployment)
     if key is None and deployment.host not in ("127.0.0.1", "::1", "localhost"):
-        say(f"{deployment.host} may be reached by others, and no API key is asked for")
+        say(
+            f"other machines can reach {deployment.host}, and no API key is set: see --api-key-variable"
+        )
     folder = deployment.log_folder or Path(tempfile.mkdtemp(prefix="mixquant-logs-"))
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import re
@@ -155,7 +156,8 @@ def test_unexpected_error(
     def broken(*args: object) -> None:
         raise ZeroDivisionError("of two\nlines")
 
-    monkeypatch.setattr("mixquant.cli.generate.find", broken)
+    # By its name in sys.modules: as an attribute of the package it is the command.
+    monkeypatch.setattr(importlib.import_module("mixquant.cli.generate"), "find", broken)
     assert cli.main(["generate", "smollm2", "x"]) == 1
     assert capsys.readouterr().err == (
         "error: ZeroDivisionError: of two lines (MIXQUANT_TRACEBACK=1 shows where)\n"

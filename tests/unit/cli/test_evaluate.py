@@ -143,7 +143,7 @@ def test_what_fails_counts_as_wrong_is_named_and_asked_again(
     err = capsys.readouterr().err
     assert "gsm8k, mine: 1 requests failed; the first, item 4 with seed 0" in err
     assert "a bad question" in err
-    assert "the same command asks for those again" in err
+    assert "the same command asks them again" in err
     read = results.read(work / "mixquant-evaluation" / "results.json")
     assert isinstance(read, results.Evaluation)
     assert (read.scores[0].score, read.scores[0].failed) == (0.95, 1)
@@ -203,7 +203,7 @@ def test_a_run_that_is_ended_goes_on_without_repeating_or_losing_an_item(
             process.send_signal(how)
             said = process.communicate()[1]
             assert process.returncode == (-how if how == signal.SIGKILL else 130)
-            assert ("the same command goes on from there" in said) == (how == signal.SIGINT)
+            assert ("the same command continues from there" in said) == (how == signal.SIGINT)
             finished = {(line["item"], line["seed"]) for line in lines(work)}
             assert len(finished) == wanted
             times = {key: times.get(key) or asked(stub, *key) for key in finished}

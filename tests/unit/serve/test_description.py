@@ -186,7 +186,7 @@ def test_the_command_line_refuses_before_it_looks_at_the_model(
     assert main(["serve", "--config", str(file)]) == 2
     assert f"error: {file}: unknown key 'modell'" in capsys.readouterr().err
     assert main(["serve"]) == 2
-    assert "give a MODEL" in capsys.readouterr().err
+    assert "no model is named" in capsys.readouterr().err
     assert main(["serve", "nowhere", "--prefill", "0", "--decode", "1"]) == 2
     assert "prefill" in capsys.readouterr().err
 

@@ -14,7 +14,7 @@ _SHORT = {"bfloat16": "bf16", "float32": "fp32"}
 def table(result: Comparison) -> Table:
     """The arms, one a line, with what was measured where underneath."""
     turns = " + ".join(str(count) for count in result.prompt_tokens_per_turn)
-    kernel = result.kernel if result.native else f"{result.kernel}: its times say nothing"
+    kernel = result.kernel if result.native else f"{result.kernel}, so its times say nothing"
     table = Table(
         title=f"{result.model}: prefill in {result.format} ({kernel})",
         title_justify="left",
@@ -60,7 +60,9 @@ def table(result: Comparison) -> Table:
 def answers(result: Comparison) -> Table:
     """What each arm itself answers to the last question."""
     table = Table(
-        title="Their own answers to the last question", title_justify="left", box=box.SIMPLE_HEAD
+        title="Each arm's own answer to the last question",
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
     )
     table.add_column("arm", no_wrap=True)
     table.add_column("answer")

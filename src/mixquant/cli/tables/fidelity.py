@@ -80,8 +80,8 @@ def _fading(here: Sequence[Divergence]) -> Table:
     reference, *others = here
     table = _table(f"KL by place after a prompt of {reference.prompt_tokens} tokens")
     table.add_column("arm", overflow="fold")
-    places = [position.first for position in reference.by_position]
-    for first, after in zip(places, [*places[1:], reference.greedy_tokens + 1], strict=True):
+    starts = [position.first for position in reference.by_position]
+    for first, after in zip(starts, [*starts[1:], reference.greedy_tokens + 1], strict=True):
         heading = str(first) if after == first + 1 else f"{first}-{after - 1}"
         table.add_column(heading, justify="right", no_wrap=True)
     for one in others:

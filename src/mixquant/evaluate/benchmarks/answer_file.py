@@ -140,7 +140,7 @@ class AnswerFile:
         if changed := first_difference(header.get("configuration"), self._configuration):
             raise AnswerFileError(
                 f"{self.path} holds answers of another configuration: {changed}; "
-                "give the options that it was begun with, or another --out"
+                "give the options that it was started with, or another --out"
             )
         for number, line in enumerate(lines, 2):
             try:

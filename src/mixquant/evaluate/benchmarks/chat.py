@@ -135,24 +135,24 @@ class CountingChat:
             given["seed"] = seed
         given["messages"] = list(messages)
         client = self.endpoint.client
-        begun = time.monotonic()
+        start = time.monotonic()
         try:
             raw = await client.chat.completions.with_raw_response.create(model=self.model, **given)
             retries = raw.retries_taken
             completion = raw.parse()
         except openai.OpenAIError as error:
             attempts = 1 + (client.max_retries if _retried(error) else 0)
-            self._count(attempts, begun)
+            self._count(attempts, start)
             raise ChatError(_reason(error), attempts, _unreachable(error)) from error
         except ValueError as error:  # what should be JSON is not
-            self._count(1, begun)
+            self._count(1, start)
             raise ChatError(f"the server's answer cannot be read: {error}") from error
-        self._count(retries + 1, begun)
+        self._count(retries + 1, start)
         return self._reply(completion, retries + 1)
 
-    def _count(self, attempts: int, begun: float) -> None:
+    def _count(self, attempts: int, start: float) -> None:
         self.usage.attempts += attempts
-        self.usage.seconds += time.monotonic() - begun
+        self.usage.seconds += time.monotonic() - start
 
     def _reply(self, completion: Any, attempts: int) -> Reply:
         choices = getattr(completion, "choices", None)

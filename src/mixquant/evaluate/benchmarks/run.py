@@ -75,7 +75,7 @@ def evaluate(options: Options, progress: Progress) -> tuple[results.Evaluation, 
         }
         judge_name = options.judge.model if options.judge else None
         missing = {
-            name: sum(len(one.missing(judge_name)) for one in its) for name, its in work.items()
+            name: sum(len(one.missing(judge_name)) for one in parts) for name, parts in work.items()
         }
         progress.total(sum(missing.values()))
         for arm in options.arms:
@@ -192,9 +192,9 @@ def _results(
     parts: list[results.Score] = []
     for one in answered:
         for name in names:
-            whole, its_parts = scores_of(one, name)
+            whole, groups = scores_of(one, name)
             scores += [] if whole is None else [whole]
-            parts += its_parts
+            parts += groups
     return results.Evaluation(
         environment=results.Environment.here(),
         command=options.command,

@@ -80,7 +80,7 @@ def scores_of(benchmark: Answered, arm: str) -> tuple[results.Score | None, list
     whole = _score(benchmark, arm, benchmark.task.name, range(len(groups)), scores, weights)
     parts = []
     for group in dict.fromkeys(groups):
-        rows = [row for row, its in enumerate(groups) if its == group]
+        rows = [row for row, other in enumerate(groups) if other == group]
         if 0 < len(rows) < len(groups):
             name = f"{benchmark.task.name}/{group}"
             parts.append(_score(benchmark, arm, name, rows, scores[rows], None))

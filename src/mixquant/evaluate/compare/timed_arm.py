@@ -80,13 +80,13 @@ class TimedArm:
             stack.enter_context(torch.no_grad())
             if self.quantize_all:
                 stack.enter_context(everything_in_prefill_format())
-            begun = _now(ids.device)
+            start = _now(ids.device)
             output = self.model(
                 input_ids=ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1
             )
-            took = _now(ids.device) - begun
+            seconds = _now(ids.device) - start
         self.cache = output.past_key_values
-        return took, output.logits[0, -1]
+        return seconds, output.logits[0, -1]
 
 
 def type_name(dtype: torch.dtype) -> str:

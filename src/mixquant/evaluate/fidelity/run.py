@@ -135,11 +135,11 @@ def by_position(kl: np.ndarray, agrees: np.ndarray) -> tuple[Position, ...]:
         kl: ``[texts, answer tokens]``, in nats.
         agrees: the same shape, boolean.
     """
-    places = kl.shape[1]
+    positions = kl.shape[1]
     groups = []
     first = 1
-    while first <= places:
-        inside = slice(first - 1, min(2 * first - 1, places))
+    while first <= positions:
+        inside = slice(first - 1, min(2 * first - 1, positions))
         groups.append(
             Position(
                 first=first,

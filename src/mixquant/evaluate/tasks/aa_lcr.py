@@ -71,7 +71,7 @@ class AaLcr(Task):
             archive = file_from_hub(_REPOSITORY, f"extracted_text/{_DOCUMENTS}")
             data = file_from_hub(_REPOSITORY, _QUESTIONS)
         else:
-            archive = _beside(data)
+            archive = _archive_of(data)
         records = read_records(data, _Question)
         unique([record.question_id for record in records], data)
         documents = _documents(archive)
@@ -103,7 +103,7 @@ class AaLcr(Task):
         return await judged(judge, prompt, {"correct": 1.0, "incorrect": 0.0}, max_tokens=4096)
 
 
-def _beside(data: Path) -> Path:
+def _archive_of(data: Path) -> Path:
     for place in (data.parent / _DOCUMENTS, data.parent / "extracted_text" / _DOCUMENTS):
         if place.is_file():
             return place

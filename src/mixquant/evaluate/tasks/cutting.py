@@ -21,23 +21,23 @@ def cut_middle(text: str, tokenizer: Any, limit: int) -> str:
     """
     if len(text) <= limit and len(text.encode("utf-8", "surrogatepass")) <= limit:
         return text  # no token is shorter than a byte: nothing to count
-    places = _places(text, tokenizer)
-    if len(places) <= limit:
+    offsets = _offsets(text, tokenizer)
+    if len(offsets) <= limit:
         return text
     keep = limit
     while keep > 0:
-        head = text[: places[keep - keep // 2 - 1][1]]
-        tail = text[places[len(places) - keep // 2][0] :] if keep > 1 else ""
+        head = text[: offsets[keep - keep // 2 - 1][1]]
+        tail = text[offsets[len(offsets) - keep // 2][0] :] if keep > 1 else ""
         # Where the parts meet, and where a character has several tokens, it may be more than counted.
-        excess = len(_places(head + tail, tokenizer)) - limit
+        excess = len(_offsets(head + tail, tokenizer)) - limit
         if excess <= 0:
             return head + tail
         keep -= excess
     return ""
 
 
-def _places(text: str, tokenizer: Any) -> list[tuple[int, int]]:
+def _offsets(text: str, tokenizer: Any) -> list[tuple[int, int]]:
     """Each token's first character, and the one after its last."""
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    places: list[tuple[int, int]] = encoded["offset_mapping"]
-    return places
+    offsets: list[tuple[int, int]] = encoded["offset_mapping"]
+    return offsets
