@@ -63,7 +63,7 @@ def of_vllm() -> dict[str, set[str]]:
         more = {
             one.value
             for one in ast.walk(given.get("labelnames", ast.List([])))
-            if isinstance(one, ast.Constant)
+            if isinstance(one, ast.Constant) and isinstance(one.value, str)
         }
         suffixes = {
             "_gauge_cls": [""],
@@ -71,7 +71,7 @@ def of_vllm() -> dict[str, set[str]]:
             "_histogram_cls": ["_bucket", "_sum", "_count"],
         }
         for suffix in suffixes.get(node.func.attr, []):
-            found[f"{name.value}{suffix}"] = VLLM_LABELS | more
+            found[f"{name.value!s}{suffix}"] = VLLM_LABELS | more
     return found
 
 

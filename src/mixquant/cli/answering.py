@@ -10,11 +10,11 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-from mixquant import Recipe
 from mixquant.checkpoints.models import Checkpoint, load_model
 from mixquant.cli.console import InputError, err, progress_bar
 from mixquant.cli.hints import quantized_tokens
 from mixquant.cli.options import saved_recipe
+from mixquant.core.recipe import Recipe
 
 
 class Answerer:
@@ -36,7 +36,7 @@ class Answerer:
         from transformers import TextStreamer, set_seed
         from transformers.utils import logging
 
-        from mixquant import prepare
+        from mixquant.engines.transformers import prepare
 
         logging.disable_progress_bar()  # ours tells the same
         with progress_bar() as progress:
@@ -70,7 +70,7 @@ class Answerer:
         """
         import torch
 
-        from mixquant import summary
+        from mixquant.engines.transformers import summary
         from mixquant.engines.transformers.counting import quantized_rows
 
         cached = max(len(self.tokens) - 1, 0)

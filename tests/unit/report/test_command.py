@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import sample_results
@@ -13,7 +14,7 @@ from mixquant import cli, results
 from mixquant.report import page
 
 H200 = RESULTS / "h200.json"
-SAMPLES = [
+SAMPLES: list[Any] = [
     sample_results.bench,
     sample_results.fidelity,
     sample_results.evaluation,

@@ -6,6 +6,7 @@ import json
 import math
 import re
 from functools import cache
+from typing import Any
 
 import pytest
 import sample_results

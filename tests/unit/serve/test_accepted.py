@@ -98,7 +98,13 @@ def test_what_is_not_known_is_left_out_at_every_depth() -> None:
     assert b"transfer" not in kept.content
     assert kept.body["tools"] == [{"type": "function", "function": {"name": "f"}}]
     name = "kv_transfer_params"
-    inner = ("messages.content", "messages", "tools.function", "tools", "tool_choice.function")
+    inner: tuple[str, ...] = (
+        "messages.content",
+        "messages",
+        "tools.function",
+        "tools",
+        "tool_choice.function",
+    )
     inner += ("tool_choice", "response_format", "structured_outputs", "stream_options")
     inner += ("repetition_detection",)
     assert kept.left_out == (*(f"{one}.{name}" for one in inner), name)

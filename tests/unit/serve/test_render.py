@@ -432,7 +432,7 @@ def test_the_command_prints_the_manifest(
 
 
 def test_compose_publishes_the_metrics_of_the_front_on_the_loopback_address() -> None:
-    set_of = {"model": "m", "prefill": 1, "decode": 1, "host": "0.0.0.0"}
+    set_of: dict[str, Any] = {"model": "m", "prefill": 1, "decode": 1, "host": "0.0.0.0"}
     (public,) = compose(Deployment(**set_of))["services"]["front"]["ports"]
     described = Deployment(**set_of, metrics_port=9090)
     first, metrics = compose(described)["services"]["front"]["ports"]
