@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -31,6 +32,8 @@ Handler = Callable[[Any], Any]
 @pytest.fixture(autouse=True)
 def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(front, "PAUSES", [0.0] * len(front.PAUSES))
+    # Not uvicorn's, which a server of another test sets up so that nothing of it is seen here.
+    monkeypatch.setattr(front, "LOG", logging.getLogger("test_front"))
 
 
 @contextmanager
