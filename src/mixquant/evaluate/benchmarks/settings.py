@@ -81,13 +81,13 @@ class MiddleCutter:
         if self._context is None:
             return self._settings.context_tokens
         answer = self._settings.max_tokens
-        room = self._context - answer - self._of_template() - _AROUND
-        if room < 1:
+        budget = self._context - answer - self._of_template() - _AROUND
+        if budget < 1:
             raise TaskError(
                 f"the model reads and writes {self._context} tokens, which leaves no room for a prompt "
                 f"beside an answer of {answer}: give a smaller --max-tokens"
             )
-        return min(self._settings.context_tokens, room)
+        return min(self._settings.context_tokens, budget)
 
     def _of_template(self) -> int:
         text = render(self._tokenizer, [{"role": "user", "content": ""}])

@@ -77,11 +77,20 @@ def _rms_norm(x, residual, weight, total, eps, row, columns, K, stride_x):
 
 @triton.jit
 def _write(
-    values, codes, block_scales, scale, precise, places, row, columns, K, TILE: tl.constexpr
+    values,
+    codes,
+    block_scales,
+    scale,
+    precise,
+    precise_numbers,
+    row,
+    columns,
+    K,
+    TILE: tl.constexpr,
 ):
     """One row of FP32 values, zero beyond K, as `Codes` says; those with a place rounded once, too."""
     if precise is not None:
-        place = tl.load(places + row).to(tl.int64)
+        place = tl.load(precise_numbers + row).to(tl.int64)
         if place >= 0:
             tl.store(precise + place * K + columns, values.to(tl.bfloat16), columns < K)
     if block_scales is None:
@@ -92,13 +101,13 @@ def _write(
 
 @triton.jit
 def silu_and_mul_kernel(
-    x, codes, block_scales, scale, precise, places, K, stride_x, TILE: tl.constexpr
+    x, codes, block_scales, scale, precise, precise_numbers, K, stride_x, TILE: tl.constexpr
 ):
     """One program per row; `silu_and_mul` says what the tensors are."""
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, TILE)
     values = _silu_and_mul(x, row, columns, K, stride_x)
-    _write(values, codes, block_scales, scale, precise, places, row, columns, K, TILE)
+    _write(values, codes, block_scales, scale, precise, precise_numbers, row, columns, K, TILE)
 
 
 @triton.jit
@@ -111,7 +120,7 @@ def rms_norm_kernel(
     block_scales,
     scale,
     precise,
-    places,
+    precise_numbers,
     eps,
     K,
     stride_x,
@@ -121,7 +130,7 @@ def rms_norm_kernel(
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, TILE)
     values = _rms_norm(x, residual, weight, total, eps, row, columns, K, stride_x)
-    _write(values, codes, block_scales, scale, precise, places, row, columns, K, TILE)
+    _write(values, codes, block_scales, scale, precise, precise_numbers, row, columns, K, TILE)
 
 
 @triton.jit
@@ -149,15 +158,15 @@ class Codes:
     FP8: E4M3 codes ``[M, K]``, FP32 scale ``[M, 1]``. NVFP4: packed codes ``[M, K/2]`` uint8, E4M3
     block scales ``[M, K/16]``, linear, and the FP32 power of two of each row, ``[M, 1]``.
 
-    With ``precise``, BF16 ``[m, K]``, and ``places``, int32 ``[M]``, rows whose place is not negative
-    are written there as well, rounded once.
+    With ``precise``, BF16 ``[m, K]``, and ``precise_numbers``, int32 ``[M]``, rows whose number is not
+    negative are written there as well, rounded once.
     """
 
     codes: Tensor
     scale: Tensor
     block_scales: Tensor | None = None
     precise: Tensor | None = None
-    places: Tensor | None = None
+    precise_numbers: Tensor | None = None
 
 
 def empty_codes(fmt: str, rows: int, width: int, device: torch.device) -> Codes:
@@ -192,7 +201,7 @@ def silu_and_mul(x: Tensor, into: Codes) -> None:
     launch(
         silu_and_mul_kernel,
         (rows, 1, 1),
-        (x, into.codes, into.block_scales, into.scale, into.precise, into.places),
+        (x, into.codes, into.block_scales, into.scale, into.precise, into.precise_numbers),
         (width, x.stride(0)),
         key=("silu", x.device, into.codes.dtype, into.precise is None, width, x.stride(0)),
         **_options(width),
@@ -233,7 +242,7 @@ def rms_norm(
             into.block_scales,
             into.scale,
             into.precise,
-            into.places,
+            into.precise_numbers,
         ),
         (eps, width, x.stride(0)),
         key=("norm", x.device, absent, into.codes.dtype, width, x.stride(0)),
@@ -326,7 +335,7 @@ def compile_for(capability: int, kernel: str, fmt: str, width: int = 4096) -> An
     from triton.compiler import ASTSource  # type: ignore[import-not-found, import-untyped]
 
     types = dict.fromkeys(("x", "residual", "weight", "total", "precise"), "*bf16")
-    types |= {"places": "*i32", "scale": "*fp32", "eps": "fp32", **_TYPES[fmt]}
+    types |= {"precise_numbers": "*i32", "scale": "*fp32", "eps": "fp32", **_TYPES[fmt]}
     options = dict(_options(width))
     constants = options.pop("constants") | ({"block_scales": None} if fmt == "fp8" else {})
     function = KERNELS[kernel]

@@ -96,17 +96,21 @@ def to_cpu(got):
 ERROR = {"fp8": 0.04, "nvfp4": 0.12}
 
 
-def with_precise(room, device: str):
+def with_precise(codes, device: str):
     """Room for every second row in BF16 as well, the last first; and which rows these are."""
     rows, width = (
-        room.scale.shape[0],
-        room.codes.shape[1] * (2 if room.block_scales is not None else 1),
+        codes.scale.shape[0],
+        codes.codes.shape[1] * (2 if codes.block_scales is not None else 1),
     )
     some = torch.arange(rows - 1, -1, -2)
-    places = torch.full((rows,), -1, dtype=torch.int32)
-    places[some] = torch.arange(len(some), dtype=torch.int32)
+    precise_numbers = torch.full((rows,), -1, dtype=torch.int32)
+    precise_numbers[some] = torch.arange(len(some), dtype=torch.int32)
     precise = torch.full((len(some) + 1, width), torch.nan, device=device).bfloat16()
-    return replace(room, precise=precise[:-1], places=places.to(device)), some, precise[-1]
+    return (
+        replace(room, precise=precise[:-1], precise_numbers=precise_numbers.to(device)),
+        some,
+        precise[-1],
+    )
 
 
 def check_silu_and_mul(fmt: str, device: str, rows: int, width: int) -> None:

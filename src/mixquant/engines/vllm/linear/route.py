@@ -58,7 +58,7 @@ class Route:
             if with_precise and self.index is not None:
                 precise = torch.empty(len(self.index), width, dtype=torch.bfloat16, device=device)
                 numbers = self._precise_numbers_on(device)
-                codes = replace(codes, precise=precise, places=numbers)
+                codes = replace(codes, precise=precise, precise_numbers=numbers)
             rows = slice(*self.quantized)
             found = codes, (codes.codes[rows], codes.scale[rows])
             self._buffers[width, with_precise] = found

@@ -60,16 +60,16 @@ def fuse_activations(model: torch.nn.Module, with_lora: bool) -> Outcome:
         with_lora: whether adapters are served: they read what the layers are given.
     """
     what = "activations fused"
-    places = sum(type(module).__name__.endswith("AndMul") for module in model.modules())
+    candidates = sum(type(module).__name__.endswith("AndMul") for module in model.modules())
     why = "LoRA adapters read them" if with_lora else hardware.why_no_triton()
     if why is not None:
-        return Outcome.nowhere(what, places, why)
+        return Outcome.nowhere(what, candidates, why)
     found = [
         _fuse_activation(module.act_fn, module.down_proj)
         for module in model.modules()
         if _body_of(module) in _MLPS
     ]
-    return Outcome(what, tuple(found + [_WRITTEN_OTHERWISE] * (places - len(found))))
+    return Outcome(what, tuple(found + [_WRITTEN_OTHERWISE] * (candidates - len(found))))
 
 
 def fuse_norms(model: torch.nn.Module, with_lora: bool, ranks: int) -> Outcome:
@@ -82,7 +82,7 @@ def fuse_norms(model: torch.nn.Module, with_lora: bool, ranks: int) -> Outcome:
         ranks: of tensor parallelism.
     """
     what = "norms fused"
-    places = _norms_of_layers(model)
+    candidates = _norms_of_layers(model)
     why = (
         "LoRA adapters read them"
         if with_lora
@@ -93,7 +93,7 @@ def fuse_norms(model: torch.nn.Module, with_lora: bool, ranks: int) -> Outcome:
         else None
     )
     if why is not None:
-        return Outcome.nowhere(what, places, why)
+        return Outcome.nowhere(what, candidates, why)
     found: list[str | None] = []
     for module in model.modules():
         if _body_of(module) != _DECODER_LAYER:
@@ -106,7 +106,7 @@ def fuse_norms(model: torch.nn.Module, with_lora: bool, ranks: int) -> Outcome:
         if _body_of(mlp) in _MLPS:
             why = _fuse_norm(module.post_attention_layernorm, mlp.gate_up_proj, mlp.down_proj)
             found.append(why)
-    return Outcome(what, tuple(found + [_WRITTEN_OTHERWISE] * (places - len(found))))
+    return Outcome(what, tuple(found + [_WRITTEN_OTHERWISE] * (candidates - len(found))))
 
 
 _WRITTEN_OTHERWISE = "the model's code is another"

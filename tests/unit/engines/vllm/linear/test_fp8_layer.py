@@ -90,8 +90,8 @@ def a_hopper() -> Any:
             assert into.codes.shape == values.shape
             into.codes.copy_(values.float() * CODED)
             if into.precise is not None:
-                there = into.places >= 0
-                into.precise[into.places[there].long()] = values[there].bfloat16()
+                there = into.precise_numbers >= 0
+                into.precise[into.precise_numbers[there].long()] = values[there].bfloat16()
 
         def quantize_norm(
             x: Tensor, residual: Any, weight: Tensor, eps: float, into: Any, total: Any
