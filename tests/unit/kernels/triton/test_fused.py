@@ -107,7 +107,7 @@ def with_precise(codes, device: str):
     precise_numbers[some] = torch.arange(len(some), dtype=torch.int32)
     precise = torch.full((len(some) + 1, width), torch.nan, device=device).bfloat16()
     return (
-        replace(room, precise=precise[:-1], precise_numbers=precise_numbers.to(device)),
+        replace(codes, precise=precise[:-1], precise_numbers=precise_numbers.to(device)),
         some,
         precise[-1],
     )
