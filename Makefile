@@ -1,7 +1,7 @@
 # Two commands do everything, set-up included: `make demo` and `make test`.
 #
-#   make check      linters and unit tests: two minutes, and no vLLM
-#   make test       those tests, an engine, a set of servers and the browser: ten minutes
+#   make check      linters and the fast unit tests: two minutes, and no vLLM
+#   make test       all unit tests, an engine, a set of servers and the browser: ten minutes
 #   make test-all   everything: half an hour
 PYTHON ?= python3
 VENV := .venv
@@ -17,7 +17,7 @@ REAL := $(PYTEST) tests/engines tests/servers tests/gpu
 # `make -k test-all` goes on with one part where the other fails. Never both at once.
 .NOTPARALLEL:
 .PHONY: demo check test test-all coverage versions lint format docs benchmark clean
-.PHONY: unit real unit-all real-all
+.PHONY: unit real real-all
 
 demo: $(VENV)/.ready
 	@mkdir -p build/demo
@@ -29,17 +29,14 @@ check: lint $(VENV)/.ready-check
 test: unit real
 
 unit: $(VENV)/.ready-dev
-	$(UNIT) -m "not slow"
+	$(UNIT)
 
 real: $(VENV)/.ready-dev
 	$(REAL) -m "not slow"
 
 # With all examples of property tests (tests/conftest.py).
 test-all: export HYPOTHESIS_PROFILE ?= thorough
-test-all: unit-all real-all
-
-unit-all: $(VENV)/.ready-dev
-	$(UNIT)
+test-all: unit real-all
 
 real-all: $(VENV)/.ready-dev
 	$(REAL)

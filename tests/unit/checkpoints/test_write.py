@@ -178,6 +178,7 @@ def _compare_fp8(layer: Fp8Tensors, weight: Tensor) -> None:
     torch.testing.assert_close(layer.scale, our_scale, rtol=2**-8, atol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", ["nvfp4", "fp8"])
 def test_smollm2(compressor: None, smollm2_path: str, tmp_path: Path, scheme: Any) -> None:
     """Real weights, of a few layers."""

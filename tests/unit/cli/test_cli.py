@@ -207,6 +207,7 @@ def test_info(capsys: pytest.CaptureFixture[str]) -> None:
         assert word in printed
 
 
+@pytest.mark.slow
 def test_generate(smollm2_path: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     question = "What is the capital of France?"
     limit = ["--max-new-tokens", "8"]
@@ -236,6 +237,7 @@ def test_generate(smollm2_path: str, capsys: pytest.CaptureFixture[str], tmp_pat
     assert texts[0] == texts[1] != texts[2]
 
 
+@pytest.mark.slow
 def test_chat_keeps_its_cache(smollm2_path: str) -> None:
     said = "What is the capital of France?\n\nAnd of Italy?\n/reset\nHi\n/exit\nnot read\n"
     done = subprocess.run(
@@ -261,6 +263,7 @@ def test_chat_keeps_its_cache(smollm2_path: str) -> None:
     assert cached_after_reset == 0
 
 
+@pytest.mark.slow
 def test_chat_beyond_the_context(smollm2_path: str) -> None:
     done = subprocess.run(
         [*COMMAND, "chat", smollm2_path, "--max-new-tokens", "8"],
@@ -274,6 +277,7 @@ def test_chat_beyond_the_context(smollm2_path: str) -> None:
     assert "wrote" in done.stderr  # the next message is answered
 
 
+@pytest.mark.slow
 def test_chat_ends_cleanly_on_interrupt(smollm2_path: str) -> None:
     process = subprocess.Popen(
         [*COMMAND, "chat", smollm2_path, "--max-new-tokens", "8"],

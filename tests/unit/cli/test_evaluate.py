@@ -185,6 +185,7 @@ def asked(stub: Stub, item: str, seed: int) -> int:
     return sum(n for (text, its), n in stub.times.items() if problem in text and its == seed)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
 def test_a_run_that_is_ended_goes_on_without_repeating_or_losing_an_item(
     work: Path, sums: Path, how: signal.Signals
@@ -219,6 +220,7 @@ def test_a_run_that_is_ended_goes_on_without_repeating_or_losing_an_item(
     assert (read.scores[0].score, read.scores[0].items, read.scores[0].failed) == (1.0, 20, 0)
 
 
+@pytest.mark.slow
 def test_a_second_process_is_refused(
     work: Path, sums: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -289,6 +291,7 @@ def test_arms_are_started_one_after_the_other(
     assert read.arms[2].recipe["min_prefill_tokens"] == 5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_a_stopped_run_leaves_no_server(
     work: Path,
