@@ -10,7 +10,6 @@ import random
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -29,6 +28,8 @@ import pytest
 import this_machine
 from transformers import AutoTokenizer
 from vllm_engines import ON_GPU, by_the_rule, require_vllm, rows_of
+
+from mixquant.servers.ports import free_ports
 
 require_vllm()
 openai = pytest.importorskip("openai")
@@ -123,18 +124,13 @@ def environment(folder: Path) -> dict[str, str]:
     }
 
 
-def free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return int(one.getsockname()[1])
-
-
 @pytest.fixture(scope="module")
 def server(smollm2_path: str) -> Iterator[Server]:
     """The server for this module, compiled as by default. Its end is a test, too."""
     # Not tmp_path: vLLM makes sockets there, whose paths have to be short.
     folder = Path(tempfile.mkdtemp(prefix="mq-"))
-    log, trace, port = folder / "log.txt", folder / "trace.jsonl", free_port()
+    log, trace = folder / "log.txt", folder / "trace.jsonl"
+    (port,) = free_ports(1)
     command = [*SERVER, "--model", smollm2_path, "--quantization", "mixquant"]
     command += ["--dtype", this_machine.SERVED_IN, *this_machine.RECIPE_FOR_VLLM]
     command += ["--served-model-name", "smollm2", "--max-model-len", str(CONTEXT)]
@@ -642,7 +638,7 @@ def refusals(smollm2_path: str, tmp_path_factory: pytest.TempPathFactory) -> dic
         name: [*common, *(str(quantized) if part == "QUANTIZED" else part for part in arguments)]
         for name, (arguments, _) in REFUSED.items()
     }
-    first, port = next(iter(lines.values())), str(free_port())
+    first, port = next(iter(lines.values())), str(free_ports(1)[0])
     options: dict[str, Any] = {
         "stdout": subprocess.PIPE,
         "stderr": subprocess.STDOUT,
