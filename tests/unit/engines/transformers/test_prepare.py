@@ -385,6 +385,7 @@ def test_threads_do_not_see_each_other() -> None:
     assert distance(plain(PROMPT).logits[:, -1], alone["whole"]) > 1e-2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order", ["prefill first", "decode first"])
 def test_compiled_code_keeps_no_plan(order: str) -> None:
     model = prepared(build("llama", num_hidden_layers=1))
@@ -675,6 +676,7 @@ torch.save(found, out)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("imported", ["before", "after", "no"])  # relative to Transformers
 def test_saved_and_loaded_in_a_fresh_process(tmp_path: Path, imported: str) -> None:
     plain = build("llama")
