@@ -20,6 +20,7 @@ SHAPES = [(9, 3, 64), (2, 2, 128), (4, 1, 256)]  # heads, of keys and values, si
 PAGE = 16
 
 
+@pytest.mark.slow
 @needs_triton
 def test_the_interpreted_kernels_numbers() -> None:
     child(__file__, "interpret", TRITON_INTERPRET="1")
@@ -31,6 +32,7 @@ def test_the_kernels_numbers_on_a_gpu() -> None:
     child(__file__, "gpu")
 
 
+@pytest.mark.slow
 @needs_triton
 @pytest.mark.parametrize("size", [64, 128, 256])
 def test_compiles_for_hopper(size: int) -> None:
