@@ -23,11 +23,12 @@ def why_not_on(name: str, device: torch.device) -> str | None:
     Emulation is plain PyTorch, but not every device has every type and operator of it (MPS has no E4M3).
     """
     fmt = BY_NAME[name]
-    x, weight = (torch.linspace(-3, 2, 32 * 64).view(32, 64).sin() * scale for scale in (1, 0.1))
+    wave = torch.linspace(-3, 2, 32 * 64, dtype=torch.float32).view(32, 64).sin()
+    x, weight = wave, wave * 0.1
     outs = []
     for where in (torch.device("cpu"), device):
         kernel = EMULATION if where.type == "cpu" else fmt.kernel(where)
-        out = torch.empty(32, 32, device=where)
+        out = torch.empty(32, 32, dtype=torch.float32, device=where)
         try:
             rows = fmt.quantize_rows(x.to(where), kernel)
             fmt.linear(rows, fmt.quantize_weight(weight.to(where), kernel), None, out)

@@ -34,7 +34,7 @@ def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
     """
     values = x.float()
     # Divided by a tensor: by a number, CUDA multiplies with its reciprocal, an ulp off the CPU.
-    largest_code = torch.full((), E4M3_MAX, device=x.device)
+    largest_code = torch.full((), E4M3_MAX, dtype=torch.float32, device=x.device)
     scale = (values.abs().amax(dim=1, keepdim=True) / largest_code).clamp_min(MIN_SCALE)
     return (values / scale).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn), scale
 

@@ -96,7 +96,7 @@ class _Int8:
         if weight.kernel != ONEDNN:
             return dequantize(weight.codes, weight.scale[:, None])
         # A packed weight is opaque: read it back as its product with the identity.
-        unit = torch.eye(weight.shape[1]).to(torch.uint8) + 128
+        unit = torch.eye(weight.shape[1], dtype=torch.float32).to(torch.uint8) + 128
         columns = onednn_product(unit, weight, torch.float32)  # [K, N]
         return columns.T.contiguous()
 
@@ -177,7 +177,7 @@ def _onednn_multiplies() -> bool:
     codes = torch.full((32, 64), QMAX, dtype=torch.int8)
     try:
         packed = torch.ops.onednn.qlinear_prepack(codes, None)
-        weight = Int8Weight(packed, torch.ones(32), ONEDNN, (32, 64))
+        weight = Int8Weight(packed, torch.ones(32, dtype=torch.float32), ONEDNN, (32, 64))
         unsigned = (codes.to(torch.int16) + 128).to(torch.uint8)
         product = onednn_product(unsigned, weight, torch.float32)
     except (RuntimeError, AttributeError, NotImplementedError):

@@ -49,7 +49,7 @@ _ROW_GLOBAL_SCALE = 1.0
 _ROW_EXPONENT: dict[BlockScale, int] = {"6": 10, "4/6": 9}
 
 _E2M1_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-_E2M1 = torch.tensor([*_E2M1_VALUES, *(-value for value in _E2M1_VALUES)])
+_E2M1 = torch.tensor([*_E2M1_VALUES, *(-value for value in _E2M1_VALUES)], dtype=torch.float32)
 # The two values of each byte, as BF16: one look-up of four bytes is far faster than two of two.
 _E2M1_PAIRS = (
     torch.stack([_E2M1.repeat(16), _E2M1.repeat_interleave(16)], dim=1)
@@ -377,7 +377,7 @@ class _NVFP4:
         """
         x = x.detach()
         _check(x, block_scale, matrix=True)
-        global_scale = torch.full((), _ROW_GLOBAL_SCALE, device=x.device)
+        global_scale = torch.full((), _ROW_GLOBAL_SCALE, dtype=torch.float32, device=x.device)
 
         def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             scaled, row_scale = scale_rows(x.float(), block_scale)
@@ -479,7 +479,7 @@ def _scaled_mm_arguments(
         "mat_b": weight.codes.view(torch.float4_e2m1fn_x2).t(),  # [K/2, N], column-major
         "scale_a": [
             rows.block_scales,
-            torch.full((1,), 1 / _ROW_GLOBAL_SCALE, device=rows.codes.device),
+            torch.full((1,), 1 / _ROW_GLOBAL_SCALE, dtype=torch.float32, device=rows.codes.device),
         ],
         "scale_b": [weight.block_scales, weight.tensor_scale],
         "scale_recipe_a": [F.ScalingType.BlockWise1x16, F.ScalingType.TensorWise],

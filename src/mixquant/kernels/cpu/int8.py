@@ -24,7 +24,7 @@ def int8_codes(x: Tensor) -> tuple[Tensor, Tensor]:
     largest = x.abs().amax(dim=1, keepdim=True)
     # Below this the reciprocal overflows; such a row holds nothing that BF16 could tell from zero.
     # Divided by a tensor: by a number, CUDA multiplies with its reciprocal, an ulp off the CPU.
-    qmax = torch.full((), float(QMAX), device=x.device)
+    qmax = torch.full((), float(QMAX), dtype=torch.float32, device=x.device)
     scale = torch.where(largest < 1e-35, 1.0, largest / qmax)
     return (torch.round(x * (1.0 / scale)) + 128.0).to(torch.uint8), scale
 

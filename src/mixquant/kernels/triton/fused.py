@@ -171,7 +171,7 @@ class Codes:
 
 def empty_codes(fmt: str, rows: int, width: int, device: torch.device) -> Codes:
     """Uninitialized codes of rows ``[rows, width]`` in the format "fp8" or "nvfp4"."""
-    scale = torch.empty(rows, 1, device=device)
+    scale = torch.empty(rows, 1, dtype=torch.float32, device=device)
     if fmt == "fp8":
         return Codes(torch.empty(rows, width, dtype=torch.float8_e4m3fn, device=device), scale)
     packed = torch.empty(rows, width // 2, dtype=torch.uint8, device=device)

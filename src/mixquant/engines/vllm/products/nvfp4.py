@@ -124,7 +124,7 @@ def holder_for_nvfp4(
     def held(tensor: Tensor) -> Any:
         return torch.nn.Parameter(tensor, requires_grad=False)
 
-    one = torch.ones(1, device=codes.device)
+    one = torch.ones(1, dtype=torch.float32, device=codes.device)
     layer: Any = torch.nn.Module()
     layer.weight = held(codes)
     layer.weight_scale = held(block_scales)

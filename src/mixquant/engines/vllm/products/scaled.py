@@ -50,7 +50,7 @@ class ScaledProduct(Product):
         if self.format == "fp8":
             # Not by vLLM's Python wrapper, which takes as long as the operator.
             codes = torch.empty(rows.shape, dtype=torch.float8_e4m3fn, device=rows.device)
-            scale = torch.empty(len(rows), 1, device=rows.device)
+            scale = torch.empty(len(rows), 1, dtype=torch.float32, device=rows.device)
             torch.ops._C.dynamic_per_token_scaled_fp8_quant(codes, rows, scale, None)
         else:
             from vllm import _custom_ops as ops
