@@ -4,7 +4,7 @@
 
 The two variables hold for oneDNN and PyTorch's own kernels. Here, what PyTorch says of the processor is
 changed: by it vLLM chooses its compiled library, and mixquant its INT8 kernel. Code that TorchInductor
-makes meanwhile goes into a cache of its own: elsewhere it would write beyond its buffers.
+and vLLM make meanwhile goes into caches of its own: elsewhere it would write beyond its buffers.
 """
 
 from __future__ import annotations
@@ -18,9 +18,8 @@ import tempfile
 from collections.abc import Sequence
 from types import ModuleType
 
-os.environ.setdefault(
-    "TORCHINDUCTOR_CACHE_DIR", os.path.join(tempfile.gettempdir(), "torchinductor_as_avx2")
-)
+for _name in ("TORCHINDUCTOR_CACHE_DIR", "VLLM_CACHE_ROOT"):
+    os.environ.setdefault(_name, os.path.join(tempfile.gettempdir(), f"as_avx2-{_name.lower()}"))
 
 LACKING = (
     "_is_avx512_supported",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -176,9 +177,10 @@ def refused(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
         assert cli.main(["fidelity", *arguments]) == 2
         printed = capsys.readouterr()
         assert printed.out == ""
-        assert printed.err.startswith("error: ")
-        assert printed.err.count("\n") == 1
-        return printed.err
+        *progress, line = printed.err.splitlines(keepends=True)
+        assert all(re.fullmatch(r"\w+: .*\(\d+%\), \d+ s so far\n", told) for told in progress)
+        assert line.startswith("error: ") and line.endswith("\n")
+        return line
 
     return run
 
@@ -446,7 +448,9 @@ class TestOnVLLM:
         ours, theirs = _by_arm(result), _by_arm(measured)
         # Both are BF16, with sums in another order: so far, and no further, do they differ.
         for name in ("bf16", "my"):
-            assert ours[name].perplexity == pytest.approx(theirs[name].perplexity, rel=0.03)
+            # In nats: of six layers a perplexity is in the millions.
+            loss, expected = (math.log(one[name].perplexity) for one in (ours, theirs))
+            assert loss == pytest.approx(expected, abs=0.05)
         assert ours["bf16"].kl_max == 0
         my = ours["my"]
         assert theirs["my"].kl_mean / 2.5 < my.kl_mean < theirs["my"].kl_mean * 2.5
