@@ -25,6 +25,7 @@ from mixquant.core.recipe import Recipe
 from mixquant.engines.vllm import counters, follower
 from mixquant.engines.vllm.config import PhaseQuantizationConfig
 from mixquant.engines.vllm.counters import Counters
+from mixquant.engines.vllm.first_prompts import KEY
 from mixquant.engines.vllm.loading.online import CannotReload
 from mixquant.engines.vllm.patches import runners as passes
 
@@ -543,3 +544,17 @@ def test_the_models_own_loading_is_followed(
     runner.execute_model(Step([(0, 10, 10)]))
     assert model.load_weights([]) == {"layer.weight"}
     assert renewed == [model.layer]
+
+
+def test_rows_behind_the_first_prompt_of_a_beam_are_precise(make: Callable[..., Any]) -> None:
+    """Its prompt is 20 tokens long by now, of which it has generated the last eight."""
+    runner = make()
+    step: Any = Step([(0, 20, 20), (0, 20, 20)])
+    parameters = SimpleNamespace(extra_args={KEY: 12})
+    step.scheduled_new_reqs = [SimpleNamespace(req_id="r1", sampling_params=parameters)]
+    runner.execute_model(step)
+    assert runner.model.last.quantized == ((1, 19), (21, 31))
+    again: Any = Step([(0, 20, 20), (0, 20, 20)])
+    again.finished_req_ids = {"r1"}
+    runner.execute_model(again)
+    assert runner.model.last.quantized == ((1, 19), (21, 39))
