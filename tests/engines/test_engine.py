@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from real_model import LENGTHS, SAME, SAME_ALONE, layers_of
+from real_model import LENGTHS, SAME, SAME_ALONE, assert_products_were_planned
 from vllm_engines import (
     ON_GPU,
     by_the_rule,
@@ -78,13 +78,7 @@ def test_a_request_answers_the_same_in_any_company(engines: dict[str, Any], run:
 def test_every_layer_multiplied_what_was_planned(
     engines: dict[str, Any], engine: str, model: str
 ) -> None:
-    """A plan that no layer follows, for a wrong number of rows say, would leave everything in BF16."""
-    layers = 4 * layers_of(model)  # qkv, o, gate and up, down
-    for run in engines[engine].values():
-        # A captured graph multiplied when it was captured.
-        eager = [one for one in run["passes"] if one["kind"] != "graph"]
-        planned = sum(bool(one["quantized"]) for one in eager)
-        assert run["products"].get("linear", 0) == planned * layers
+    assert_products_were_planned(engines[engine], model)
 
 
 def test_without_a_recipe_for_it_nothing_is_quantized(engines: dict[str, Any]) -> None:

@@ -11,7 +11,7 @@ import pytest
 import real_model
 import this_machine
 import torch
-from real_model import layers_of
+from real_model import assert_products_were_planned, layers_of
 from safetensors.torch import save_file
 from this_machine import needs_fp8_cache
 from vllm_engines import (
@@ -208,13 +208,7 @@ def test_every_row_follows_the_rule(
 def test_every_layer_multiplied_what_was_planned(
     engines: dict[str, Any], engine: str, model: str
 ) -> None:
-    """A plan that no layer follows, for a wrong number of rows say, would leave everything in BF16."""
-    layers = 4 * layers_of(model)  # qkv, o, gate and up, down
-    for run in engines[engine].values():
-        # A captured graph multiplied when it was captured.
-        eager = [one for one in run["passes"] if one["kind"] != "graph"]
-        planned = sum(bool(one["quantized"]) for one in eager)
-        assert run["products"].get("linear", 0) == planned * layers
+    assert_products_were_planned(engines[engine], model)
 
 
 def test_everywhere_quantizes_every_row_and_answers_otherwise(engines: dict[str, Any]) -> None:

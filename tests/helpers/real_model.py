@@ -65,3 +65,16 @@ def engine(model: str, runs: dict[str, Any], **options: Any) -> dict[str, Any]:
 def layers_of(model: str) -> int:
     """How many hidden layers a checkpoint has."""
     return int(json.loads((Path(model) / "config.json").read_text())["num_hidden_layers"])
+
+
+def assert_products_were_planned(engine: dict[str, Any], model: str) -> None:
+    """Every layer multiplied with its copy in each pass that has quantized rows, and in no other.
+
+    A plan that no layer follows, for a wrong number of rows say, would leave everything in BF16.
+    """
+    layers = 4 * layers_of(model)  # qkv, o, gate and up, down
+    for run in engine.values():
+        # A captured graph multiplied when it was captured.
+        eager = [one for one in run["passes"] if one["kind"] != "graph"]
+        planned = sum(bool(one["quantized"]) for one in eager)
+        assert run["products"].get("linear", 0) == planned * layers

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +24,7 @@ from mixquant.formats.int8 import INT8
 FAST = Recipe(preset="fast", format="int8", min_prefill_tokens=0)
 PROMPT = tokens(40)
 
-
-@pytest.fixture(autouse=True)
-def _inference() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with torch.no_grad():
-        yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("inference")
 
 
 def prepared(model: PreTrainedModel, recipe: Recipe = FAST) -> PreTrainedModel:

@@ -7,7 +7,6 @@ with prompts cut by hand: the code that decides is not asked.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -40,15 +39,7 @@ GREEDY: dict[str, Any] = {
     "return_dict_in_generate": True,
 }
 
-
-@pytest.fixture(autouse=True)
-def _inference() -> Iterator[None]:
-    """No gradients; and one thread, because small products only wait for a second one."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with torch.no_grad():
-        yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("inference")
 
 
 @pytest.fixture

@@ -15,7 +15,6 @@ import pickle
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,17 +34,10 @@ from mixquant.engines.transformers.module import PhaseLinear
 FAST = Recipe(preset="fast", format="int8", min_prefill_tokens=0)
 PROMPT = tokens(40)
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*causal_conv1d")
-
-
-@pytest.fixture(autouse=True)
-def _inference() -> Iterator[None]:
-    """No gradients; and one thread, because small products only wait for a second one."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with torch.no_grad():
-        yield
-    torch.set_num_threads(threads)
+pytestmark = [
+    pytest.mark.usefixtures("inference"),
+    pytest.mark.filterwarnings("ignore:.*causal_conv1d"),
+]
 
 
 def prepared(model: PreTrainedModel, recipe: Any = FAST) -> PreTrainedModel:
