@@ -331,7 +331,9 @@ def test_peft_merges_and_unloads(safe: bool) -> None:
 
 
 def test_peft_merges_and_takes_back() -> None:
-    plain, model = with_adapter(build("llama")), with_adapter(prepared(build("llama")))
+    # Not INT8, whose rows are quantized in one loop with a norm or an activation, but not behind PEFT.
+    fp8 = Recipe(preset="fast", format="fp8", min_prefill_tokens=0)
+    plain, model = with_adapter(build("llama")), with_adapter(prepared(build("llama"), fp8))
     apart = prefill(model)
     for each in (plain, model):
         each.merge_adapter()
@@ -341,7 +343,7 @@ def test_peft_merges_and_takes_back() -> None:
     taken_back = prefill(model)
     fresh = with_adapter(build("llama"))
     fresh.merge_adapter()
-    assert torch.equal(merged, prefill(prepared(fresh.merge_and_unload())))
+    assert torch.equal(merged, prefill(prepared(fresh.merge_and_unload(), fp8)))
     assert not torch.equal(merged, apart)
     # BF16 does not give back every bit of what was added and taken away.
     assert (taken_back - apart).norm() < 0.2 * apart.norm()
