@@ -26,6 +26,8 @@ from mixquant import cli, results
 from mixquant.evaluate.benchmarks.scoring import Answered
 from mixquant.servers import process as server
 
+pytest.importorskip("math_verify", reason="the extra `eval` is not installed")
+
 COMMAND = [sys.executable, "-m", "mixquant.cli", "evaluate"]
 
 
@@ -270,6 +272,7 @@ def running(process: int) -> bool:
 def test_arms_are_started_one_after_the_other(
     work: Path, sums: Path, fake_vllm: tuple[list[str], Path], smollm2_path: str
 ) -> None:
+    pytest.importorskip("vllm", reason="vLLM is not installed")
     recipe = '{"format": "int8", "min_prefill_tokens": 5}'
     asking = [smollm2_path, "--benchmark=gsm8k", "--data", sums, "--recipe", recipe]
     assert evaluate(*asking, "--vllm-args=--seed 3", "--arm=mixquant", "--arm=bf16") == 0
@@ -323,6 +326,7 @@ def test_a_server_that_does_not_start_is_one_line(
     smollm2_path: str,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
+    pytest.importorskip("vllm", reason="vLLM is not installed")
     asking = [smollm2_path, "--benchmark=gsm8k", "--data", sums]
     assert evaluate(*asking, "--arm=mine=--broken") == 2
     err = capsys.readouterr().err.splitlines()[-1]

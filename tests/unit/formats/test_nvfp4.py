@@ -30,6 +30,7 @@ seeds = st.integers(0, 2**31 - 1)
 @pytest.fixture(scope="module")
 def vllm() -> ModuleType:
     # Inside a fixture, since importing vLLM takes seconds.
+    pytest.importorskip("vllm", reason="vLLM is not installed")
     return import_module("vllm.model_executor.layers.quantization.utils.nvfp4_emulation_utils")
 
 
