@@ -71,7 +71,7 @@ MUTATIONS = {
         ENGINE,
     ),
     "positions off by one in vLLM": Mutation(
-        "engines/vllm/patches/runners.py",
+        "engines/vllm/follower.py",
         "np.append(batch.first_positions, -padding)",
         "np.append(batch.first_positions + 1, -padding)",
         ("engines/vllm/patches/test_runners.py",),
@@ -113,18 +113,15 @@ MUTATIONS = {
         ("formats/test_nvfp4.py",),
     ),
     "experts of other rows": Mutation(
-        "engines/vllm/experts/method.py",
+        "engines/vllm/experts/base.py",
         'put(precise(*(select(t, plan, "precise") for t in of_rows))',
         'put(precise(*(t[: plan.precise_rows] for t in of_rows))',
         ("engines/vllm/experts/test_experts.py",),
     ),
     "the front lets everything in": Mutation(
         "serve/accepted.py",
-        '        name: _kept(one, known[name], f"{where}.{name}" if where else name, depth + 1)\n'
-        "        for name, one in value.items()\n"
-        "        if name in known\n",
-        "        name: _kept(one, known.get(name, DATA), name, depth + 1)\n"
-        "        for name, one in value.items()\n",
+        "        if name in known:\n            kept[name] = _kept(one, known[name], ",
+        "        if True:\n            kept[name] = _kept(one, known.get(name, DATA), ",
         ("serve/test_accepted.py", "serve/test_front.py"),
         ("servers/test_set.py",),
     ),
