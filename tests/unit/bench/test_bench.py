@@ -387,3 +387,29 @@ def test_without_vllm_one_line_says_so(
     monkeypatch.setattr(generator.importlib.util, "find_spec", lambda name: None)
     assert cli.main(["bench", smollm2_path, "--lengths", "5", "--trace", "none"]) == 2
     assert "vLLM, whose load generator this uses, is not installed" in capsys.readouterr().err
+
+
+def test_the_warm_up_is_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server that quantizes all of the warm-up, and nothing of the runs that are measured."""
+    from mixquant.bench import run
+
+    sent: list[int] = []
+
+    class Load:
+        def send(self, url: str, name: str, requests: Any, concurrency: int) -> list[Answer]:
+            sent.append(requests)
+            return []
+
+    monkeypatch.setattr(
+        run,
+        "read_counts",
+        lambda url: Counts(7.0 * sent.count(0), sum(number > 0 for number in sent), None, None),
+    )
+    counted: list[Counts] = []
+    monkeypatch.setattr(run, "measurements", lambda *given: counted.append(given[3]) or [])
+    point: Any = Point("length", 7, 1, 7, 8, lambda number: number)  # type: ignore[arg-type, return-value]
+    load: Any = Load()
+    arm: Any = SimpleNamespace(name="one", url=None)
+    run._measure(load, arm, "http://x", "m", [point], 2, lambda doing, tokens: None)
+    assert sent == [0, 1, 2]
+    assert counted == [Counts(0.0, 2, None, None)]
