@@ -406,7 +406,12 @@ def test_the_warm_up_is_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
         lambda url: Counts(7.0 * sent.count(0), sum(number > 0 for number in sent), None, None),
     )
     counted: list[Counts] = []
-    monkeypatch.setattr(run, "measurements", lambda *given: counted.append(given[3]) or [])
+
+    def measurements(arm: str, point: Point, runs: Any, counts: Counts) -> list[Any]:
+        counted.append(counts)
+        return []
+
+    monkeypatch.setattr(run, "measurements", measurements)
     point: Any = Point("length", 7, 1, 7, 8, lambda number: number)  # type: ignore[arg-type, return-value]
     load: Any = Load()
     arm: Any = SimpleNamespace(name="one", url=None)
