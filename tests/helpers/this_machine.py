@@ -35,6 +35,13 @@ MULTIPLIES_BF16 = ON_GPU or (
 SERVED_IN = "auto" if MULTIPLIES_BF16 else "float32"  # vLLM's dtype; auto is the checkpoint's, BF16
 KV_CACHE_GIB = 1 if MULTIPLIES_BF16 else 2  # for as many tokens
 
+# With AVX-512 BF16 and no AMX (an EPYC of Zen 4), vLLM 0.32 itself, without mixquant, answers nonsense
+# once it compiles the model: "What is the capital of France?" gives "L'Étoile, la Marseillaise".
+COMPILED_IS_WRONG = not ON_GPU and (
+    torch.cpu._is_avx512_bf16_supported() and not torch.cpu._is_amx_tile_supported()
+)
+COMPILED_OR_NOT = ["--enforce-eager"] if COMPILED_IS_WRONG else []  # of a server's options
+
 HAS_FP8_CACHE = ON_GPU or torch.cpu._is_avx512_supported()
 
 # So that the suite ends within what CI allows it: half an hour more on two cores of a Zen 3.
