@@ -68,6 +68,13 @@ def log_table(model: torch.nn.Module, recipe: Recipe, patches: tuple[str, ...]) 
     logger.info("mixquant\n%s", made)
     elsewhere = any(isinstance(module, PPMissingLayer) for module in model.modules())
     where = " (of the layers of this pipeline stage)" if elsewhere else ""
-    for sentence in [*recipe.patterns_without_effect(*names_of_linears(model)), made.why_nothing()]:
+    sentences = [*recipe.patterns_without_effect(*names_of_linears(model)), made.why_nothing()]
+    slow = sum(not layer.native and layer.format != "bf16" for layer in made.layers)
+    if slow and not recipe.emulate:
+        sentences.append(
+            f"{slow} layers are emulated, slower than BF16, though the recipe does not ask for it; "
+            "please report this with the table above"
+        )
+    for sentence in sentences:
         if sentence is not None:
             logger.warning("%s%s", sentence, where)

@@ -129,3 +129,14 @@ def test_a_quantized_layer_is_enough(said: list[str]) -> None:
     whole.experts = bare(kind, quant_method=copy)
     table.log_table(whole, resolved(), ())
     assert said == []
+
+
+@pytest.mark.parametrize(("emulate", "native", "warned"), [(0, 0, 1), (1, 0, 0), (0, 1, 0)])
+def test_a_silent_fall_back_to_emulation_is_in_the_log(
+    emulate: bool, native: bool, warned: bool, said: list[str]
+) -> None:
+    whole, (kind,) = model(), versions.moe_layer_classes()
+    layer = Layer("experts", (4, 4), "int8", "a kernel", bool(native), 16, None)
+    whole.experts = bare(kind, quant_method=SimpleNamespace(described=lambda name: [layer]))
+    table.log_table(whole, resolved(emulate=bool(emulate)), ())
+    assert [line.split(",")[0] for line in said] == ["1 layers are emulated"] * warned
