@@ -116,6 +116,14 @@ def quantized_positions(run: dict[str, Any], request: int) -> list[int]:
     ]
 
 
+def assert_rows_follow_the_rule(engine: dict[str, Any], minimum: int, head: int, tail: int) -> None:
+    """Every row of an engine's passes is what the rule says, and some are quantized."""
+    passes = [one for run in engine.values() for one in run["passes"]]
+    for one in passes:
+        assert [row[3] for row in rows_of(one)] == by_the_rule(one, minimum, head, tail), one
+    assert sum(len(one["quantized"]) for one in passes) > 0
+
+
 def divergence(run: dict[str, Any], request: int, other: dict[str, Any], its: int) -> float:
     """KL divergence (nats) between two requests' distributions of the first token.
 
