@@ -58,6 +58,7 @@ class Layer:
         self.keys, self.values = cache.bfloat16().transpose(1, 2).split(shape.size, -1)
         self.table = torch.randperm(pages, device=device).to(torch.int32)[None]
         self.query = torch.randn(rows, shape.heads, shape.size, device=device).bfloat16()
+        self.own = torch.randn(2, rows, shape.kv_heads, shape.size, device=device).bfloat16()
         self.out = torch.empty_like(self.query)
         self.shape = shape
         pieces = runs_of([Piece(0, 0, rows, keys)], SimpleNamespace(row_counts=np.array([rows])))
@@ -86,8 +87,9 @@ class Layer:
         )
 
     def fp8(self) -> None:
+        cache = (self.keys, self.values)
         for run in self.runs:
-            attend(self.shape, run, self.query, self.keys, self.values, self.table, self.out)
+            attend(self.shape, run, self.query, *self.own, cache, self.table, self.out)
         self.bf16(1)
 
 

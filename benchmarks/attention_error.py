@@ -141,6 +141,10 @@ def served(inputs: Inputs) -> list[Tensor]:
         values[row[at // PAGE].long(), at % PAGE] = v
 
     query = torch.cat(inputs.q)
+    key, value = (
+        torch.cat([x[-len(q) :] for x, q in zip(of, inputs.q, strict=True)])
+        for of in (inputs.k, inputs.v)
+    )
     counts = [len(q) for q in inputs.q]
     ends = np.cumsum(counts)
     pieces = [
@@ -150,7 +154,8 @@ def served(inputs: Inputs) -> list[Tensor]:
     output = torch.full_like(query, torch.nan)
     shape = Shape(heads, kv_heads, size, inputs.scale)
     for run in runs_of(pieces, SimpleNamespace(row_counts=np.array(counts))):
-        attend(shape, Run(run, query.device), query, keys, values, table, output)
+        pages = (keys, values)
+        attend(shape, Run(run, query.device), query, key, value, pages, table, output)
     return list(output.split(counts))
 
 

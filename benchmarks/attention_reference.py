@@ -75,11 +75,10 @@ def encode_queries(
     for row, start, count, until in sequences.tolist():
         assert count <= most_rows
         its = slice(start, start + count)
-        scores = scores_of(x[its], tokens_of(keys, pages, row, 0, precise_keys), scale)
-        position = torch.arange(until - count, until, device=x.device)
-        later = torch.arange(precise_keys, device=x.device) > position[:, None]
-        scores = scores.masked_fill(later, -torch.inf)
-        weights[its] = scores.softmax(-1).transpose(0, 1)
+        before = min(until - count, precise_keys)
+        scores = scores_of(x[its], tokens_of(keys, pages, row, 0, before), scale)
+        weights[its] = 0
+        weights[its, :, :before] = scores.softmax(-1).transpose(0, 1)
         lse[:, its] = scores.logsumexp(-1)
     return weights, lse
 
@@ -124,11 +123,12 @@ def merge(
 ) -> None:
     groups = weights.shape[1] // values.shape[2]
     back = (lost / segments[:, 2, None, None].clamp_min(1)).repeat_interleave(groups, 1)
-    for number, (row, start, count, _) in enumerate(sequences.tolist()):
+    for number, (row, start, count, until) in enumerate(sequences.tolist()):
         assert count <= most_rows
         its = slice(start, start + count)
-        v = grouped(tokens_of(values, pages, row, 0, weights.shape[-1]), groups)
-        parts = [torch.einsum("qhk,khd->hqd", weights[its].float(), v)]
+        before = min(until - count, weights.shape[-1])
+        v = grouped(tokens_of(values, pages, row, 0, before), groups)
+        parts = [torch.einsum("qhk,khd->hqd", weights[its, :, :before].float(), v)]
         sums = [first_lse[:, its]]
         for part in range(len(partial)):
             segment = back[part * len(sequences) + number][:, None]
@@ -180,7 +180,7 @@ Sum = Callable[[Tensor, Tensor], Tensor]  # of [heads, rows, keys] and [heads, k
 
 
 def _flash(sum_up: Sum) -> Any:
-    """`flash_attention` of codes, its weighted sums made in some way."""
+    """`flash_attention`, the weighted sums of codes made in some way, those of BF16 in FP32."""
 
     def flash_attention(
         q: Tensor,
@@ -191,7 +191,7 @@ def _flash(sum_up: Sum) -> Any:
         causal: bool = True,
         bounds: Any = None,
     ) -> Tensor:
-        assert q.is_contiguous() and len(q) == len(k) == len(v) == len(out) == 1
+        assert q[0].is_contiguous() and len(q) == len(k) == len(v) == len(out) == 1
         ends: list[list[int]] = [[0, q.shape[1]], [0, k.shape[1]]]
         if bounds is not None:
             ends = [bounds.rows.tolist(), bounds.keys.tolist()]
@@ -212,7 +212,8 @@ def _flash(sum_up: Sum) -> Any:
                 largest = scores.amax(-1, keepdim=True).clamp_min(-1e30)
                 weights = (scores - largest).exp()
                 total = weights.sum(-1, keepdim=True)
-                sums = sum_up(weights, values.transpose(0, 1)) / total.clamp_min(1e-30)
+                add_up = sum_up if q.dtype == torch.float8_e4m3fn else torch.bmm
+                sums = add_up(weights, values.transpose(0, 1)) / total.clamp_min(1e-30)
                 out[0, into] = sums.transpose(0, 1).to(out.dtype)
                 lse[:, into] = (largest + total.log())[..., 0]
         return lse if bounds is not None else lse[None]

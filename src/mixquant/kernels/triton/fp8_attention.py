@@ -93,10 +93,11 @@ def encode_queries_kernel(
     column = tl.arange(0, SIZE)
     key = tl.arange(0, PRECISE)
     kv_head = head // (heads // kv_heads)
+    seen = key < until - rows
     begin = _in_cache(
-        pages, table, key, key >= 0, kv_head, page_size, stride_row, stride_p, stride_t, stride_h
+        pages, table, key, seen, kv_head, page_size, stride_row, stride_p, stride_t, stride_h
     )
-    first_keys = tl.trans(tl.load(keys + begin[:, None] + column[None, :]))
+    first_keys = tl.trans(tl.load(keys + begin[:, None] + column[None, :], seen[:, None], 0.0))
     signs = _hadamard(ROTATED)
     for time in range(TIMES):
         row = (tl.program_id(1) * TIMES + time) * TOKENS + tl.arange(0, TOKENS)
@@ -109,13 +110,13 @@ def encode_queries_kernel(
         tl.store(out + to, codes, there[:, None])
 
         scores = tl.dot(found, first_keys) * scale
-        position = until - rows + row
-        scores = tl.where(key[None, :] <= position[:, None], scores, float("-inf"))
-        largest = tl.max(scores, 1)
+        scores = tl.where(seen[None, :], scores, float("-inf"))
+        largest = tl.maximum(tl.max(scores, 1), -1e30)  # finite where no key is seen
         scores = tl.exp(scores - largest[:, None])
         total = tl.sum(scores, 1)
         to = (wide[:, None] * heads + head) * PRECISE + key[None, :]
-        tl.store(weights + to, (scores / total[:, None]).to(tl.bfloat16), there[:, None])
+        share = scores / tl.maximum(total, 1e-30)[:, None]
+        tl.store(weights + to, share.to(tl.bfloat16), there[:, None])
         tl.store(lse + head * tokens + wide, largest + tl.log(total), there)
 
 
@@ -271,6 +272,7 @@ def merge_kernel(
     table = tl.load(sequence).to(tl.int64)
     first_row = tl.load(sequence + 1)
     rows = tl.load(sequence + 2)
+    until = tl.load(sequence + 3)
     head = tl.program_id(0)
     kv_head = head // (heads // kv_heads)
     row = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
@@ -286,10 +288,11 @@ def merge_kernel(
         lse_at += heads * tokens
 
     key = tl.arange(0, PRECISE)
+    seen = key < until - rows
     begin = _in_cache(
-        pages, table, key, key >= 0, kv_head, page_size, stride_row, stride_p, stride_t, stride_h
+        pages, table, key, seen, kv_head, page_size, stride_row, stride_p, stride_t, stride_h
     )
-    first_values = tl.load(values + begin[:, None] + column[None, :])
+    first_values = tl.load(values + begin[:, None] + column[None, :], seen[:, None], 0.0)
     at = (wide[:, None] * heads + head) * PRECISE + key[None, :]
     first_weights = tl.load(weights + at, there[:, None], 0.0)
     total = tl.exp(first - largest)
@@ -326,6 +329,8 @@ def encode_queries(
 ) -> tuple[Tensor, Tensor]:
     """Writes the codes of rotated queries, and attends to the first keys of their prompts in BF16.
 
+    Of the first keys, only those that stand before a sequence's rows count.
+
     Args:
         x: ``[tokens, heads, size]`` BF16, each token's heads contiguous, the size a power of two from 64
             on.
@@ -340,7 +345,7 @@ def encode_queries(
 
     Returns:
         Their softmax's weights, ``[tokens, heads, precise_keys]`` BF16, and the natural logarithms of
-        its sums, ``[heads, tokens]`` FP32.
+        its sums, ``[heads, tokens]`` FP32; 0 and -inf where there are none.
     """
     tokens, heads, size = x.shape
     kv_heads = keys.shape[2]

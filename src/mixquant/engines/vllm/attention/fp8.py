@@ -15,6 +15,11 @@ matter. So the keys before a chunk are taken in an order in which any few in a r
 them, less their own mean, and the chunk's own keys, less theirs, apart. The logarithms of the
 softmax's sums join the two.
 
+*The chunk's own keys in BF16, where there are more of them than before.* The first rows of a chunk see
+few of its keys, whose mean is not that of all. With much context this does not show. Otherwise the chunk
+attends to itself in BF16: to its keys and values as the layer computed them, not out of the cache's
+pages, which takes about as long as codes do. A prompt's first chunk has no context, and no codes.
+
 *Rotation.* Queries and keys are multiplied by a Hadamard matrix along the head. Scores stay as they
 are, and outliers, whose codes err most, are spread (QuaRot, arXiv 2404.00456; FlashAttention-3, arXiv
 2407.08608).
@@ -70,7 +75,7 @@ class Bounds:
 class Launch:
     """Segments, one of each of a run's sequences, that are multiplied in one launch."""
 
-    codes: slice  # of keys
+    codes: slice | None  # of keys; None for BF16
     causal: bool
     bounds: Bounds | None  # None for a single sequence
 
@@ -80,7 +85,8 @@ class Run:
 
     def __init__(self, pieces: tuple[Piece, ...], device: torch.device) -> None:
         self.start, self.stop = pieces[0].start, pieces[-1].stop
-        rows = [piece.stop - piece.start for piece in pieces]
+        self.has_context = any(piece.context for piece in pieces)
+        rows = [piece.rows for piece in pieces]
         self.max_rows = max(rows)
         starts = [piece.start - self.start for piece in pieces]
         self.sequences = integers(
@@ -94,14 +100,15 @@ class Run:
         self.launches: list[Launch] = []
         numbers, offset = [], 0
         for part in (contexts, chunks):
-            keys = [one.count for one in part]
+            in_bf16 = part is chunks and pieces[0].own_in_bf16
+            keys = rows if in_bf16 else [one.count for one in part]
             if not any(keys):
                 continue
             bounds = None
             if len(pieces) > 1:
                 ends = [integers([0, *accumulate(counts)], device) for counts in (rows, keys)]
                 bounds = Bounds(ends[0], ends[1], max(rows), max(keys))
-            codes = slice(offset, offset + sum(keys))
+            codes = None if in_bf16 else slice(offset, offset + sum(keys))
             self.launches.append(Launch(codes, part is chunks, bounds))
             for one in part:
                 numbers.append((one.sequence, one.first, one.count, offset, one.stride))
@@ -145,8 +152,9 @@ def attend(
     shape: Shape,
     run: Run,
     query: Tensor,
-    keys: Tensor,
-    values: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cache: tuple[Tensor, Tensor],
     table: Tensor,
     output: Tensor,
 ) -> None:
@@ -154,13 +162,20 @@ def attend(
 
     Args:
         query, output: ``[rows of the pass, heads, size]`` BF16, or ``[rows, heads * size]``.
-        keys, values: ``[pages, page_size, kv_heads, size]`` BF16, of the same strides.
+        key, value: ``[rows of the pass, kv_heads, size]`` BF16, or ``[rows, kv_heads * size]``.
+        cache: keys and values, ``[pages, page_size, kv_heads, size]`` BF16, of the same strides. It
+            holds those of the pass's rows, too.
         table: ``[sequences of the pass, pages of each]`` int32.
     """
-    kernels = _kernels()
     rows = run.stop - run.start
-    q = query[run.start : run.stop].view(rows, shape.heads, shape.size)
-    out = output[run.start : run.stop].view(rows, shape.heads, shape.size)
+    q, out = (x[run.start : run.stop].view(rows, shape.heads, shape.size) for x in (query, output))
+    own = [x[run.start : run.stop].view(1, rows, shape.kv_heads, shape.size) for x in (key, value)]
+    if not run.has_context:
+        bounds = run.launches[0].bounds
+        flash_attention(q[None], own[0], own[1], shape.scale, out[None], bounds=bounds)
+        return
+    kernels = _kernels()
+    keys, values = cache
     work = Workspace.of(shape, rows, run.keys, len(run.launches), query.device)
     of_rows = (table, run.sequences, run.max_rows)
     first = kernels.encode_queries(q, keys, *of_rows, shape.scale, work.q, PRECISE_KEYS)
@@ -169,10 +184,11 @@ def attend(
     partial = out[None] if work.partial is None else work.partial
     logarithms = []
     for number, launch in enumerate(run.launches):
+        in_bf16 = launch.codes is None
         lse = flash_attention(
-            work.q[None],
-            work.k[None, launch.codes],
-            work.v[None, launch.codes],
+            q[None] if in_bf16 else work.q[None],
+            own[0] if in_bf16 else work.k[None, launch.codes],
+            own[1] if in_bf16 else work.v[None, launch.codes],
             shape.scale,
             partial[number : number + 1],
             causal=launch.causal,
@@ -198,7 +214,7 @@ def flash_attention(
     causal: bool = True,
     bounds: Bounds | None = None,
 ) -> Tensor:
-    """Attention of E4M3 codes. If it is causal, a sequence's last query stands at its last key.
+    """FlashAttention-3, of E4M3 codes or BF16. If it is causal, the last query stands at the last key.
 
     Args:
         q: ``[1, rows, heads, size]``.

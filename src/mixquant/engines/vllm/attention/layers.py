@@ -1,8 +1,8 @@
 """Attention of vLLM whose quantized rows attend in FP8, over vLLM's BF16 KV cache.
 
 Attention is most of a long prompt's prefill. Where it pays, the quantized rows of a pass attend in FP8
-(`mixquant.engines.vllm.attention.fp8`). All other rows, decode rows among them, keep vLLM's own BF16
-kernel, and the cache stays as it is.
+to the keys before their chunk (`mixquant.engines.vllm.attention.fp8`). All other rows, decode rows among
+them, keep vLLM's own BF16 kernel, and the cache stays as it is.
 """
 
 from __future__ import annotations
@@ -50,15 +50,17 @@ class PrefillAttention:
         **kwargs: Any,
     ) -> Tensor:
         plan = plan_in_force()
-        runs = [] if plan is None else self._runs(plan, attn_metadata, query)
+        runs = []
+        if plan is not None and key is not None and len(query) == len(key) == plan.rows:
+            runs = self._runs(plan, attn_metadata, query.device)
         if not runs:
             return self._forward(
                 layer, query, key, value, kv_cache, attn_metadata, output, *args, **kwargs
             )
         assert plan is not None
-        keys, values = versions.keys_and_values(kv_cache, self.shape.size)
+        cache = versions.keys_and_values(kv_cache, self.shape.size)
         for run in runs:
-            attend(self.shape, run, query, keys, values, attn_metadata.block_table, output)
+            attend(self.shape, run, query, key, value, cache, attn_metadata.block_table, output)
         # Afterwards, for it writes over rows that stand between pieces.
         rest = self._rest(plan, attn_metadata)
         if rest is not None and isinstance(rest.rows, Tensor):
@@ -73,7 +75,7 @@ class PrefillAttention:
 
     def _worth(self, rows: int, keys: int) -> bool:
         if self._always:
-            return keys > PRECISE_KEYS
+            return True
         return worth(rows, keys, self.shape.heads, self.shape.kv_heads, self.shape.size)
 
     def _pieces(self, plan: PhasePlan, batch: Batch) -> list[Piece]:
@@ -82,9 +84,9 @@ class PrefillAttention:
             kept[self.shape] = pieces_of(plan, batch, self._worth)
         return kept[self.shape]
 
-    def _runs(self, plan: PhasePlan, metadata: Any, query: Tensor) -> list[Run]:
+    def _runs(self, plan: PhasePlan, metadata: Any, device: torch.device) -> list[Run]:
         state = state_of(plan)
-        if state.batch is None or metadata is None or len(query) != plan.rows:
+        if state.batch is None or metadata is None:
             return []
         known = id(metadata)  # of each group of layers that share a cache
         if known not in state.plain:
@@ -93,7 +95,7 @@ class PrefillAttention:
             return []
         if self.shape not in state.runs:
             runs = runs_of(self._pieces(plan, state.batch), state.batch)
-            state.runs[self.shape] = [Run(run, query.device) for run in runs]
+            state.runs[self.shape] = [Run(run, device) for run in runs]
         return state.runs[self.shape]
 
     def _rest(self, plan: PhasePlan, metadata: Any) -> Rest | None:
@@ -121,7 +123,8 @@ class PrefillAttention:
         table = torch.tensor([[0, 1]], dtype=torch.int32, device=device)
         query = torch.zeros(1, of.heads, of.size, dtype=torch.bfloat16, device=device)
         run = Run((Piece(0, 0, 1, PRECISE_KEYS + 1),), device)
-        attend(of, run, query, keys, values, table, torch.empty_like(query))
+        own = (keys[0, :1], values[0, :1])
+        attend(of, run, query, *own, (keys, values), table, torch.empty_like(query))
 
 
 # What metadata of causal attention over whole sequences says. Anything else has to be as good as absent:

@@ -34,6 +34,24 @@ class Piece:
     stop: int
     keys: int  # of the last of them: its position + 1
 
+    @property
+    def rows(self) -> int:
+        return self.stop - self.start
+
+    @property
+    def context(self) -> int:
+        """How many keys stand before the piece: all of its rows see them."""
+        return self.keys - self.rows
+
+    @property
+    def own_in_bf16(self) -> bool:
+        """Whether the rows attend in BF16 to each other's keys, and in FP8 to those before only.
+
+        A chunk's first rows see few of its keys, with another mean than that of all. The fewer keys
+        stand before the chunk, the more of a row's error is from there.
+        """
+        return self.context < max(self.rows, PRECISE_KEYS)
+
 
 def pieces_of(plan: PhasePlan, batch: Any, worth: Callable[[int, int], bool]) -> list[Piece]:
     """The rows of a pass whose attention is FP8: quantized ones, where that is worth it.
@@ -65,7 +83,7 @@ def pieces_of(plan: PhasePlan, batch: Any, worth: Callable[[int, int], bool]) ->
 def runs_of(
     pieces: list[Piece], batch: Any, max_rows: int = MAX_ROWS, max_keys: int = MAX_KEYS
 ) -> list[tuple[Piece, ...]]:
-    """The pieces of a pass, in order, as runs of consecutive rows, each for one launch.
+    """The pieces of a pass, in order, as runs of consecutive rows of one kind, each for one launch.
 
     Rows between two pieces (the precise tail of a sequence, the precise head of the next) count to them
     then: they are computed with the others, and again as they should be.
@@ -79,7 +97,8 @@ def runs_of(
                 end = ends[last.sequence]
                 last = replace(last, stop=end, keys=last.keys + end - last.stop)
                 joined = [*before, last, replace(piece, start=end)]
-                if sum(one.keys for one in joined) <= max_keys:
+                alike = len({one.own_in_bf16 for one in joined}) == 1
+                if alike and sum(one.keys for one in joined) <= max_keys:
                     runs[-1] = joined
                     continue
             runs.append([piece])
@@ -105,15 +124,14 @@ class Segment:
 
 
 def segments_of(piece: Piece) -> tuple[Segment, Segment]:
-    """The keys of a piece's context, which all of its rows see, and those of its own rows.
+    """The keys with codes: of a piece's context less the precise keys, and of its own rows.
 
-    Neither holds the precise keys; either may be empty.
+    Either may be empty.
     """
-    context = max(piece.keys - (piece.stop - piece.start), PRECISE_KEYS)
-    before = context - PRECISE_KEYS
+    before = max(piece.context - PRECISE_KEYS, 0)
     return (
         Segment(piece.sequence, PRECISE_KEYS, before, stride_of(before // UNIT)),
-        Segment(piece.sequence, context, max(piece.keys - context, 0)),
+        Segment(piece.sequence, piece.context, 0 if piece.own_in_bf16 else piece.rows),
     )
 
 
@@ -126,15 +144,16 @@ def stride_of(units: int) -> int:
 
 
 def worth(rows: int, keys: int, heads: int, kv_heads: int, size: int) -> bool:
-    """Whether a chunk attends in FP8: the sums are right, and it takes less time than in BF16.
+    """Whether a chunk takes less time here than in vLLM's attention.
 
-    The longer a chunk is, the less exact are sums over its own keys: its first rows see other keys than
-    its last ones, with another mean. So at least as many keys have to stand before it.
-
-    The product is faster, for each pair of a row and a key. Codes take time for each key and each row,
-    and launches take time. The numbers are an H100's: `benchmarks/attention_crossover.py`.
+    The product is faster for each pair of a row and a key: that of codes, and, half as much, that of
+    keys which need no looking up in pages. Codes take time for each key and each row, and launches take
+    time. The numbers are an H100's: `benchmarks/attention_crossover.py`.
     """
-    if keys < 2 * rows:
-        return False
-    pairs = rows * (keys - rows / 2)
-    return pairs > 1600 * keys * kv_heads / heads + 1500 * rows + 5e10 / (heads * size)
+    piece = Piece(0, 0, rows, keys)
+    own = rows * rows / 2
+    if piece.context == 0:
+        return own > 5e10 / (heads * size)
+    coded = piece.context if piece.own_in_bf16 else keys
+    saved = rows * piece.context + (own / 2 if piece.own_in_bf16 else own)
+    return saved > 1600 * coded * kv_heads / heads + 1500 * rows + 5e10 / (heads * size)

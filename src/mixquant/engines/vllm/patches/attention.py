@@ -32,6 +32,9 @@ def why_bf16(layer: Any, implementation: Any, dtype: torch.dtype | None) -> str 
         return "sliding window"
     if implementation.alibi_slopes is not None or implementation.logits_soft_cap:
         return "ALiBi or capped logits"
+    # Such a layer is given keys of its own all the same, and does not attend to them.
+    if getattr(implementation, "kv_sharing_target_layer_name", None) is not None:
+        return "attends to another layer's keys"
     if getattr(implementation, "sinks", None) is not None:
         return "attention sinks"
     if getattr(implementation, "dcp_world_size", 1) > 1:

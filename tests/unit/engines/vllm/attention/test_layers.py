@@ -125,8 +125,7 @@ def test_where_fp8_is_asked_for_every_row_attends_in_it() -> None:
     implementation = SimpleNamespace(num_heads=8, num_kv_heads=2, head_size=128, scale=0.1)
     nothing: Any = len
     always, auto = (PrefillAttention(nothing, implementation, one) for one in (True, False))
-    assert WORTH(always, 1, 17) and not WORTH(always, 1, 16)  # the first 16 keys are precise
-    assert not WORTH(auto, 1, 17) and WORTH(auto, 8192, 131_072)
+    assert WORTH(always, 1, 17) and not WORTH(auto, 1, 17) and WORTH(auto, 8192, 131_072)
 
 
 def test_fp8_is_worth_it_by_work() -> None:
@@ -137,8 +136,8 @@ def test_fp8_is_worth_it_by_work() -> None:
         (512, 100_000, False),
         (2048, 2048, False),
         (2048, 100_000, True),
-        (8192, 8192, False),  # none before them
-        (8192, 16_383, False),
+        (8192, 8192, True),  # none before them
+        (8192, 12_288, True),
         (8192, 16_384, True),
         (8192, 131_072, True),
     ]:
@@ -227,11 +226,13 @@ def _on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
         shape: Shape,
         run: Run,
         query: Tensor,
-        keys: Tensor,
-        values: Tensor,
+        key: Tensor,
+        value: Tensor,
+        cache: tuple[Tensor, Tensor],
         table: Tensor,
         output: Tensor,
     ) -> None:
+        assert key is value is query  # as the tests give them
         assert (shape.heads, shape.kv_heads, shape.size, shape.scale) == (
             *(HEADS, KV_HEADS, SIZE),
             SCALE,
@@ -239,7 +240,7 @@ def _on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
         for sequence, start, count, until in run.sequences.tolist():
             positions = torch.arange(until)
             pages = table[sequence][positions // PAGE].long()
-            k, v = (rounded(cache[pages, positions % PAGE]) for cache in (keys, values))
+            k, v = (rounded(of[pages, positions % PAGE]) for of in cache)
             for row in range(count):
                 end = until - count + row + 1
                 at = run.start + start + row
@@ -327,7 +328,10 @@ STRANGE: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("case", ["no plan", "no metadata", "no batch", "fewer queries", *STRANGE])
+OTHER = ["no plan", "no metadata", "no batch", "fewer queries", "no keys", "fewer keys"]
+
+
+@pytest.mark.parametrize("case", [*OTHER, *STRANGE])
 def test_everything_else_is_vllms_own(case: str) -> None:
     batch = batch_of([(0, 20, 20)])
     query, cache, metadata = pass_of(batch, "0.26", 0)
@@ -341,6 +345,7 @@ def test_everything_else_is_vllms_own(case: str) -> None:
         state_of(plan).batch = None
     elif case == "fewer queries":
         query = query[:5]  # as of layers that share another's keys, where only last rows are wanted
+    key = {"no keys": None, "fewer keys": query[:5]}.get(case, query)
     for name, value in STRANGE.get(case, {}).items():
         setattr(metadata, name, value)
     asked = []
@@ -353,7 +358,7 @@ def test_everything_else_is_vllms_own(case: str) -> None:
     ours = PrefillAttention(forward, implementation, False)
     output = torch.empty_like(query)
     with in_force(plan):
-        assert ours(None, query, query, query, cache, given, output) is output
+        assert ours(None, query, key, key, cache, given, output) is output  # type: ignore[arg-type]
     (arguments,) = asked
     assert arguments[1] is query and arguments[5] is given
 

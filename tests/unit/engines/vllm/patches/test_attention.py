@@ -67,6 +67,8 @@ def _hopper(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"logits_soft_cap": 30.0}, "capped"),
         ({"sinks": torch.ones(2)}, "sinks"),
         ({"dcp_world_size": 2}, "context parallelism"),
+        ({"kv_sharing_target_layer_name": None}, None),
+        ({"kv_sharing_target_layer_name": "model.layers.3"}, "another layer's keys"),
         ({"attn_type": "encoder_only"}, "decoder"),
     ],
 )
