@@ -326,14 +326,15 @@ def test_long_prompts_attend_in_fp8(engines: dict[str, Any], model: str) -> None
         assert crowd["products"]["attention"] >= 2 * layers  # two long prompts
         assert chunks["products"]["attention"] >= 10 * layers  # in chunks
         for request in (0, 1):
-            effect = divergence(plain, request, crowd, request)
-            assert 1e-6 < effect < 0.1
+            # First chunks attend in BF16, by another kernel than vLLM's; later ones in FP8.
+            assert divergence(plain, request, crowd, request) < 0.1
+            assert 1e-6 < divergence(plain, request, chunks, request) < 0.1
             assert divergence(crowd, request, chunks, request) < 0.03
     assert "attention" not in bf16["products"]
-    assert divergence(bf16, 0, engines["long, FP8 attention"]["crowd"], 0) > 1e-6
-    # Where FP8 is asked for, short prompts attend in it, too.
+    bf16_chunks = engines["long, BF16 attention"]["chunks"]
+    assert divergence(bf16_chunks, 0, engines["long, FP8 attention"]["chunks"], 0) > 1e-6
     alone = engines["long, FP8 attention alone"]["crowd"]
-    assert all(1e-6 < divergence(plain, request, alone, request) < 0.1 for request in (2, 3, 4))
+    assert all(divergence(plain, request, alone, request) < 0.01 for request in (2, 3, 4))
 
 
 def test_quantized_rows_change_something(engines: dict[str, Any]) -> None:
