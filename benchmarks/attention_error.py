@@ -227,7 +227,7 @@ def within_bounds(found: dict[str, float]) -> bool:
 
 
 def layers_of(name: str, tokens: int) -> Iterator[Inputs]:
-    """What each layer attends to of a model that reads Python's documentation, in one chunk."""
+    """What each layer attends to of a model that reads Python's documentation, in its last quarter."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     from mixquant.checkpoints import models
@@ -236,7 +236,7 @@ def layers_of(name: str, tokens: int) -> Iterator[Inputs]:
 
     def watched(module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, **more: Any) -> Any:
         q, k, v = (x[0].transpose(0, 1).contiguous() for x in (q, k, v))
-        found.append(Inputs([q], [k], [v], more["scaling"]))
+        found.append(Inputs([q[-tokens // 4 :]], [k], [v], more["scaling"]))
         return reference.exact(q, k, v, more["scaling"]).to(q.dtype)[None], None
 
     ALL_ATTENTION_FUNCTIONS.register("watched", watched)
@@ -278,7 +278,9 @@ def main() -> None:
     parser.add_argument("--keys", default="4096,32768,131072")
     parser.add_argument("--rows", type=int, default=128, help="queries at the end of the keys")
     parser.add_argument("--sizes", default="128", help="of a head")
-    parser.add_argument("--model", help="also a real model's, such as smollm2")
+    parser.add_argument(
+        "--model", help="also a real model's, such as smollm2: a chunk of the last quarter"
+    )
     parser.add_argument("--tokens", default="6144", help="which the model reads")
     parser.add_argument("--json", type=Path, help="where the results go")
     parser.add_argument("--show", type=Path, metavar="FILE", help="print a --json file's table")

@@ -329,7 +329,7 @@ def test_long_prompts_attend_in_fp8(engines: dict[str, Any], model: str) -> None
             # First chunks attend in BF16, by another kernel than vLLM's; later ones in FP8.
             assert divergence(plain, request, crowd, request) < 0.1
             assert 1e-6 < divergence(plain, request, chunks, request) < 0.1
-            assert divergence(crowd, request, chunks, request) < 0.03
+            assert divergence(crowd, request, chunks, request) < 0.05
     assert "attention" not in bf16["products"]
     bf16_chunks = engines["long, BF16 attention"]["chunks"]
     assert divergence(bf16_chunks, 0, engines["long, FP8 attention"]["chunks"], 0) > 1e-6

@@ -57,8 +57,8 @@ def _in_cache(pages, row, token, there, head, page_size, stride_row, stride_p, s
     return page * stride_p + (token % page_size) * stride_t + head * stride_h
 
 
-# Not compiled anew for a number of tokens that happens to be 1 or a multiple of 16.
-@triton.jit(do_not_specialize=["tokens"])
+# Not compiled anew for a number of tokens, or a table's width, that happens to be a multiple of 16.
+@triton.jit(do_not_specialize=["tokens", "stride_row"])
 def encode_queries_kernel(
     x,
     keys,
@@ -141,7 +141,7 @@ def _key_at(place, count, stride, UNIT: tl.constexpr):
     return tl.where(unit < units, moved, unit) * UNIT + place % UNIT
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["stride_row"])
 def value_sums_kernel(
     values,
     pages,
@@ -176,7 +176,7 @@ def value_sums_kernel(
     tl.store(sums + to * SIZE + column, total)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["stride_row"])
 def encode_cache_kernel(
     keys,
     values,
@@ -240,7 +240,7 @@ def encode_cache_kernel(
         tl.store(lost + to_lost * SIZE + column, total)
 
 
-@triton.jit(do_not_specialize=["tokens", "parts"])
+@triton.jit(do_not_specialize=["tokens", "parts", "stride_row"])
 def merge_kernel(
     values,
     pages,

@@ -1,8 +1,9 @@
 """Attention of vLLM whose quantized rows attend in FP8, over vLLM's BF16 KV cache.
 
 Attention is most of a long prompt's prefill. Where it pays, the quantized rows of a pass attend in FP8
-to the keys before their chunk (`mixquant.engines.vllm.attention.fp8`). All other rows, decode rows among
-them, keep vLLM's own BF16 kernel, and the cache stays as it is.
+to the keys before their chunk (`mixquant.engines.vllm.attention.fp8`). A prompt's first chunk attends in
+BF16, with its precise rows. All other rows, decode rows among them, keep vLLM's own BF16 kernel, and the
+cache stays as it is.
 """
 
 from __future__ import annotations

@@ -56,6 +56,9 @@ class Piece:
 def pieces_of(plan: PhasePlan, batch: Any, worth: Callable[[int, int], bool]) -> list[Piece]:
     """The rows of a pass whose attention is FP8: quantized ones, where that is worth it.
 
+    A prompt's first chunk has no keys before it, and so no codes. All of it attends in BF16 here, the
+    precise rows, too: they need no launch of their own then.
+
     Args:
         batch: with arrays ``first_positions``, ``row_counts`` and ``prompt_lengths``
             ``[sequences]``, in row order.
@@ -74,8 +77,13 @@ def pieces_of(plan: PhasePlan, batch: Any, worth: Callable[[int, int], bool]) ->
         for start, stop in plan.quantized:
             # Decode rows are quantized, too, where everything is.
             low, high = max(start, row), min(stop, row + count, row + prompt - first)
-            if low < high and worth(high - low, first + high - row):
-                pieces.append(Piece(sequence, low, high, first + high - row))
+            if low >= high or not worth(high - low, first + high - row):
+                continue
+            if first == 0:
+                low, high = row, row + count
+            pieces.append(Piece(sequence, low, high, first + high - row))
+            if first == 0:
+                break
         row += count
     return pieces
 
@@ -146,14 +154,14 @@ def stride_of(units: int) -> int:
 def worth(rows: int, keys: int, heads: int, kv_heads: int, size: int) -> bool:
     """Whether a chunk takes less time here than in vLLM's attention.
 
-    The product is faster for each pair of a row and a key: that of codes, and, half as much, that of
-    keys which need no looking up in pages. Codes take time for each key and each row, and launches take
-    time. The numbers are an H100's: `benchmarks/attention_crossover.py`.
+    The product is faster for each pair of a row and a key: that of codes, and, a quarter as much, that
+    of keys which need no looking up in pages. Codes take time for each key and each row, and launches
+    take time. The numbers are an H100's: `benchmarks/attention_crossover.py`.
     """
     piece = Piece(0, 0, rows, keys)
     own = rows * rows / 2
-    if piece.context == 0:
+    if piece.context < PRECISE_KEYS:
         return own > 5e10 / (heads * size)
     coded = piece.context if piece.own_in_bf16 else keys
-    saved = rows * piece.context + (own / 2 if piece.own_in_bf16 else own)
+    saved = rows * piece.context + (own / 4 if piece.own_in_bf16 else own)
     return saved > 1600 * coded * kv_heads / heads + 1500 * rows + 5e10 / (heads * size)
