@@ -1,14 +1,18 @@
 """Prefill and decode speed of vLLM: BF16, vLLM's FP8 everywhere, and mixquant, in one run.
 
     python benchmarks/vllm_speed.py --model benchmarks/models/qwen3-8b --json FILE
+    python benchmarks/vllm_speed.py --model benchmarks/models/qwen3-8b --turns --json FILE
     python benchmarks/vllm_speed.py --show FILE
 
 Each arm is an engine in a process of its own, on random weights in the shape of the model (a
 directory with a config.json is enough), of such size that activations are about 1 as in a real model
 (vLLM's own dummy weights are tiny, and FP8 attention would multiply zeros, which takes a GPU less
-power and so less time), and random tokens, chunks of 8,192, prefix cache off. Engines
-may start together (--together), but are measured one at a time, the others idle. TTFT is the time of
-a request for one token; TPOT the rest of a longer one's. Medians; ratios hold within one run only.
+power and so less time), and random tokens, chunks of 8,192. Engines may start together (--together), but
+are measured one at a time, the others idle. TTFT is the time of a request for one token; TPOT the rest
+of a longer one's. Medians; ratios hold within one run only.
+
+Without --turns the prefix cache is off. With it, an agent's turns are measured: so many new tokens
+behind so many that the prefix cache holds, in engines with vLLM's default number of sequences.
 """
 
 from __future__ import annotations
@@ -48,7 +52,11 @@ ARMS: dict[str, dict[str, Any]] = {
     "mixquant": mixquant(),
     "FP8 attention alone": mixquant(preset="exact", prefill_attention="fp8"),
     "FP8 everywhere and FP8 attention": mixquant(everywhere=True),
+    "bf16 with graphs": {"max_cudagraph_capture_size": 4096},
+    "fp8 with graphs": {"quantization": "fp8", "max_cudagraph_capture_size": 4096},
 }
+NEW = (128, 256, 512, 1024, 2048, 4096, 8192)  # tokens of a turn
+CACHED = (0, 8192, 32768, 98304)  # tokens before it
 PROFILED = {"bf16": 200_000, "fp8": 100_000, "mixquant": 200_000}  # prompts of up to so many tokens
 KV_CACHE_BYTES = 20 * 10**9  # 135,000 tokens of Qwen3-8B
 NEW_TOKENS = 128
@@ -88,14 +96,16 @@ def measure(arm: str, options: argparse.Namespace) -> dict[str, list[dict[str, A
     }
 
     most = max([*options.lengths, *options.breakdown, 8192])
+    if options.turns:
+        most = CACHED[-1] + NEW[-1]
     llm = LLM(
         options.model,
         load_format="dummy",
         skip_tokenizer_init=True,
         max_model_len=most + 512,
         max_num_batched_tokens=8192,
-        max_num_seqs=64,
-        enable_prefix_caching=False,
+        max_num_seqs=None if options.turns else 64,
+        enable_prefix_caching=options.turns,
         gpu_memory_utilization=0.25,  # only compared with what the weights need and what is free
         kv_cache_memory_bytes=KV_CACHE_BYTES,  # vLLM cannot measure it while others start
         disable_log_stats=True,
@@ -106,11 +116,11 @@ def measure(arm: str, options: argparse.Namespace) -> dict[str, list[dict[str, A
         sys.exit("this vLLM fills weights in another way, or its engine's process was not forked")
     FILLED.unlink()
     # Others that still start would be measured, too.
-    options.turns.with_name(f"started-{os.getpid()}").touch()
-    while len(list(options.turns.parent.glob("started-*"))) < options.together:
+    options.lock.with_name(f"started-{os.getpid()}").touch()
+    while len(list(options.lock.parent.glob("started-*"))) < options.together:
         time.sleep(0.1)
-    turn = FileLock(options.turns)  # released as the process ends
-    turn.acquire()
+    lock = FileLock(options.lock)  # released as the process ends
+    lock.acquire()
     generator = random.Random(0)
 
     def prompts(count: int, tokens: int) -> list[dict[str, list[int]]]:
@@ -150,12 +160,14 @@ def measure(arm: str, options: argparse.Namespace) -> dict[str, list[dict[str, A
         values: list[float],
         unit: str,
         workload: str = "batch",
+        cached: int | None = None,
     ) -> None:
         row = {
             "arm": arm,
             "metric": metric,
             "workload": workload,
             "tokens": tokens,
+            **({} if cached is None else {"cached": cached}),
             "concurrency": concurrency,
             "value": round(statistics.median(values), 3),
             "unit": unit,
@@ -165,6 +177,23 @@ def measure(arm: str, options: argparse.Namespace) -> dict[str, list[dict[str, A
         rows.append(row)
         print(json.dumps(row), file=sys.stderr, flush=True)
 
+    def turn(prefix: list[int], new: int) -> float:
+        (prompt,) = prompts(1, new)
+        prompt["prompt_token_ids"] = prefix + prompt["prompt_token_ids"]
+        sampling = SamplingParams(temperature=0, max_tokens=1, ignore_eos=True, detokenize=False)
+        start = time.perf_counter()
+        llm.generate([prompt], sampling, use_tqdm=False)
+        return time.perf_counter() - start
+
+    if options.turns:
+        for cached in CACHED:
+            prefix = prompts(1, cached)[0]["prompt_token_ids"] if cached else []
+            turn(prefix, 16)
+            for new in NEW:
+                turn(prefix, new)
+                values = [1e3 * turn(prefix, new) for _ in range(7)]
+                record("ttft", new, 1, values, "ms", "turns", cached)
+        return {"results": rows, "breakdown": []}
     for tokens in options.lengths:
         repeats = 1 if tokens > 100_000 else max(2, min(11, 90_000 // tokens))
         if tokens < 30_000:  # longer ones do what shorter ones did before, chunk by chunk
@@ -210,15 +239,17 @@ def table(rows: list[dict[str, Any]]) -> str:
     ]
     lines[0] += " |"
     lines.append("| --- " * (2 * len(arms)) + "|")
-    keys = dict.fromkeys((r["metric"], r["tokens"], r["concurrency"], r["unit"]) for r in rows)
-    for key in keys:
-        metric, tokens, concurrency, unit = key
-        values = {
-            r["arm"]: r["value"]
-            for r in rows
-            if (r["metric"], r["tokens"], r["concurrency"], r["unit"]) == key
-        }
-        name = f"{metric}, {concurrency} x {tokens} tokens ({unit})"
+
+    def key_of(row: dict[str, Any]) -> tuple[Any, ...]:
+        return tuple(
+            row.get(name) for name in ("metric", "tokens", "cached", "concurrency", "unit")
+        )
+
+    for key in dict.fromkeys(map(key_of, rows)):
+        metric, tokens, cached, concurrency, unit = key
+        values = {row["arm"]: row["value"] for row in rows if key_of(row) == key}
+        behind = "" if cached is None else f" behind {cached}"
+        name = f"{metric}, {concurrency} x {tokens} tokens{behind} ({unit})"
         cells = [f"{values[a]:.2f}" if a in values else "-" for a in arms]
         base = values.get("bf16")
         cells += [f"{base / values[a]:.2f}" if base and a in values else "-" for a in arms[1:]]
@@ -239,11 +270,12 @@ def main() -> None:
         "--breakdown", default="8192,131072", help="profile prompts of these lengths"
     )
     parser.add_argument("--traces", metavar="FOLDER", type=Path, help="keep the profiles' traces")
+    parser.add_argument("--turns", action="store_true", help="measure an agent's turns instead")
     parser.add_argument("--vocabulary", type=int, help="tokens are drawn below this number")
     parser.add_argument("--json", type=Path, help="where the results go")
     parser.add_argument("--together", type=int, default=1, help="engines that start at a time")
     parser.add_argument("--one-arm", metavar="FILE", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("--turns", metavar="FILE", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--lock", metavar="FILE", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.show:
         print(table(json.loads(options.show.read_text())["results"]))
@@ -272,7 +304,8 @@ def main() -> None:
                 result = Path(folder, f"{len(processes)}.json")
                 command = [sys.executable, __file__, "--model", options.model, "--arms", arm]
                 command += [f"--{name}={text}" for name, text in numbers.items()]
-                command += ["--one-arm", str(result), "--turns", str(Path(folder, "turn"))]
+                command += ["--one-arm", str(result), "--lock", str(Path(folder, "lock"))]
+                command += ["--turns"] * options.turns
                 command += ["--together", str(len(group))]
                 if options.traces:
                     command += ["--traces", str(options.traces)]

@@ -55,7 +55,10 @@ def basic_engines(
         ),
         "defaults": real_model.engine(
             model,
-            {"crowd": {"prompts": prompts, "chunk": 256}, "again": {"prompts": few}},
+            {
+                "crowd": {"prompts": prompts, "chunk": 1024 if ON_GPU else 256},
+                "again": {"prompts": few},
+            },
             enforce_eager=True,
             **{**mixquant(), "enable_prefix_caching": True},
         ),

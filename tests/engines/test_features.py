@@ -11,7 +11,7 @@ import pytest
 import real_model
 import this_machine
 import torch
-from real_model import assert_products_were_planned, layers_of
+from real_model import SAME, assert_products_were_planned, launched, layers_of
 from safetensors.torch import save_file
 from this_machine import needs_fp8_cache
 from vllm_engines import (
@@ -134,6 +134,11 @@ def engines(
         },
         **(
             {
+                "always, eager": engine(
+                    {"crowd": {"prompts": prompts}, "chunks": {"prompts": prompts, "chunk": 256}},
+                    enforce_eager=True,
+                    **mixquant(min_prefill_tokens=0),
+                ),
                 "graphs to 2048": engine(
                     {"crowd": {"prompts": prompts}, "chunks": {"prompts": prompts, "chunk": 2048}},
                     compilation_config={"cudagraph_capture_sizes": [1, 8, 64, 512, 2048]},
@@ -290,6 +295,22 @@ def test_a_pass_that_replays_a_graph_is_precise_however_large(engines: dict[str,
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not ON_GPU, reason="no NVIDIA GPU")
+def test_a_quantized_pass_is_the_same_replayed_from_a_graph(engines: dict[str, Any]) -> None:
+    """Precise rows, which a graph reads as data, among others: prompts' last tokens, answers."""
+    replayed, eager = engines["always"], engines["always, eager"]
+    passes = [one for name in ("crowd", "chunks of 256") for one in replayed[name]["passes"]]
+    mixed = [one for one in passes if one["kind"] == "quantized_graph"]
+    assert any(len(one["requests"]) > 1 for one in mixed) and len(mixed) > 5
+    plain = engines["plain"]["all"]
+    for mine, other in (("crowd", "crowd"), ("chunks of 256", "chunks")):
+        requests = range(len(plain["tokens"]))
+        effect = sum(divergence(plain, one, eager[other], one) for one in requests)
+        differences = [divergence(eager[other], one, replayed[mine], one) for one in requests]
+        assert sum(differences) < SAME * effect
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not ON_GPU, reason="no NVIDIA GPU")
 @pytest.mark.parametrize("level", [1, 2])
 def test_the_copy_sleeps_and_wakes_with_the_weights(engines: dict[str, Any], level: int) -> None:
     awake, slept = engines["sleeping"]["awake"], engines["sleeping"][f"level {level}"]
@@ -306,8 +327,8 @@ def test_norms_and_activations_are_computed_as_they_are_quantized(
     engines: dict[str, Any], model: str
 ) -> None:
     layers = layers_of(model)
-    for run in engines["always"].values():
-        planned = sum(bool(one["quantized"]) for one in run["passes"])
+    for run in engines["always, eager"].values():
+        planned = launched(run)
         assert run["products"].get("activations", 0) == planned * layers > 0
         if torch.cuda.get_device_capability() == (9, 0):
             assert run["products"].get("norms", 0) == 2 * planned * layers

@@ -60,6 +60,12 @@ class RecipeError(MixquantError, ValueError):
     """A recipe that cannot be used. The message is one line and names the offending key."""
 
 
+LEAST_ON_GPU = 512
+"""Quantizable tokens from which on a pass gains on a GPU: with fewer, an H100 takes as long in BF16."""
+
+LEAST_ON_CPU = 128
+
+
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
 class Recipe:
     """How a model is run: which rows and layers are quantized, and to what.
@@ -74,7 +80,8 @@ class Recipe:
             with ``default`` for the rest, which is then taken as it stands, whatever the preset.
         min_prefill_tokens: a pass with fewer quantizable rows is all precise: below that a product is
             bound by reading its weights (on an H200, 690 TFLOP/s over 4 TB/s: some 170 rows), and
-            a pass with a precise tail reads the BF16 weights in any case.
+            a pass with a precise tail reads the BF16 weights in any case. None: `LEAST_ON_GPU` or
+            `LEAST_ON_CPU`.
         precise_head: tokens at the start of a prompt that stay precise. None: by format.
         precise_tail: tokens at the end of a prompt that stay precise.
         block_scale: how NVFP4 picks block scales: ``6`` (the block's largest value becomes 6, the
@@ -101,7 +108,7 @@ class Recipe:
 
     preset: PresetName = "balanced"
     format: FormatName | Literal["auto"] | dict[str, FormatName] = "auto"
-    min_prefill_tokens: Tokens = 128
+    min_prefill_tokens: Tokens | None = None
     precise_head: Tokens | None = None
     precise_tail: Tokens = 1
     block_scale: Literal["6", "4/6"] = "6"
@@ -191,7 +198,7 @@ class Recipe:
     def to_json(self) -> str:
         return json.dumps(self.to_dict(), indent=2)
 
-    def resolved(self, native: frozenset[str]) -> Recipe:
+    def resolved(self, native: frozenset[str], on_gpu: bool = False) -> Recipe:
         """This recipe with everything decided, for a device that multiplies ``native`` formats.
 
         In the result ``format`` is a mapping with a ``default`` and no threshold is None; for the
@@ -219,10 +226,13 @@ class Recipe:
                 self, format=by_projection, min_prefill_tokens=0, precise_head=0, precise_tail=0
             )
         used = by_projection.values()
-        head = self.precise_head
+        head, least = self.precise_head, self.min_prefill_tokens
+        if least is None:
+            least = LEAST_ON_GPU if on_gpu else LEAST_ON_CPU
         return replace(
             self,
             format=by_projection,
+            min_prefill_tokens=least,
             precise_head=max(_PRECISE_HEAD[f] for f in used) if head is None else head,
             prefill_model=None if self.role == "decode" else self.prefill_model,
         )

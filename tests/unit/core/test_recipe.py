@@ -12,7 +12,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mixquant.core.recipe import FORMATS, PRESETS, STATE_WRITERS, Recipe, RecipeError, fastest
+from mixquant.core.recipe import (
+    FORMATS,
+    LEAST_ON_CPU,
+    LEAST_ON_GPU,
+    PRESETS,
+    STATE_WRITERS,
+    Recipe,
+    RecipeError,
+    fastest,
+)
 
 NOTHING: frozenset[str] = frozenset()
 BLACKWELL = frozenset({"nvfp4", "fp8", "int8"})
@@ -27,7 +36,7 @@ recipes = st.builds(
     | st.dictionaries(names, st.sampled_from(FORMATS), max_size=4).map(
         lambda mapping: {**mapping, "default": "int8"}
     ),
-    min_prefill_tokens=st.integers(0, 10**6),
+    min_prefill_tokens=st.none() | st.integers(0, 10**6),
     precise_head=st.none() | st.integers(0, 10**6),
     precise_tail=st.integers(0, 10**6),
     block_scale=st.sampled_from(("6", "4/6")),
@@ -186,7 +195,8 @@ def test_resolving_decides_everything_once(recipe: Recipe, native: frozenset[str
         assert resolved.resolved(other) == resolved
     kept = ["preset", "block_scale", "ignore", "role", "everywhere"]
     if recipe.role != "prefill":
-        kept += ["min_prefill_tokens", "precise_tail"]
+        kept += ["precise_tail"]
+        kept += ["min_prefill_tokens"] * (recipe.min_prefill_tokens is not None)
         kept += ["precise_head"] * (recipe.precise_head is not None)
     for key in kept:
         assert getattr(resolved, key) == getattr(recipe, key)
@@ -252,7 +262,9 @@ def test_exact_quantizes_nothing_whatever_the_format() -> None:
 def test_the_precise_head_goes_by_format(name: Any, head: int) -> None:
     resolved = Recipe(preset="fast", format=name).resolved(NOTHING)
     assert (resolved.precise_head, resolved.precise_tail) == (head, 1)
-    assert resolved.min_prefill_tokens == 128
+    assert resolved.min_prefill_tokens == LEAST_ON_CPU == 128
+    on_gpu = Recipe(preset="fast", format=name).resolved(NOTHING, on_gpu=True)
+    assert on_gpu.min_prefill_tokens == LEAST_ON_GPU == 512
     # Of several formats, the most careful.
     mixed = Recipe(format={"default": "int8", "q_proj": name}).resolved(NOTHING)
     assert mixed.precise_head == head

@@ -53,7 +53,7 @@ def convert(model: PreTrainedModel, recipe: Recipe) -> None:
     _check_model(model)
     decoder = model.get_decoder()
     device = decoder.device
-    resolved = recipe.resolved(native_formats(device))
+    resolved = recipe.resolved(native_formats(device), device.type == "cuda")
     _check_linears(model, decoder, resolved)
     _refuse_device(device, resolved)
 
@@ -88,7 +88,7 @@ def convert(model: PreTrainedModel, recipe: Recipe) -> None:
     watch(
         model,
         Thresholds(
-            min_prefill_tokens=resolved.min_prefill_tokens,
+            min_prefill_tokens=resolved.min_prefill_tokens or 0,
             precise_head=resolved.precise_head or 0,
             precise_tail=resolved.precise_tail,
         ),

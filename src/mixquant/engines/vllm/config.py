@@ -33,6 +33,7 @@ class PhaseQuantizationConfig(QuantizationConfig):  # type: ignore[misc]
         self.recipe_in_checkpoint = recipe_in_checkpoint
         self.recipe: Recipe | None = None
         self.counters: str | None = None
+        self.default_graph_sizes = False  # whether vLLM chose which CUDA graphs are captured
         self.layers: int | None = None  # of the model itself, where there is a drafter besides
         self.ledger = Ledger()
 

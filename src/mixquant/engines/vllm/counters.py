@@ -27,12 +27,12 @@ ROWS = (
     ("decode", "quantized"),  # always 0, unless the recipe says everywhere
     ("decode", "precise"),
 )
-PASSES = ("quantized", "precise", "graph")
+PASSES = ("quantized", "precise", "graph", "quantized_graph")
 _WIDTH = len(ROWS) + len(PASSES)
 
 _ROWS_HELP = "Token rows that went through the model, by phase and precision."
 _ROWS_LABELS = ["engine", "phase", "precision"]
-_PASSES_HELP = "Forward passes, by kind: quantized, precise, or replayed from a CUDA graph."
+_PASSES_HELP = "Forward passes, by kind: quantized or precise, each of its own or as a CUDA graph."
 _PASSES_LABELS = ["engine", "kind"]
 
 
@@ -41,7 +41,8 @@ class Counters:
 
     Rows by phase and precision: prefill rows are prompt tokens, decode rows generated ones, drafted
     ones and generated ones that are computed again. Passes by kind: ``quantized`` has a quantized
-    row, ``graph`` replayed a captured CUDA graph, ``precise`` is every other.
+    row, ``graph`` replayed a CUDA graph that was captured precise, ``quantized_graph`` one that was
+    captured quantized, ``precise`` is every other.
     """
 
     def __init__(self, path: str | None, rank: int | None = None) -> None:

@@ -16,10 +16,12 @@ import numpy as np
 import torch
 
 from mixquant.core.phase import PhasePlan, Thresholds, everything_quantized, in_force, plan_pass
+from mixquant.engines.vllm import graphs
 from mixquant.engines.vllm.attention.layers import PrefillAttention
 from mixquant.engines.vllm.context import Batch, state_of
 from mixquant.engines.vllm.counters import Counters, multiprocess
 from mixquant.engines.vllm.first_prompts import FirstPrompts
+from mixquant.engines.vllm.patches.outcome import Outcome
 
 TRACE = "MIXQUANT_TRACE"
 """Environment variable: a file to which every pass is appended as a line of JSON."""
@@ -31,7 +33,7 @@ class Follower:
     def __init__(self, runner: Any, method: Any) -> None:
         recipe = self.recipe = method.recipe
         self.thresholds = Thresholds(
-            min_prefill_tokens=recipe.min_prefill_tokens,
+            min_prefill_tokens=recipe.min_prefill_tokens or 0,
             precise_head=recipe.precise_head or 0,
             precise_tail=recipe.precise_tail,
         )
@@ -42,11 +44,19 @@ class Follower:
         self.first_prompts = FirstPrompts()
         self.profiling = False
         self._fp8_attention: PrefillAttention | None = None
+        self._graphs: graphs.QuantizedGraphs | None = None
         self._workspace: Any = None
         self._longest = runner.vllm_config.model_config.max_model_len
         self._entered: in_force | None = None
         self._counters = _counters_of(runner, method)
         self._trace = os.environ.get(TRACE) if self._counters is not None else None
+
+    def capture_quantized(self, runner: Any, model: Any) -> Outcome:
+        """Has the runner capture quantized CUDA graphs, too, if the model can have them."""
+        self._graphs, outcome = graphs.prepare(
+            runner, model, self.recipe, self.thresholds.min_prefill_tokens
+        )
+        return outcome
 
     def watch(self, model: Any, fp8_attention: PrefillAttention | None) -> None:
         """Puts the hooks on the model, which may have been loaded anew.
@@ -85,11 +95,9 @@ class Follower:
         elif self.profiling:
             plan = plan_pass(Thresholds(), [0], [rows], [rows])  # what the largest pass may be
         elif batch is not None:
-            replays = _may_replay_graph()
-            plan = self._plan(batch, rows, replays)
-            if plan is not None:
-                state_of(plan).batch = batch
-            self._count(batch, plan, "graph" if replays else None)
+            plan = self._plan_of_real_pass(batch, rows)
+        elif self._graphs is not None and self._graphs.holds(rows) and not _captures():
+            plan = self._graphs.plan_to_capture(rows)
         if self.profiling and self._fp8_attention is not None:
             # vLLM leaves attention out as it measures what memory a pass may need.
             self._workspace = self._fp8_attention.workspace(
@@ -103,6 +111,20 @@ class Follower:
         if self._entered is not None:
             self._entered.__exit__()
             self._entered = None
+
+    def _plan_of_real_pass(self, batch: Batch, rows: int) -> PhasePlan | None:
+        kind = "graph" if _may_replay_graph() else None
+        quantized_graph = kind and self._graphs is not None and self._graphs.holds(rows)
+        plan = self._plan(batch, rows, bool(kind and not quantized_graph))
+        if plan is not None:
+            state_of(plan).batch = batch
+        if quantized_graph:
+            assert self._graphs is not None
+            kind = "quantized_graph" if self._graphs.serve(plan) else None
+            if kind is None:
+                graphs.leave()
+        self._count(batch, plan, kind)
+        return plan
 
     def _plan(self, batch: Batch, rows: int, may_replay_graph: bool) -> PhasePlan | None:
         padding = rows - int(batch.row_counts.sum())
@@ -153,12 +175,17 @@ def _row_count(args: Any, kwargs: dict[str, Any]) -> int:
     return int(positions.shape[-1])  # [rows], or [3, rows] for M-RoPE
 
 
+def _captures() -> bool:
+    """Whether a CUDA graph of a whole pass is captured."""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
 def _may_replay_graph() -> bool:
-    """Whether this pass runs in, or is captured into, a CUDA graph: the captured one is precise."""
+    """Whether this pass runs in, or is captured into, a CUDA graph."""
     from vllm.config import CUDAGraphMode
     from vllm.forward_context import get_forward_context, is_forward_context_available
 
-    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+    if _captures():
         return True
     if not is_forward_context_available():
         return False

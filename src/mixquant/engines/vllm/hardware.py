@@ -26,6 +26,13 @@ def native_formats() -> tuple[frozenset[str], str]:
     return cuda_formats(divmod(level, 10)), current_platform.get_device_name()
 
 
+def is_gpu() -> bool:
+    """Whether vLLM runs on an NVIDIA GPU here."""
+    from vllm.platforms import current_platform
+
+    return bool(current_platform.is_cuda())
+
+
 def emulates(fmt: str) -> bool:
     """Whether products in this format are emulated on this machine."""
     return fmt not in native_formats()[0]

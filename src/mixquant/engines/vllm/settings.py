@@ -76,7 +76,7 @@ def resolve(given: Any) -> Recipe:
     native, device = hardware.native_formats()
     if recipe.prefill_model is not None and recipe.role != "decode":
         recipe = _with_format_of(recipe)
-    resolved = recipe.resolved(native)
+    resolved = recipe.resolved(native, hardware.is_gpu())
     assert isinstance(resolved.format, dict)
     foreign = sorted(set(resolved.format.values()) - native - {"bf16"})
     if foreign and not recipe.emulate:

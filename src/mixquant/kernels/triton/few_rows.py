@@ -47,11 +47,14 @@ def few_rows_kernel(
     depth = tl.arange(0, DEPTH)
     there = row < rows
     of_x, of_out = row.to(tl.int64), row.to(tl.int64)
+    tiles = tl.cdiv(N, FEATURES)
+    if rows_of_out is not None:
+        of_out = tl.load(rows_of_out + row, there, -1)
+        there = of_out >= 0
+        tiles = tl.where(tl.max(of_out, 0) >= 0, tiles, 0)
     if rows_of_x is not None:
         of_x = tl.load(rows_of_x + row, there, 0)
-    if rows_of_out is not None:
-        of_out = tl.load(rows_of_out + row, there, 0)
-    for tile in range(tl.program_id(0), tl.cdiv(N, FEATURES), tl.num_programs(0)):
+    for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
         feature = tile * FEATURES + tl.arange(0, FEATURES)
         inside = feature < N
         sums = tl.zeros((FEATURES, ROWS), tl.float32)
@@ -86,7 +89,7 @@ def few_rows(
         weight: BF16 ``[N, K]``, contiguous.
         out: BF16 ``[M, N]``, each row contiguous.
         rows_of_x: int64 ``[M]``, if the M rows are these of a larger ``x``.
-        rows_of_out: int64 ``[M]``, if they go to these of a larger ``out``.
+        rows_of_out: int64 ``[M]``, if they go to these of a larger ``out``; -1 for none.
 
     Raises:
         ValueError: too many rows.

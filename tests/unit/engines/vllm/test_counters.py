@@ -46,7 +46,7 @@ def test_two_processes_share_the_file_and_its_owner_removes_it() -> None:
     )
     path, there, *numbers = done.stdout.split()
     assert there == "True"  # after the child's end
-    assert [int(number) for number in numbers] == [3005, 2, 7000, 3001, 1, 1000, 1000]
+    assert [int(number) for number in numbers] == [3005, 2, 7000, 3001, 1, 1000, 1000, 0]
     assert not Path(path).exists()
 
 
@@ -120,7 +120,7 @@ def test_a_reader_sees_what_is_counted_meanwhile_and_cannot_write(
     writer.add((1, 2, 0, 3), "precise")
     writer.add((1, 2, 0, 3), "quantized")
     assert list(reader.rows().values()) == [2, 4, 0, 6]
-    assert reader.passes() == {"quantized": 1, "precise": 1, "graph": 0}
+    assert reader.passes() == {"quantized": 1, "precise": 1, "graph": 0, "quantized_graph": 0}
     with pytest.raises(ValueError):
         reader.add((1, 1, 0, 1), "graph")
 

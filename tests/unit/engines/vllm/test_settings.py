@@ -310,6 +310,9 @@ def config_like(**changes: Any) -> Any:
         parallel_config=SimpleNamespace(**parallel | changes.pop("parallel", {})),
         quant_config=changes.pop("quant_config", None) or PhaseQuantizationConfig(),
         additional_config=changes.pop("additional_config", {}),
+        compilation_config=SimpleNamespace(
+            cudagraph_capture_sizes=changes.pop("sizes", None), max_cudagraph_capture_size=None
+        ),
         **changes,
     )
 
@@ -332,10 +335,13 @@ def test_the_hook_is_put_on_once_and_runs_around_vllms_own(device: Callable[...,
     once = Config.__post_init__
     configuration.install(Config)
     assert Config.__post_init__ is once
-    config = Config(config_like())
+    config: Any = Config(config_like())
     assert calls == ["vLLM"]
     assert not config.additional_config["seen"]  # the recipe is settled after it
     assert config.additional_config["mixquant"]["version"] == mixquant.__version__
+    assert config.quant_config.default_graph_sizes
+    config = Config(config_like(sizes=[1, 2]))
+    assert not config.quant_config.default_graph_sizes
     calls.clear()
     refusal(config_like(parallel={"enable_dbo": True}), by=Config)
     assert not calls  # checked before it
@@ -405,7 +411,7 @@ def test_settling_writes_recipe_and_version_and_keeps_the_rest(device: Callable[
     }
     assert given == {"mixquant": {"min_prefill_tokens": 5}, "other": 1}  # the caller's, untouched
     before, path = dict(config.additional_config), config.quant_config.counters
-    assert Path(path).stat().st_size == 2 * 7 * 8  # seven counters for each of two ranks
+    assert Path(path).stat().st_size == 2 * 8 * 8  # eight counters for each of two ranks
     settings.settle(config)  # as `replace` of a configuration does
     assert (config.additional_config, config.quant_config.counters) == (before, path)
 

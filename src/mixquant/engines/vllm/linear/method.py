@@ -146,7 +146,7 @@ class PhaseLinearMethod(UnquantizedLinearMethod):  # type: ignore[misc]
             if hasattr(layer, "_use_min_latency_gemm"):  # DeepSeek's, which reads the weight itself
                 layer._use_min_latency_gemm = False  # type: ignore[assignment]
         else:
-            if self._read_by_graphs():
+            if self._read_by_graphs() and self.recipe.everywhere and not self._takes():
                 raise CannotReload(
                     "with the recipe's 'everywhere' captured CUDA graphs read the copies that are "
                     "there: restart the engine to load weights, or start it with --enforce-eager"
@@ -168,9 +168,14 @@ class PhaseLinearMethod(UnquantizedLinearMethod):  # type: ignore[misc]
             self.process_weights_after_loading(layer)
 
     def _read_by_graphs(self) -> bool:
-        """Whether there is a copy that CUDA graphs were captured with."""
-        held = any(product is not None for _, product in self.products)
-        return held and self.recipe.everywhere and self.captured
+        """Whether there is a copy that CUDA graphs may have been captured with."""
+        return self.captured and any(product is not None for _, product in self.products)
+
+    def _takes(self) -> bool:
+        """Whether the copy can be made again where it is."""
+        return all(
+            product is None or isinstance(product, ScaledProduct) for _, product in self.products
+        )
 
     def apply(self, layer: torch.nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
         if not self.products or not hasattr(layer, "mixquant_number"):
@@ -238,9 +243,13 @@ class PhaseLinearMethod(UnquantizedLinearMethod):  # type: ignore[misc]
 
     def _make_products(self, layer: torch.nn.Module) -> None:
         with torch.no_grad():
-            self.products = tuple(
-                (part.features, self._product(layer, part)) for part in self.parts
-            )
+            made = tuple((part.features, self._product(layer, part)) for part in self.parts)
+            if self._read_by_graphs() and self._takes():
+                for (_, old), (_, new) in zip(self.products, made, strict=True):
+                    if isinstance(old, ScaledProduct) and isinstance(new, ScaledProduct):
+                        old.take(new)
+            else:
+                self.products = made
             quantizes = any(product is not None for _, product in self.products)
             if quantizes and not self.only_quantized:
                 self.sample = sample(layer.weight).clone()  # type: ignore[arg-type]

@@ -72,3 +72,31 @@ class Route:
             numbers = torch.arange(len(self.index), dtype=torch.int32, device=device)
             self._precise_numbers = none.index_copy_(0, self.index, numbers)
         return self._precise_numbers
+
+
+class StaticRoute(Route):
+    """The route of a pass that is captured into a CUDA graph: its precise rows are filled in later.
+
+    Args:
+        index: where the numbers of up to `FEW_ROWS` precise rows will stand, int64, the rest -1.
+        numbers: where for each row will stand which of the precise rows it is, int32, or -1.
+    """
+
+    def __init__(self, rows: int, index: Tensor, numbers: Tensor) -> None:
+        self.rows = rows
+        self.index = index
+        self.few = True
+        self.quantized = (0, rows)
+        self._numbers = numbers
+
+    def buffers(
+        self, width: int, with_precise: bool, device: torch.device
+    ) -> tuple[Any, tuple[Tensor, Tensor]]:
+        """As `Route`'s, but new ones: in a graph's memory they take each other's place."""
+        from mixquant.kernels.triton.fused import empty_codes
+
+        codes = empty_codes("fp8", self.rows, width, device)
+        if with_precise:
+            precise = torch.empty(FEW_ROWS, width, dtype=torch.bfloat16, device=device)
+            codes = replace(codes, precise=precise, precise_numbers=self._numbers)
+        return codes, (codes.codes, codes.scale)

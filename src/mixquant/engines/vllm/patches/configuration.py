@@ -29,10 +29,17 @@ def install(config_class: Any) -> None:
             return
         with refusals():
             settings.check(self)
+        compilation = self.compilation_config
+        default_sizes = (
+            compilation.cudagraph_capture_sizes is None
+            and compilation.max_cudagraph_capture_size is None
+        )
         original(self, *args, **kwargs)
         with refusals():
             settings.settle(self)
         if isinstance(self.quant_config, PhaseQuantizationConfig):
+            # A copy of a configuration has the sizes that were chosen before.
+            self.quant_config.default_graph_sizes |= default_sizes
             beams.install()
 
     post_init.mixquant = True  # type: ignore[attr-defined]

@@ -101,7 +101,8 @@ def _follower(runner: Any, config_class: type) -> Follower | None:
         patched = patch_model(model, follower.recipe, runner.vllm_config)
         follower.watch(model, patched.fp8_attention)
         if first:
-            log_table(model, follower.recipe, lines_of(patched.outcomes))
+            outcomes = [*patched.outcomes, follower.capture_quantized(runner, model)]
+            log_table(model, follower.recipe, lines_of(outcomes))
     return follower
 
 

@@ -45,6 +45,11 @@ class ScaledProduct(Product):
         self._cublas = self.kernel == CUBLAS
         self.nbytes = codes.nbytes + scale.nbytes
 
+    def take(self, other: ScaledProduct) -> None:
+        """Becomes the same as another product, in the memory that captured CUDA graphs read."""
+        self.codes.copy_(other.codes)
+        self.scale.copy_(other.scale)
+
     def encode(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Codes ``[M, K]`` and FP32 scales ``[M, 1]``."""
         if self.format == "fp8":

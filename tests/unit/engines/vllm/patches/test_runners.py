@@ -18,14 +18,20 @@ pytest.importorskip("vllm")
 
 import vllm.distributed
 from vllm.config import CUDAGraphMode
-from vllm.forward_context import ForwardContext, override_forward_context
+from vllm.forward_context import (
+    ForwardContext,
+    get_forward_context,
+    override_forward_context,
+)
 
 from mixquant.core.phase import PhasePlan, plan_in_force
 from mixquant.core.recipe import Recipe
 from mixquant.engines.vllm import counters, follower
 from mixquant.engines.vllm.config import PhaseQuantizationConfig
+from mixquant.engines.vllm.context import state_of
 from mixquant.engines.vllm.counters import Counters
 from mixquant.engines.vllm.first_prompts import KEY
+from mixquant.engines.vllm.linear.route import StaticRoute
 from mixquant.engines.vllm.loading.online import CannotReload
 from mixquant.engines.vllm.patches import runners as passes
 
@@ -39,10 +45,12 @@ class Model(torch.nn.Module):
         if quantized:
             self.layer.mixquant_method = SimpleNamespace(fp8=None)
         self.plans: list[PhasePlan | None] = []
+        self.modes: list[CUDAGraphMode] = []  # in which the passes ran in the end
         self.fails = False
 
     def forward(self, input_ids: Any = None, positions: Any = None, **kwargs: Any) -> Any:
         self.plans.append(plan_in_force())
+        self.modes.append(get_forward_context().cudagraph_runtime_mode)
         if self.fails:
             raise RuntimeError("out of something")
         return positions
@@ -87,8 +95,14 @@ class Runner:
                 data_parallel_rank=0, data_parallel_index=0, tensor_parallel_size=1
             ),
             model_config=SimpleNamespace(max_model_len=4096),
+            compilation_config=SimpleNamespace(
+                cudagraph_capture_sizes=[], cudagraph_mode=CUDAGraphMode.FULL_AND_PIECEWISE
+            ),
+            scheduler_config=SimpleNamespace(max_num_batched_tokens=300),
+            use_v2_model_runner=isinstance(self, RunnerV2),
             lora_config=None,
         )
+        self.device = torch.device("cpu")
         self.model: Any = model
         self.drafter = Model()
 
@@ -377,6 +391,125 @@ def test_a_pass_that_is_captured_is_precise(
     runner = make()
     runner.execute_model(Step([(0, 10, 10)]))
     assert runner.model.last is None or not runner.model.last.quantized
+
+
+# --- graphs that are captured quantized --------------------------------------------------------------
+
+
+@pytest.fixture
+def with_graphs(make: Callable[..., Any], method: PhaseQuantizationConfig) -> Any:
+    """A V2 runner whose passes of 129 to 256 rows replay graphs that are captured quantized."""
+    method.default_graph_sizes = True
+    runner = make()
+    if not isinstance(runner, RunnerV2):
+        pytest.skip("V2's")
+    runner.model.layer.mixquant_method.fp8 = object()
+    runner.vllm_config.compilation_config.cudagraph_capture_sizes = [1, 2, 4, 8]
+    runner.profile_run()
+    sizes = runner.vllm_config.compilation_config.cudagraph_capture_sizes
+    assert sizes == [1, 2, 4, 8, 64, 128, 256]  # no pass has more than 300 rows
+    return runner
+
+
+def static(runner: Any, rows: int) -> tuple[list[int], list[int]]:
+    """The precise rows that a graph for so many rows would read, by number and by row."""
+    graphs = runner.mixquant_follower._graphs
+    route = state_of(graphs.plan_to_capture(rows)).route
+    index = [row for row in route.index.tolist() if row >= 0]
+    return index, [number for number in route._numbers.tolist() if number >= 0]
+
+
+def test_what_is_captured_for_many_rows_is_quantized(with_graphs: Any) -> None:
+    for rows, quantized in ((8, False), (64, False), (128, False), (256, True)):
+        for mode in (CUDAGraphMode.NONE, CUDAGraphMode.PIECEWISE):  # warm-up and capture
+            with_graphs.model.run(rows, mode)
+            plan = with_graphs.model.last
+            assert (plan is not None) == quantized
+            if plan is not None:
+                assert (plan.quantized, plan.precise) == (((0, rows),), ())
+                assert isinstance(state_of(plan).route, StaticRoute)
+
+
+def test_a_whole_pass_that_is_captured_is_precise_at_any_size(
+    with_graphs: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with_graphs.model.run(256)
+    assert with_graphs.model.last is None
+
+
+def test_precise_rows_are_filled_in_before_a_replay(
+    with_graphs: Any, method: PhaseQuantizationConfig
+) -> None:
+    before = counted(method)[1]
+    step = Step([(0, 100, 100), (20, 1, 5), (3, 60, 90)], 95, CUDAGraphMode.PIECEWISE)
+    with_graphs.execute_model(step)
+    plan = with_graphs.model.last
+    assert plan.precise == ((0, 1), (99, 101)) and plan.quantized == ((1, 99), (101, 161))
+    assert static(with_graphs, 256) == ([0, 99, 100], [0, 1, 2])
+    assert state_of(plan).route is None  # the graph's, not its own
+    assert with_graphs.model.modes[-1] == CUDAGraphMode.PIECEWISE
+    with_graphs.execute_model(Step([(5, 200, 300)], 56, CUDAGraphMode.PIECEWISE))
+    assert static(with_graphs, 256) == ([], [])  # nothing is left of the pass before
+    assert counted(method)[1] == {**before, "quantized_graph": 2}
+
+
+@pytest.mark.parametrize(
+    "sequences",
+    [
+        [(0, 120, 120), *[(20, 1, 5)] * 17],  # more precise rows than a graph has places for
+        [(20, 1, 5)] * 140,
+        [(0, 5, 5), *[(20, 1, 5)] * 130],  # too few quantizable ones
+    ],
+)
+def test_a_pass_that_no_graph_serves_runs_without_one(
+    sequences: list[tuple[int, int, int]], with_graphs: Any, method: PhaseQuantizationConfig
+) -> None:
+    rows = sum(count for _, count, _ in sequences)
+    with_graphs.execute_model(Step(sequences, 256 - rows, CUDAGraphMode.PIECEWISE))
+    assert with_graphs.model.modes[-1] == CUDAGraphMode.NONE
+    kind = "quantized" if sequences[0][1] == 120 else "precise"
+    assert counted(method)[1] == {kind: 1}
+    plan = with_graphs.model.last
+    assert (plan is not None and bool(plan.quantized)) == (kind == "quantized")
+
+
+def test_smaller_passes_replay_precise_graphs(
+    with_graphs: Any, method: PhaseQuantizationConfig
+) -> None:
+    with_graphs.execute_model(Step([(0, 100, 100)], 28, CUDAGraphMode.PIECEWISE))
+    plan = with_graphs.model.last
+    assert plan is None or not plan.quantized
+    assert with_graphs.model.modes[-1] == CUDAGraphMode.PIECEWISE
+    assert counted(method)[1] == {"graph": 1}
+
+
+@pytest.mark.parametrize(
+    "case",
+    ["sizes chosen", "no graphs", "attention inside", "LoRA", "another layer", "experts", "V1"],
+)
+def test_other_engines_capture_what_they_did(
+    case: str, make: Callable[..., Any], method: PhaseQuantizationConfig
+) -> None:
+    method.default_graph_sizes = case != "sizes chosen"
+    runner = make()
+    config = runner.vllm_config
+    runner.model.layer.mixquant_method.fp8 = None if case == "another layer" else object()
+    config.use_v2_model_runner = case != "V1"
+    if case != "no graphs":
+        config.compilation_config.cudagraph_capture_sizes = [1, 2, 4, 8]
+    if case == "attention inside":
+        config.compilation_config.cudagraph_mode = CUDAGraphMode.FULL
+    if case == "LoRA":
+        config.lora_config = object()
+    if case == "experts":
+        runner.model.layer.quant_method = SimpleNamespace(quantized=object())
+    runner.profile_run()
+    own = [] if case == "no graphs" else [1, 2, 4, 8]
+    assert config.compilation_config.cudagraph_capture_sizes == own
+    runner.model.run(256, CUDAGraphMode.PIECEWISE)
+    assert runner.model.last is None
 
 
 def test_an_error_in_the_forward_pass_ends_the_plan(make: Callable[..., Any]) -> None:

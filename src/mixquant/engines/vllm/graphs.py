@@ -1,0 +1,157 @@
+"""CUDA graphs of quantized passes.
+
+vLLM captures graphs for passes of up to some 500 rows. Those stay precise: so few rows gain nothing.
+Longer passes are launched kernel by kernel, which takes the CPU 25 to 45 ms, longer than most turns of
+an agent take the GPU. So more sizes are captured, and those are quantized.
+
+A graph is the same for every pass of its size, so which of its rows are precise is data there: the
+numbers of up to `FEW_ROWS` of them, in a tensor that is filled before each replay. A pass that needs
+more, or is precise as a whole, runs without a graph. Attention stands between the graphs of a pass and
+follows its plan.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mixquant.core.phase import PhasePlan
+from mixquant.core.recipe import Recipe
+from mixquant.engines.vllm.context import state_of
+from mixquant.engines.vllm.linear.route import FEW_ROWS, StaticRoute
+from mixquant.engines.vllm.patches.outcome import Outcome
+
+MOST = 4096
+"""Rows of the largest graph: longer passes take the GPU longer than the CPU."""
+
+MARGIN = 64
+"""Rows beyond the least quantizable ones from which on graphs are quantized: precise rows, padding."""
+
+
+def sizes(own: list[int], least: int, most: int) -> tuple[list[int], list[int]]:
+    """The sizes, in rows, of graphs that are captured besides vLLM's own.
+
+    Args:
+        own: vLLM's.
+        least: quantizable rows of a quantized pass.
+        most: rows of a pass.
+
+    Returns:
+        Those of precise graphs, and those of quantized ones, which are larger.
+    """
+    last = max(own)
+    until = max(last, -(-(least + MARGIN) // 64) * 64)
+    precise = range(last // 64 * 64 + 64, min(until, most) + 1, 64)
+    steps = [*range(128, 2049, 128), *range(2304, MOST + 1, 256)]
+    return list(precise), [size for size in steps if until < size <= most]
+
+
+class QuantizedGraphs:
+    """The graphs of one model runner that are captured quantized, and what their kernels read."""
+
+    def __init__(self, precise_until: int, largest: int, device: torch.device) -> None:
+        self._precise_until = precise_until
+        self._largest = largest
+        # The numbers of the precise rows, as int64, and for each row which of those it is, as int32.
+        self._static = torch.full((2 * FEW_ROWS + largest,), -1, dtype=torch.int32, device=device)
+
+    def holds(self, rows: int) -> bool:
+        """Whether a graph for so many rows, padding among them, is quantized."""
+        return self._precise_until < rows <= self._largest
+
+    def plan_to_capture(self, rows: int) -> PhasePlan:
+        """The plan of the pass that is captured: precise are the rows that are filled in later."""
+        plan = PhasePlan(rows, ((0, rows),), ())
+        index, numbers = self._views(self._static, rows)
+        state_of(plan).route = StaticRoute(rows, index, numbers)
+        return plan
+
+    def serve(self, plan: PhasePlan | None) -> bool:
+        """Fills in the precise rows of a pass that replays a graph; False if no graph serves it."""
+        if plan is None or not plan.quantized or plan.precise_rows > FEW_ROWS:
+            return False
+        filled = torch.full((2 * FEW_ROWS + plan.rows,), -1, dtype=torch.int32)
+        index, numbers = self._views(filled, plan.rows)
+        if plan.precise:
+            rows = torch.from_numpy(np.concatenate([np.arange(*one) for one in plan.precise]))
+            index[: len(rows)] = rows
+            numbers[rows] = torch.arange(len(rows), dtype=torch.int32)
+        if self._static.is_cuda:
+            filled = filled.pin_memory()  # a new one for each pass, so that none waits for the copy
+        self._static[: len(filled)].copy_(filled, non_blocking=True)
+        return True
+
+    @staticmethod
+    def _views(of: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+        return of[: 2 * FEW_ROWS].view(torch.int64), of[2 * FEW_ROWS : 2 * FEW_ROWS + rows]
+
+
+def leave() -> None:
+    """Has the pass that begins run without a graph."""
+    from vllm.config import CUDAGraphMode
+    from vllm.forward_context import get_forward_context
+
+    get_forward_context().cudagraph_runtime_mode = CUDAGraphMode.NONE
+
+
+def prepare(
+    runner: Any, model: torch.nn.Module, recipe: Recipe, least: int
+) -> tuple[QuantizedGraphs | None, Outcome]:
+    """Adds quantized graphs to those that a model runner will capture, if its model can have them.
+
+    vLLM's own largest size stays as it is: attention's workspace and graphs of decode alone go by it.
+
+    Args:
+        runner: of vLLM's, which has loaded its model and captured nothing yet.
+        least: quantizable rows of a quantized pass.
+
+    Returns:
+        The graphs, or None; and a line for the table.
+    """
+    what = "quantized CUDA graphs:"
+    if (why := why_none(runner.vllm_config, model, recipe)) is not None:
+        return None, Outcome.nowhere(what, 1, why)
+    compilation = runner.vllm_config.compilation_config
+    own = list(compilation.cudagraph_capture_sizes)
+    most = min(MOST, runner.vllm_config.scheduler_config.max_num_batched_tokens)
+    precise, quantized = sizes(own, least, most)
+    if not quantized:
+        return None, Outcome.nowhere(what, 1, f"no pass has more than {most} rows")
+    compilation.cudagraph_capture_sizes = sorted({*own, *precise, *quantized})
+    graphs = QuantizedGraphs(max([*own, *precise]), quantized[-1], runner.device)
+    return graphs, Outcome(what, (None,) * len(quantized))
+
+
+def why_none(vllm_config: Any, model: torch.nn.Module, recipe: Recipe) -> str | None:
+    """Why a model has no quantized graphs, or None if it can have them."""
+    from vllm import envs
+    from vllm.config import CUDAGraphMode
+
+    compilation = vllm_config.compilation_config
+    if recipe.everywhere or recipe.role == "prefill":
+        return "all graphs are"
+    if not compilation.cudagraph_capture_sizes:
+        return "vLLM captures none"
+    if not vllm_config.quant_config.default_graph_sizes:
+        return "the sizes of graphs were chosen"
+    if compilation.cudagraph_mode.mixed_mode() != CUDAGraphMode.PIECEWISE:
+        return "graphs hold attention as well"
+    if getattr(envs, "VLLM_USE_BREAKABLE_CUDAGRAPH", False):
+        return "VLLM_USE_BREAKABLE_CUDAGRAPH"
+    if not getattr(vllm_config, "use_v2_model_runner", False):
+        return "needs vLLM's model runner V2"
+    if vllm_config.lora_config is not None:
+        return "not with LoRA"
+    methods = [getattr(module, "mixquant_method", None) for module in model.modules()]
+    if any(method is not None and method.fp8 is None for method in methods):
+        return "needs layers in FP8 on Hopper, without a bias"
+    if any(_are_experts(module) for module in model.modules()):
+        return "not for experts"
+    return None if any(method is not None for method in methods) else "nothing is quantized"
+
+
+def _are_experts(module: Any) -> bool:
+    return getattr(getattr(module, "quant_method", None), "quantized", None) is not None
