@@ -12,7 +12,7 @@ are measured one at a time, the others idle. TTFT is the time of a request for o
 of a longer one's. Medians; ratios hold within one run only.
 
 Without --turns the prefix cache is off. With it, an agent's turns are measured: so many new tokens
-behind so many that the prefix cache holds, in engines with vLLM's default number of sequences.
+behind so many that the prefix cache holds, in engines that capture CUDA graphs as far as vLLM's defaults do.
 """
 
 from __future__ import annotations
@@ -56,9 +56,9 @@ ARMS: dict[str, dict[str, Any]] = {
     "fp8 with graphs": {"quantization": "fp8", "max_cudagraph_capture_size": 4096},
 }
 NEW = (128, 256, 512, 1024, 2048, 4096, 8192)  # tokens of a turn
-CACHED = (0, 8192, 32768, 98304)  # tokens before it
 PROFILED = {"bf16": 200_000, "fp8": 100_000, "mixquant": 200_000}  # prompts of up to so many tokens
 KV_CACHE_BYTES = 20 * 10**9  # 135,000 tokens of Qwen3-8B
+KV_CACHE_BYTES_OF_TURNS = 16 * 10**9  # 108,000
 NEW_TOKENS = 128
 FILLED = Path(tempfile.gettempdir(), f"vllm-speed-{secrets.token_hex(8)}-filled")
 CROWD_TOKENS = 4096
@@ -97,17 +97,18 @@ def measure(arm: str, options: argparse.Namespace) -> dict[str, list[dict[str, A
 
     most = max([*options.lengths, *options.breakdown, 8192])
     if options.turns:
-        most = CACHED[-1] + NEW[-1]
+        most = options.cached[-1] + NEW[-1]
     llm = LLM(
         options.model,
         load_format="dummy",
         skip_tokenizer_init=True,
         max_model_len=most + 512,
         max_num_batched_tokens=8192,
-        max_num_seqs=None if options.turns else 64,
+        max_num_seqs=256 if options.turns else 64,
         enable_prefix_caching=options.turns,
         gpu_memory_utilization=0.25,  # only compared with what the weights need and what is free
-        kv_cache_memory_bytes=KV_CACHE_BYTES,  # vLLM cannot measure it while others start
+        # vLLM cannot measure it while others start.
+        kv_cache_memory_bytes=KV_CACHE_BYTES_OF_TURNS if options.turns else KV_CACHE_BYTES,
         disable_log_stats=True,
         profiler_config=profiler if options.breakdown else None,
         **ARMS[arm],
@@ -186,12 +187,12 @@ def measure(arm: str, options: argparse.Namespace) -> dict[str, list[dict[str, A
         return time.perf_counter() - start
 
     if options.turns:
-        for cached in CACHED:
+        for cached in options.cached:
             prefix = prompts(1, cached)[0]["prompt_token_ids"] if cached else []
             turn(prefix, 16)
             for new in NEW:
                 turn(prefix, new)
-                values = [1e3 * turn(prefix, new) for _ in range(7)]
+                values = [1e3 * turn(prefix, new) for _ in range(5)]
                 record("ttft", new, 1, values, "ms", "turns", cached)
         return {"results": rows, "breakdown": []}
     for tokens in options.lengths:
@@ -271,6 +272,7 @@ def main() -> None:
     )
     parser.add_argument("--traces", metavar="FOLDER", type=Path, help="keep the profiles' traces")
     parser.add_argument("--turns", action="store_true", help="measure an agent's turns instead")
+    parser.add_argument("--cached", default="0,8192,32768,98304", help="tokens before each turn")
     parser.add_argument("--vocabulary", type=int, help="tokens are drawn below this number")
     parser.add_argument("--json", type=Path, help="where the results go")
     parser.add_argument("--together", type=int, default=1, help="engines that start at a time")
@@ -282,7 +284,8 @@ def main() -> None:
         return
     if not options.model:
         parser.error("--model is needed, a directory with a config.json")
-    numbers = {name: getattr(options, name) for name in ("lengths", "concurrencies", "breakdown")}
+    lists = ("lengths", "concurrencies", "breakdown", "cached")
+    numbers = {name: getattr(options, name) for name in lists}
     for name, text in numbers.items():
         setattr(options, name, [int(number) for number in text.split(",") if number])
 
