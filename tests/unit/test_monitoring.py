@@ -37,11 +37,11 @@ def of_mixquant() -> dict[str, set[str]]:
     """From the objects that export them."""
     pytest.importorskip("starlette")
     from mixquant.engines.vllm import counters
-    from mixquant.serve import front
+    from mixquant.serve import attempts, front
 
     families = counters._Collector().collect()
     found = {f"{family.name}_total": set(family._labelnames) for family in families}
-    for counter in (front.REQUESTS, front.ROUTED):
+    for counter in (front.REQUESTS, attempts.ROUTED):
         found[f"{counter._name}_total"] = set(counter._labelnames)
     return found
 

@@ -1,4 +1,4 @@
-"""What a client is shown of an answer: nothing of inner addresses, and errors as sentences."""
+"""Reads routers' answers: what they say of engines, and what of them a client or the log may see."""
 
 from __future__ import annotations
 
@@ -33,6 +33,8 @@ _SAID_OTHERWISE = (  # Rust's words for JSON's types
     (re.compile(r"expected a sequence\b"), "expected a list"),
     (re.compile(r"expected (?:a map|struct \w+)"), "expected an object"),
 )
+UNREADY = (502, 503, 504)  # statuses that say that no engine answered
+BROKEN = (500, *UNREADY)  # those that may come of a dead engine
 DEAD = "EngineCore encountered an issue"  # vLLM's, when the process that computes has ended
 GAVE_UP = "Internal server error"  # vLLM's, when a KV cache that was to be fetched did not come
 FAILED = "an engine failed at this request; its log says how"
@@ -58,6 +60,17 @@ def own_error(answer: httpx.Response) -> str | None:
 def quotes_prefill(answer: httpx.Response) -> bool:
     """Whether a router quotes what a prefill engine answered, which can hold parts of a prompt."""
     return _OF_PREFILL.search(answer.text) is not None
+
+
+def is_json(answer: httpx.Response) -> bool:
+    return "json" in answer.headers.get("content-type", "")
+
+
+def loggable(answer: httpx.Response) -> str:
+    """What a log may say of an answer: what engines say is JSON, and can hold parts of a prompt."""
+    if is_json(answer) or own_error(answer) is not None or quotes_prefill(answer):
+        return str(answer.status_code)
+    return f"{answer.status_code} {answer.text[:300]}"
 
 
 def refused_by_prefill(answer: httpx.Response) -> httpx.Response | None:

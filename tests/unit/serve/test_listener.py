@@ -16,7 +16,7 @@ import httpx
 import pytest
 import uvicorn
 
-from mixquant.serve import bodies, front, listener
+from mixquant.serve import bodies, front, listener, routes
 from mixquant.serve.accepted import accepted
 from mixquant.serve.listener import Limits, protocol
 from mixquant.servers.ports import free_ports
@@ -121,7 +121,7 @@ def test_a_body_that_takes_long_to_parse_keeps_nobody_waiting(
             assert parsed.wait(PATIENCE)
         return accepted(path, raw)
 
-    monkeypatch.setattr(front, "accepted", slowly)
+    monkeypatch.setattr(routes, "accepted", slowly)
     large = {"prompt": "a" * bodies.PARSED_AT_ONCE}
     with listening(Limits()) as port, ThreadPoolExecutor(bodies.PARSERS + 1) as clients:
         url = f"http://127.0.0.1:{port}"
