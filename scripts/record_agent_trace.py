@@ -56,7 +56,7 @@ SESSIONS = {
 
 
 def main(file: str) -> None:
-    model, tokenizer = models.load(models.SMOLLM2)
+    model, tokenizer = models.load("smollm2")
     with Path(file).open("w", encoding="utf-8") as lines:
         for name, turns in SESSIONS.items():
             session = {"session": name, "messages": record(model, tokenizer, turns)}

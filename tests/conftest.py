@@ -16,6 +16,7 @@ from example_counts import FAST, THOROUGH
 from hypothesis import HealthCheck, settings
 
 from mixquant.checkpoints import models
+from mixquant.checkpoints.errors import ModelError
 
 # Which tests a folder holds. A test may be marked besides: `slow`, say.
 MARKERS = {"engines": "engine", "servers": "server", "gpu": "gpu"}
@@ -46,8 +47,8 @@ def _threads() -> None:
 def smollm2_path() -> str:
     """The directory of SmolLM2-135M-Instruct in BF16, converted once into the user's cache."""
     try:
-        return models.find(models.SMOLLM2).source
-    except models.ModelError as error:
+        return models.find("smollm2").source
+    except ModelError as error:
         pytest.skip(str(error))
 
 

@@ -10,7 +10,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from mixquant.checkpoints.models import ModelError, one_line
+from mixquant.checkpoints.errors import ModelError
+from mixquant.errors import one_line
 
 Message = dict[str, Any]
 

@@ -11,7 +11,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from mixquant import cli
-from mixquant.checkpoints.models import ModelError
+from mixquant.checkpoints.errors import ModelError
 from mixquant.conversation import TemplateError, opening, render, reply
 from mixquant.evaluate.compare.workload import agent_workload
 

@@ -10,7 +10,7 @@ import pytest
 
 import mixquant
 from mixquant import cli
-from mixquant.errors import MixquantError
+from mixquant.errors import MixquantError, one_line
 
 SOURCES = Path(mixquant.__file__).parent
 
@@ -54,3 +54,13 @@ def test_the_command_line_prints_any_of_them_as_one_line(
     monkeypatch.setattr("mixquant.results.read", broken)
     assert cli.main(["report", "a.json"]) == 2
     assert capsys.readouterr().err == "error: the model is too new\n"
+
+
+def test_the_reason_of_an_error_is_kept_where_it_stands_in_a_later_line() -> None:
+    error = ValueError("Validation error for field 'hidden_size':\n    TypeError: expected int\n")
+    assert one_line(error) == "Validation error for field 'hidden_size': TypeError: expected int"
+    assert one_line(ValueError()) == "ValueError"
+    long = one_line(ValueError("It failed.\n" + "at x\n" * 1_000 + "No disk space left"))
+    assert len(long) < 520
+    assert long.startswith("It failed. at x")
+    assert long.endswith("No disk space left")

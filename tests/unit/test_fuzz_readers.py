@@ -22,9 +22,8 @@ from safetensors.torch import save_file
 from mixquant import results
 from mixquant.bench.trace import TraceError, parse
 from mixquant.checkpoints import models
-from mixquant.checkpoints.models import ModelError
+from mixquant.checkpoints.errors import CheckpointError, ModelError
 from mixquant.checkpoints.prefill import PrefillCheckpoint
-from mixquant.checkpoints.tensor_files import CheckpointError
 from mixquant.core.recipe import Recipe, RecipeError
 from mixquant.evaluate.benchmarks.answer_file import AnswerFile, AnswerFileError, Entry
 from mixquant.evaluate.benchmarks.chat import Usage

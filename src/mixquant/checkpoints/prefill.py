@@ -16,14 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mixquant.checkpoints.compressed_tensors import (
-    CompressedTensors,
-    FormatName,
-    Fp8Tensors,
-    Nvfp4Tensors,
-    text_config,
-)
-from mixquant.checkpoints.tensor_files import CheckpointError, TensorFiles
+from mixquant.checkpoints.compressed_tensors import CompressedTensors
+from mixquant.checkpoints.config import text_config
+from mixquant.checkpoints.errors import CheckpointError
+from mixquant.checkpoints.quantized_tensors import FormatName, Fp8Tensors, Nvfp4Tensors
+from mixquant.checkpoints.tensor_files import TensorFiles
 from mixquant.core.layer_names import is_drafter
 from mixquant.files.reading import shown
 

@@ -12,12 +12,10 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from mixquant.checkpoints.models import HUB_NAME, ModelError, one_line
+from mixquant.checkpoints.errors import CheckpointError
+from mixquant.checkpoints.models import HUB_NAME
+from mixquant.errors import one_line
 from mixquant.files.reading import ReadingError, parse_json, shown
-
-
-class CheckpointError(ModelError):
-    """A checkpoint that cannot give the prefill copy. The message is one line."""
 
 
 class _Index(BaseModel):

@@ -16,10 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from mixquant.checkpoints import llm_compressor, models
+from mixquant.checkpoints.errors import ModelError
 from mixquant.checkpoints.llm_compressor import Progress, Scheme
-from mixquant.checkpoints.models import ModelError
 from mixquant.core.recipe import Recipe, is_router
+from mixquant.errors import one_line
 from mixquant.files import scratch
+from mixquant.files.writing import is_out_of_space, sync
 
 _BYTES_PER_WEIGHT: dict[Scheme, float] = {"nvfp4": 0.5625, "fp8": 1.0}
 _SAMPLE_TOKENS = 512
@@ -103,14 +105,14 @@ def quantize(
         tokenizer.save_pretrained(partial)
         _check_result(partial, checkpoint)
         for file in filter(Path.is_file, partial.rglob("*")):
-            models.sync(file)  # or a power failure leaves a renamed directory of empty files
+            sync(file)  # or a power failure leaves a renamed directory of empty files
             file.chmod(0o666 & ~_umask())
         scratch.keep(partial)
         partial.rename(out)
     except ModelError:
         raise
     except Exception as error:  # what llm-compressor raises is anything
-        why = "no disk space left" if models.is_out_of_space(error) else _describe(error)
+        why = "no disk space left" if is_out_of_space(error) else _describe(error)
         raise QuantizeError(f"cannot quantize {model} into {out}: {why}") from error
     finally:
         scratch.remove(partial)
@@ -228,5 +230,5 @@ def _umask() -> int:
 
 
 def _describe(error: Exception) -> str:
-    line = models.one_line(error)
+    line = one_line(error)
     return line if isinstance(error, OSError) else f"{type(error).__name__}: {line}"

@@ -8,7 +8,8 @@ from typing import Annotated
 
 import typer
 
-from mixquant.checkpoints.models import SMOLLM2, Checkpoint
+from mixquant.checkpoints.models import Checkpoint
+from mixquant.checkpoints.smollm2 import SMOLLM2
 from mixquant.core.recipe import Recipe
 
 Model = Annotated[

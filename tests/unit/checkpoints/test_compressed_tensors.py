@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mixquant.checkpoints.compressed_tensors import CompressedTensors, Fp8Tensors, Nvfp4Tensors
-from mixquant.checkpoints.models import ModelError
-from mixquant.checkpoints.tensor_files import CheckpointError
+from mixquant.checkpoints.compressed_tensors import CompressedTensors
+from mixquant.checkpoints.errors import CheckpointError, ModelError
+from mixquant.checkpoints.quantized_tensors import Fp8Tensors, Nvfp4Tensors
 from mixquant.formats import nvfp4
 
 Tensors = dict[str, Tensor]

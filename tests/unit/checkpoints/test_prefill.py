@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from mixquant.checkpoints.compressed_tensors import Fp8Tensors, Nvfp4Tensors
+from mixquant.checkpoints.errors import CheckpointError
 from mixquant.checkpoints.prefill import PrefillCheckpoint, check_is_of
-from mixquant.checkpoints.tensor_files import CheckpointError
+from mixquant.checkpoints.quantized_tensors import Fp8Tensors, Nvfp4Tensors
 from mixquant.formats import fp8, nvfp4
 
 Tensors = dict[str, Tensor]

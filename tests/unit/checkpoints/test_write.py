@@ -22,9 +22,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from mixquant import MixQuantConfig, cli, prepare
 from mixquant.checkpoints import llm_compressor, models
 from mixquant.checkpoints import write as module
-from mixquant.checkpoints.compressed_tensors import Fp8Tensors, Nvfp4Tensors
-from mixquant.checkpoints.models import ModelError
+from mixquant.checkpoints.errors import ModelError
 from mixquant.checkpoints.prefill import PrefillCheckpoint
+from mixquant.checkpoints.quantized_tensors import Fp8Tensors, Nvfp4Tensors
 from mixquant.checkpoints.write import quantize
 from mixquant.formats import fp8, nvfp4
 

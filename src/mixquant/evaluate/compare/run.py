@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mixquant.checkpoints.models import Checkpoint, ModelError, load_model
+from mixquant.checkpoints.errors import ModelError
+from mixquant.checkpoints.models import Checkpoint, load_model
 from mixquant.core.recipe import Recipe
 from mixquant.engines.transformers import prepare, summary
 from mixquant.evaluate.compare.timed_arm import TimedArm, type_name

@@ -19,7 +19,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
-from mixquant.checkpoints.models import cache_dir
+from mixquant.files.cache import cache_dir
 
 Call = Mapping[str, Any]  # name, arguments: an object
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mixquant.checkpoints.models import ModelError
+from mixquant.checkpoints.errors import ModelError
 from mixquant.evaluate.benchmarks.plan import on_cpu, some_items
 from mixquant.evaluate.benchmarks.settings import MiddleCutter, Settings
 from mixquant.evaluate.tasks import Item, Task, TaskError

@@ -9,7 +9,7 @@ import vllm.model_executor.layers.fused_moe.modular_kernel as mk
 from torch import Tensor
 from vllm.model_executor.layers.fused_moe.config import fp8_w8a8_moe_quant_config
 
-from mixquant.checkpoints.compressed_tensors import Fp8Tensors
+from mixquant.checkpoints.quantized_tensors import Fp8Tensors
 from mixquant.formats import fp8
 
 

@@ -10,8 +10,8 @@ from vllm import _custom_ops as ops
 from vllm.model_executor.layers.fused_moe.activation import MoEActivation, apply_moe_activation
 from vllm.model_executor.layers.quantization.utils.nvfp4_utils import swizzle_blockscale
 
-from mixquant.checkpoints.compressed_tensors import Nvfp4Tensors
-from mixquant.checkpoints.tensor_files import CheckpointError
+from mixquant.checkpoints.errors import CheckpointError
+from mixquant.checkpoints.quantized_tensors import Nvfp4Tensors
 from mixquant.engines.vllm import hardware
 from mixquant.formats import nvfp4
 

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from mixquant.checkpoints.compressed_tensors import FormatName, Fp8Tensors, Nvfp4Tensors
+from mixquant.checkpoints.errors import CheckpointError
 from mixquant.checkpoints.prefill import PrefillCheckpoint
-from mixquant.checkpoints.tensor_files import CheckpointError
+from mixquant.checkpoints.quantized_tensors import FormatName, Fp8Tensors, Nvfp4Tensors
 from mixquant.core.layer_names import from_layers, is_drafter, is_tower
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mixquant.checkpoints.compressed_tensors import Fp8Tensors, Nvfp4Tensors
+from mixquant.checkpoints.quantized_tensors import Fp8Tensors, Nvfp4Tensors
 from mixquant.core.recipe import Recipe
 from mixquant.engines.vllm import hardware
 from mixquant.engines.vllm.products.base import Product

@@ -46,8 +46,8 @@ from vllm.model_executor.layers.quantization.utils.quant_utils import (
 )
 from vllm.platforms import current_platform
 
-from mixquant.checkpoints.compressed_tensors import Fp8Tensors, Nvfp4Tensors
-from mixquant.checkpoints.tensor_files import CheckpointError
+from mixquant.checkpoints.errors import CheckpointError
+from mixquant.checkpoints.quantized_tensors import Fp8Tensors, Nvfp4Tensors
 from mixquant.core.phase import PhasePlan, Thresholds, everything_quantized, in_force, plan_pass
 from mixquant.core.recipe import Recipe
 from mixquant.core.summary import IGNORED, Layer

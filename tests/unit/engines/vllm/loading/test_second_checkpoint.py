@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from mixquant.checkpoints.compressed_tensors import Fp8Tensors, Nvfp4Tensors
-from mixquant.checkpoints.tensor_files import CheckpointError
+from mixquant.checkpoints.errors import CheckpointError
+from mixquant.checkpoints.quantized_tensors import Fp8Tensors, Nvfp4Tensors
 from mixquant.formats import fp8, nvfp4
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
