@@ -107,10 +107,10 @@ MUTATIONS = {
         ("formats/test_int8_and_fp8.py",),
     ),
     "an NVFP4 block scale of 4 for 6": Mutation(
-        "formats/nvfp4.py",
-        "scale = global_scale * (amax * (1 / E2M1_MAX))",
+        "formats/nvfp4_blocks.py",
+        "scale = global_scale * (amax * (1 / e2m1.MAX))",
         "scale = global_scale * (amax * (1 / 4.0))",
-        ("formats/test_nvfp4.py",),
+        ("formats/test_nvfp4_blocks.py",),
     ),
     "experts of other rows": Mutation(
         "engines/vllm/experts/base.py",

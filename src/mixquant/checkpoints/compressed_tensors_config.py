@@ -12,7 +12,7 @@ from mixquant.checkpoints.errors import CheckpointError
 from mixquant.checkpoints.quantized_tensors import FormatName
 from mixquant.checkpoints.tensor_files import first_error
 from mixquant.files.reading import shown
-from mixquant.formats import nvfp4
+from mixquant.formats import nvfp4_blocks
 
 # What compressed-tensors lets stand in a group's place, with its targets: the name of a scheme.
 _SCHEMES: dict[str, FormatName] = {
@@ -122,7 +122,7 @@ def _format_of(weights: _Weights) -> FormatName | None:
     if not weights.symmetric or weights.dynamic or reordered:
         return None
     if kind == ("float", 4) and weights.strategy == "tensor_group":
-        return "nvfp4" if weights.group_size == nvfp4.BLOCK else None
+        return "nvfp4" if weights.group_size == nvfp4_blocks.BLOCK else None
     if kind == ("float", 8) and weights.strategy in ("channel", "tensor"):
         return "fp8"
     return None

@@ -7,7 +7,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from mixquant.formats import fp8, nvfp4
+from mixquant.formats import fp8, nvfp4_blocks
 
 FormatName = Literal["nvfp4", "fp8"]
 
@@ -18,7 +18,7 @@ class Nvfp4Tensors:
 
     An element is ``code * block_scale / global_scale``: ``global_scale`` is compressed-tensors'
     ``weight_global_scale``, the factor that carries the tensor into the range of codes and block
-    scales (`mixquant.formats.nvfp4` calls it that, too). A kernel's tensor scale is its reciprocal.
+    scales (as in `mixquant.formats.nvfp4_blocks`). A kernel's tensor scale is its reciprocal.
     Layers that vLLM fuses (q, k, v; gate, up) mostly have one global scale in common; not always.
     """
 
@@ -44,16 +44,18 @@ class Nvfp4Tensors:
         Raises:
             ValueError: out of range, or not on the boundaries of blocks of 16.
         """
-        _check_range(start, stop, self.shape[1], nvfp4.BLOCK)
+        _check_range(start, stop, self.shape[1], nvfp4_blocks.BLOCK)
         return Nvfp4Tensors(
             self.codes[:, start // 2 : stop // 2],
-            self.block_scales[:, start // nvfp4.BLOCK : stop // nvfp4.BLOCK],
+            self.block_scales[:, start // nvfp4_blocks.BLOCK : stop // nvfp4_blocks.BLOCK],
             self.global_scale,
         )
 
     def dequantize(self) -> Tensor:
         """The FP32 matrix ``[N, K]``."""
-        return nvfp4.dequantize(self.codes, self.block_scales, self.global_scale.reciprocal())
+        return nvfp4_blocks.dequantize(
+            self.codes, self.block_scales, self.global_scale.reciprocal()
+        )
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mixquant.formats import fp8, nvfp4
+from mixquant.formats import fp8, nvfp4_blocks
 
 Tensors = dict[str, Tensor]
 
@@ -84,8 +84,8 @@ def _quantized(tensors: Tensors, fmt: str) -> Tensors:
         if "proj" not in name:
             result[name] = weight
         elif fmt == "nvfp4":
-            scale = nvfp4.global_scale(weight.abs().amax().float())
-            codes, scales = nvfp4.quantize(weight, scale)
+            scale = nvfp4_blocks.global_scale(weight.abs().amax().float())
+            codes, scales = nvfp4_blocks.quantize(weight, scale)
             result[f"{layer}.weight_packed"] = codes
             result[f"{layer}.weight_scale"] = scales
             result[f"{layer}.weight_global_scale"] = scale.reshape(1)

@@ -15,7 +15,7 @@ from torch import Tensor
 from mixquant.checkpoints.compressed_tensors import CompressedTensors
 from mixquant.checkpoints.errors import CheckpointError, ModelError
 from mixquant.checkpoints.quantized_tensors import Fp8Tensors, Nvfp4Tensors
-from mixquant.formats import nvfp4
+from mixquant.formats import nvfp4, nvfp4_blocks
 
 Tensors = dict[str, Tensor]
 Q_PROJ = "model.layers.0.self_attn.q_proj"
@@ -38,9 +38,9 @@ class TestLayers:
         assert isinstance(layer, Nvfp4Tensors)
         weight = load_file(main / "model.safetensors")[f"{Q_PROJ}.weight"]
         assert layer.shape == tuple(weight.shape)
-        scale = nvfp4.global_scale(weight.abs().amax().float())
+        scale = nvfp4_blocks.global_scale(weight.abs().amax().float())
         assert torch.equal(layer.global_scale, scale.reshape(1))
-        codes, scales = nvfp4.quantize(weight, scale)
+        codes, scales = nvfp4_blocks.quantize(weight, scale)
         assert torch.equal(layer.codes, codes)
         assert torch.equal(layer.block_scales.view(torch.uint8), scales.view(torch.uint8))
         ours = nvfp4.NVFP4.quantize_weight(weight, nvfp4.EMULATION)

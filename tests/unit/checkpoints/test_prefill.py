@@ -15,7 +15,7 @@ from torch import Tensor
 from mixquant.checkpoints.errors import CheckpointError
 from mixquant.checkpoints.prefill import PrefillCheckpoint, check_is_of
 from mixquant.checkpoints.quantized_tensors import Fp8Tensors, Nvfp4Tensors
-from mixquant.formats import fp8, nvfp4
+from mixquant.formats import fp8, nvfp4_blocks
 
 Tensors = dict[str, Tensor]
 Q_PROJ = "model.layers.0.self_attn.q_proj"
@@ -174,8 +174,8 @@ def test_a_weight_is_told_from_others_and_from_its_own_rows_in_another_order(fmt
     if fmt == "fp8":
         tensors = Fp8Tensors(*fp8.quantize(weight))
     else:
-        scale = nvfp4.global_scale(weight.abs().amax().float())
-        tensors = Nvfp4Tensors(*nvfp4.quantize(weight, scale), scale.reshape(1))
+        scale = nvfp4_blocks.global_scale(weight.abs().amax().float())
+        tensors = Nvfp4Tensors(*nvfp4_blocks.quantize(weight, scale), scale.reshape(1))
     check_is_of(tensors, weight, "a layer")
     check_is_of(tensors, torch.zeros_like(weight) + weight, "a layer")
     for other in (torch.randn(64, 96).bfloat16(), weight.roll(1, 0), weight[:32].repeat(2, 1)):

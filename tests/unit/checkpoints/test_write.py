@@ -26,7 +26,7 @@ from mixquant.checkpoints.errors import ModelError
 from mixquant.checkpoints.prefill import PrefillCheckpoint
 from mixquant.checkpoints.quantized_tensors import Fp8Tensors, Nvfp4Tensors
 from mixquant.checkpoints.write import quantize
-from mixquant.formats import fp8, nvfp4
+from mixquant.formats import e2m1, fp8, nvfp4_blocks
 
 
 @pytest.fixture(scope="module")
@@ -149,21 +149,21 @@ def _compare_nvfp4(layer: Nvfp4Tensors, weight: Tensor) -> None:
     it divides by the scale where ours multiply with its reciprocal, as vLLM does: some codes that
     lie on a tie (2 in 100,000; in one layer 1 in 1,000).
     """
-    blocks = weight.view(weight.shape[0], -1, nvfp4.BLOCK)  # [N, K/16, 16]
-    in_bf16 = blocks.abs().amax(dim=-1) / nvfp4.E2M1_MAX
-    scales = (in_bf16 * layer.global_scale).clamp(max=nvfp4.E4M3_MAX).to(torch.float8_e4m3fn)
+    blocks = weight.view(weight.shape[0], -1, nvfp4_blocks.BLOCK)  # [N, K/16, 16]
+    in_bf16 = blocks.abs().amax(dim=-1) / e2m1.MAX
+    scales = (in_bf16 * layer.global_scale).clamp(max=nvfp4_blocks.E4M3_MAX).to(torch.float8_e4m3fn)
     assert torch.equal(layer.block_scales.view(torch.uint8), scales.view(torch.uint8))
     factor = layer.block_scales.float() / layer.global_scale
-    codes = nvfp4.encode_e2m1(blocks.float() / factor.unsqueeze(-1))
-    assert torch.equal(nvfp4.unpack(layer.codes).view_as(codes), codes)
+    codes = e2m1.encode(blocks.float() / factor.unsqueeze(-1))
+    assert torch.equal(e2m1.unpack(layer.codes).view_as(codes), codes)
 
-    our_codes, our_scales = nvfp4.quantize(weight, layer.global_scale)
+    our_codes, our_scales = nvfp4_blocks.quantize(weight, layer.global_scale)
     steps = (our_scales.view(torch.uint8).int() - scales.view(torch.uint8).int()).abs()
     assert steps.max() <= 1
     assert (steps > 0).float().mean() < 0.05
-    differ = nvfp4.unpack(our_codes).view_as(codes) != codes
+    differ = e2m1.unpack(our_codes).view_as(codes) != codes
     assert differ[steps == 0].float().mean() < 5e-3
-    assert (nvfp4.unpack(our_codes).view_as(codes).int() - codes.int()).abs().max() <= 1
+    assert (e2m1.unpack(our_codes).view_as(codes).int() - codes.int()).abs().max() <= 1
 
 
 def _compare_fp8(layer: Fp8Tensors, weight: Tensor) -> None:

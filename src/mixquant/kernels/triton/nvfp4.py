@@ -19,7 +19,7 @@ import triton  # type: ignore[import-not-found, import-untyped]
 import triton.language as tl  # type: ignore[import-not-found, import-untyped]
 from torch import Tensor
 
-# As _ROW_EXPONENT["6"] of formats/nvfp4.py, where the reason stands. Kernels import no formats.
+# As _ROW_EXPONENT["6"] of formats/nvfp4_blocks.py, where the reason stands. Kernels import no formats.
 _ROW_EXPONENT = tl.constexpr(10)
 _INTEGERS = tl.constexpr(1.5 * 2**23)
 
@@ -63,7 +63,7 @@ def quantize(x, TILE_M: tl.constexpr, TILE_K: tl.constexpr):
     # The reference's reciprocal of zero is 1e-8. Triton's own division is off by up to 2 ulp.
     factor = tl.div_rn(1.0, tl.where(scales.to(tl.float32) == 0, 1e8, scales.to(tl.float32)))
     blocks *= factor[:, :, None]
-    # encode_e2m1 of formats/nvfp4.py, with _INTEGERS added: there FP32 numbers are one apart, so that
+    # encode of formats/e2m1.py, with _INTEGERS added: there FP32 numbers are one apart, so that
     # the sum is rounded as round_ does, and its last bits are the index. Of a NaN, minimum makes 7.
     magnitude = tl.abs(blocks)
     index = tl.minimum(magnitude * 2 + _INTEGERS, (magnitude + _INTEGERS) + 2)

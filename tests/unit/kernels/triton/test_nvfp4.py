@@ -26,7 +26,8 @@ from triton_child import (
 )
 
 from mixquant.formats.base import EMULATION
-from mixquant.formats.nvfp4 import NVFP4, pack
+from mixquant.formats.e2m1 import pack
+from mixquant.formats.nvfp4 import NVFP4
 
 CUBINS = Path(os.environ.get("MIXQUANT_CUBINS") or REPOSITORY / "build" / "nvfp4_sm90")
 

@@ -35,7 +35,7 @@ from mixquant.engines.vllm.loading.online import (
 )
 from mixquant.engines.vllm.loading.second_checkpoint import opened
 from mixquant.engines.vllm.products.base import nbytes_of
-from mixquant.formats.nvfp4 import BlockScale
+from mixquant.formats.nvfp4_blocks import BlockScale
 
 # Row counts whose Triton kernels are compiled in the profiling pass, besides the largest: vLLM picks
 # tile sizes by row count, and a compilation in the first request costs seconds.

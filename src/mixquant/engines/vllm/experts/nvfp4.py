@@ -13,7 +13,7 @@ from vllm.model_executor.layers.quantization.utils.nvfp4_utils import swizzle_bl
 from mixquant.checkpoints.errors import CheckpointError
 from mixquant.checkpoints.quantized_tensors import Nvfp4Tensors
 from mixquant.engines.vllm import hardware
-from mixquant.formats import nvfp4
+from mixquant.formats import nvfp4_blocks
 
 
 class Nvfp4Experts:
@@ -21,13 +21,13 @@ class Nvfp4Experts:
 
     vLLM's method for NVFP4 experts takes activation scales from calibration, which a BF16 checkpoint
     has not. So this is its chain of operators (``run_cutlass_moe_fp4``) with what
-    `mixquant.formats.nvfp4` does to rows: a power of two brings each row into range before either
+    `mixquant.formats.nvfp4_blocks` does to rows: a power of two brings each row into range before either
     product and is taken out behind it, exact in BF16, and a row's codes depend on no other row.
     """
 
     kernel = "vLLM CUTLASS"
 
-    def __init__(self, layer: Any, block_scale: nvfp4.BlockScale = "6") -> None:
+    def __init__(self, layer: Any, block_scale: nvfp4_blocks.BlockScale = "6") -> None:
         self.block_scale = block_scale  # of the weights; rows have "6"
         self.experts, rows, self.k = layer.w13_weight.shape
         self.n = layer.w2_weight.shape[2]
@@ -65,8 +65,8 @@ class Nvfp4Experts:
         ):
             for expert in range(self.experts):
                 matrix = weight[expert].data
-                factor = nvfp4.global_scale(matrix.abs().amax().float(), self.block_scale)
-                quantized, block_scales = nvfp4.quantize(matrix, factor, self.block_scale)
+                factor = nvfp4_blocks.global_scale(matrix.abs().amax().float(), self.block_scale)
+                quantized, block_scales = nvfp4_blocks.quantize(matrix, factor, self.block_scale)
                 codes[expert].copy_(quantized)
                 scales[expert].copy_(swizzle_blockscale(block_scales))
                 alphas[expert].copy_(factor.reciprocal())
@@ -134,12 +134,12 @@ class Nvfp4Experts:
             )
             return out
 
-        scaled, row_scale = nvfp4.scale_rows(x)
+        scaled, row_scale = nvfp4_blocks.scale_rows(x)
         gate_up = product(ops.shuffle_rows(scaled, to_expert_order), self.w13, sizes13)
         gate_up *= row_scale.to(x.dtype)[to_expert_order.long()]
         hidden = torch.empty(m * top_k, self.n, dtype=x.dtype, device=device)
         apply_moe_activation(layer.activation, hidden, gate_up)
-        scaled, row_scale = nvfp4.scale_rows(hidden)
+        scaled, row_scale = nvfp4_blocks.scale_rows(hidden)
         down = product(scaled, self.w2, sizes2)
         down = ops.shuffle_rows(down, to_token_order).view(m, top_k, self.k)
         by_choice = weights * row_scale[to_token_order.long()].view(m, top_k)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from mixquant.engines.vllm import hardware
 from mixquant.formats import Kernel
-from mixquant.formats.nvfp4 import BLOCK
+from mixquant.formats.nvfp4_blocks import BLOCK
 
 
 class Product(Protocol):

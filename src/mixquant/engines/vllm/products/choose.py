@@ -13,8 +13,7 @@ from mixquant.engines.vllm.products.cpu import OneDnnProduct
 from mixquant.engines.vllm.products.in_torch import EmulatedProduct
 from mixquant.engines.vllm.products.nvfp4 import nvfp4_codes, nvfp4_product
 from mixquant.engines.vllm.products.scaled import ScaledProduct
-from mixquant.formats import EMULATION
-from mixquant.formats import nvfp4 as nvfp4_format
+from mixquant.formats import EMULATION, nvfp4
 from mixquant.formats.fp8 import Fp8Weight
 
 
@@ -45,5 +44,5 @@ def product_of_tensors(
     tensor_scale = tensors.global_scale.to(device).reciprocal()
     if device.type == "cuda":
         return nvfp4_product(codes, block_scales, tensor_scale, dtype)
-    emulated = nvfp4_format.emulated_weight(codes, block_scales, tensor_scale)
+    emulated = nvfp4.emulated_weight(codes, block_scales, tensor_scale)
     return EmulatedProduct.of_weight("nvfp4", emulated)

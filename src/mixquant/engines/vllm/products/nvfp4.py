@@ -10,8 +10,7 @@ from torch import Tensor
 from mixquant.core.recipe import Recipe
 from mixquant.engines.vllm import hardware
 from mixquant.engines.vllm.products.base import Product
-from mixquant.formats import EMULATION, Kernel
-from mixquant.formats import nvfp4 as nvfp4_format
+from mixquant.formats import EMULATION, Kernel, nvfp4_blocks
 
 # vLLM's kernels that leave activations as they are, or dequantize: no FP4 product.
 _NO_FP4_PRODUCT = ("Marlin", "Humming", "W4A16", "Emulation")
@@ -58,7 +57,7 @@ class Nvfp4Product(Product):
         """Rows brought into range, and the power of two of each ``[M, 1]``."""
         # BF16 whatever the model's type: FP16 has not the range. vLLM's kernels scale the blocks of
         # rows by 6, also where the recipe says 4/6, which then holds for the weights alone.
-        return nvfp4_format.scale_rows(rows.to(torch.bfloat16))
+        return nvfp4_blocks.scale_rows(rows.to(torch.bfloat16))
 
     def multiply(self, encoded: tuple[Tensor, Tensor], bias: Tensor | None, out: Tensor) -> None:
         scaled, row_scale = encoded
@@ -90,9 +89,9 @@ class TritonNvfp4Product(Product):
 def nvfp4_codes(weight: Tensor, recipe: Recipe) -> tuple[Tensor, Tensor, Tensor]:
     """Codes, block scales (linear) and tensor scale of a weight ``[N, K]``."""
     how = recipe.block_scale
-    scale = nvfp4_format.global_scale(weight.abs().amax().float(), how)
+    scale = nvfp4_blocks.global_scale(weight.abs().amax().float(), how)
     # In pieces: quantizing needs several times the size of what it quantizes.
-    pieces = [nvfp4_format.quantize(piece, scale, how) for piece in weight.split(1024)]
+    pieces = [nvfp4_blocks.quantize(piece, scale, how) for piece in weight.split(1024)]
     codes, block_scales = (torch.cat(tensors) for tensors in zip(*pieces, strict=True))
     return codes, block_scales, scale.reciprocal()
 

@@ -68,7 +68,7 @@ from mixquant.engines.vllm.loading.online import CannotReload
 from mixquant.engines.vllm.loading.second_checkpoint import SecondCheckpoint
 from mixquant.engines.vllm.patches import runners as passes
 from mixquant.engines.vllm.products.base import nbytes_of
-from mixquant.formats import EMULATION, fp8, nvfp4
+from mixquant.formats import EMULATION, fp8, nvfp4, nvfp4_blocks
 from mixquant.formats.nvfp4 import NVFP4
 
 on_cpu = pytest.mark.skipif(not current_platform.is_cpu(), reason="vLLM's CPU build")
@@ -1405,8 +1405,8 @@ class Second:
                 if fmt == "fp8":
                     self.tensors[place] = Fp8Tensors(*fp8.quantize(part))
                 else:
-                    scale = nvfp4.global_scale(whole.abs().amax().float()).view(1)
-                    self.tensors[place] = Nvfp4Tensors(*nvfp4.quantize(part, scale), scale)
+                    scale = nvfp4_blocks.global_scale(whole.abs().amax().float()).view(1)
+                    self.tensors[place] = Nvfp4Tensors(*nvfp4_blocks.quantize(part, scale), scale)
         self.formats = dict.fromkeys(self.tensors, fmt)
 
     def layer(self, name: str) -> Any:

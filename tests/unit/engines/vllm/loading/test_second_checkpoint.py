@@ -10,7 +10,7 @@ import torch
 
 from mixquant.checkpoints.errors import CheckpointError
 from mixquant.checkpoints.quantized_tensors import Fp8Tensors, Nvfp4Tensors
-from mixquant.formats import fp8, nvfp4
+from mixquant.formats import fp8, nvfp4_blocks
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
 
@@ -21,8 +21,8 @@ def random(fmt: str, rows: int, columns: int, seed: int = 0) -> Any:
     weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
     if fmt == "fp8":
         return Fp8Tensors(*fp8.quantize(weight))
-    scale = nvfp4.global_scale(weight.abs().amax()).view(1)
-    return Nvfp4Tensors(*nvfp4.quantize(weight, scale), scale)
+    scale = nvfp4_blocks.global_scale(weight.abs().amax()).view(1)
+    return Nvfp4Tensors(*nvfp4_blocks.quantize(weight, scale), scale)
 
 
 @pytest.mark.parametrize("fmt", ["fp8", "nvfp4"])

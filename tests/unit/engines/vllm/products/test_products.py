@@ -38,8 +38,9 @@ from mixquant.engines.vllm.products.nvfp4 import (
     nvfp4_product,
 )
 from mixquant.engines.vllm.products.scaled import ScaledProduct
-from mixquant.formats import BY_NAME, EMULATION, int8, nvfp4
+from mixquant.formats import BY_NAME, EMULATION, int8, nvfp4, nvfp4_blocks
 from mixquant.formats import fp8 as fp8_format
+from mixquant.formats.swizzle import swizzle
 from mixquant.kernels import triton as kernels
 
 on_cpu = pytest.mark.skipif(not current_platform.is_cpu(), reason="vLLM's CPU build")
@@ -329,8 +330,8 @@ class Fp4Kernels:
         self.calls.append(backend)
         if padded_n is not None:
             x = F.pad(x, (0, padded_n - x.shape[1]))
-        codes, scales = nvfp4.quantize(x, scale)
-        return codes, nvfp4.swizzle_block_scales(scales)
+        codes, scales = nvfp4_blocks.quantize(x, scale)
+        return codes, swizzle(scales)
 
     def multiply(
         self,
@@ -352,7 +353,7 @@ class Fp4Kernels:
         for codes, scales, rows in ((a, scale_a, m), (b, scale_b, n)):
             assert scales.dtype == torch.float8_e4m3fn
             linear = unswizzled(scales, rows, k_half // 8)
-            operands.append(nvfp4.dequantize(codes, linear, torch.ones(1)))
+            operands.append(nvfp4_blocks.dequantize(codes, linear, torch.ones(1)))
         return (operands[0] @ operands[1].T * alpha).to(dtype)
 
 
