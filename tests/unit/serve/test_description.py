@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 
 from mixquant.cli import main
 from mixquant.serve import checks
-from mixquant.serve.commands import Process, dry_run, local_placement, processes
+from mixquant.serve.addresses import local_addresses
+from mixquant.serve.commands import Process, dry_run, processes
 from mixquant.serve.description import Deployment, ServeError, api_key, read
 from mixquant.servers.ports import free_ports
 
@@ -29,7 +30,7 @@ def described(**values: Any) -> Deployment:
 
 
 def of(deployment: Deployment, **options: Any) -> dict[str, Process]:
-    return {one.name: one for one in processes(deployment, local_placement(deployment), **options)}
+    return {one.name: one for one in processes(deployment, local_addresses(deployment), **options)}
 
 
 def option(process: Process, name: str) -> str:
@@ -288,10 +289,10 @@ def test_the_processes_of_a_set() -> None:
             )
     router = found["router-transfer"].argv
     assert [b for a, b in pairwise(router) if a == "--prefill"] == [
-        found["prefill-0"].place.url,
-        found["prefill-1"].place.url,
+        found["prefill-0"].address.url,
+        found["prefill-1"].address.url,
     ]
-    assert option(found["router-direct"], "--worker-urls") == found["decode-0"].place.url
+    assert option(found["router-direct"], "--worker-urls") == found["decode-0"].address.url
     assert option(found["front"], "--port") == "8000"
     assert found["front"].secrets["MIXQUANT_API_KEY"] == "api-key"
     ports = list(chain.from_iterable(one.ports.values() for one in found.values()))
@@ -322,7 +323,7 @@ def test_one_colocated_engine_needs_no_router() -> None:
 
 def test_the_dry_run_can_be_read_back_as_shell_text() -> None:
     deployment = described(**SET, environment={"A": "b c"}, api_key_variable="KEY")
-    started = processes(deployment, local_placement(deployment))
+    started = processes(deployment, local_addresses(deployment))
     text = dry_run(deployment, started)
     commands = [block for block in text.split("\n\n") if block.strip()]
     assert len(commands) == len(started)

@@ -19,10 +19,12 @@ from typing import Any
 
 import pytest
 
-from mixquant.serve import orphans, supervisor
-from mixquant.serve.commands import Place, Process, Role
+from mixquant.serve import orphans, supervised, supervisor
+from mixquant.serve.addresses import Address
+from mixquant.serve.commands import Process, Role
 from mixquant.serve.description import Deployment, ServeError
-from mixquant.serve.supervisor import Supervised, Supervisor
+from mixquant.serve.supervised import Supervised
+from mixquant.serve.supervisor import Supervisor
 from mixquant.servers.ports import free_ports
 from mixquant.servers.process import reason
 
@@ -90,7 +92,7 @@ def soon(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(supervisor, "POLL", 0.05)
     monkeypatch.setattr(supervisor, "MEMORY_POLL", 0.05)
     monkeypatch.setattr(supervisor, "FIRST_PAUSE", 0.05)
-    monkeypatch.setattr(supervisor, "CHILDREN_ENDING", 0.2)
+    monkeypatch.setattr(supervised, "CHILDREN_ENDING", 0.2)
     monkeypatch.setattr(supervisor, "ENDING", 1.0)
 
 
@@ -116,7 +118,7 @@ class Set:
                 one for one in ("prefill", "decode", "router", "front") if name.startswith(one)
             )
             port = next(ports)
-            place = Place("127.0.0.1", "127.0.0.1", port, 0, port)
+            address = Address("127.0.0.1", "127.0.0.1", port, 0, port)
             argv = (sys.executable, "-c", SERVER, str(port), *habits)
             after = () if role in ("prefill", "decode") else ("decode-0",)
             processes.append(
@@ -124,7 +126,7 @@ class Set:
                     name,
                     role,
                     argv,
-                    place,
+                    address,
                     "/health",
                     self.environment,
                     {"KEY": "engine-key"},
@@ -179,7 +181,7 @@ class Set:
                 line = Path(f"/proc/{entry}/cmdline").read_bytes()
             except OSError:
                 continue
-            ports = [str(one.process.place.port).encode() for one in self.supervisor.supervised]
+            ports = [str(one.process.address.port).encode() for one in self.supervisor.supervised]
             if b"ThreadingHTTPServer" in line and any(port in line.split(b"\0") for port in ports):
                 found.append(entry)
         return found
@@ -268,7 +270,7 @@ def test_one_whose_engine_dies_says_what_of(tmp_path: Path) -> None:
     with pytest.raises(ServeError, match=wanted):
         whole.run(nothing)
     lines = whole["decode-0"].last_lines().splitlines()
-    assert len(lines) == supervisor.LAST_LINES
+    assert len(lines) == supervised.LAST_LINES
     assert "'str' object has no attribute 'get'" in lines[-1]
 
 
@@ -631,7 +633,7 @@ def test_shared_memory_made_while_it_is_asked_to_end_is_removed(
     """As vLLM's while it starts, which SIGTERM does not end."""
     # s, to make it in on a busy machine
     monkeypatch.setattr(supervisor, "ENDING", 4.0)
-    monkeypatch.setattr(supervisor, "ENDING_EARLY", 4.0)
+    monkeypatch.setattr(supervised, "ENDING_EARLY", 4.0)
     name = f"mixquant-test-{uuid.uuid4().hex}"
     environment = {"MEMORY": name}
     if starting:
