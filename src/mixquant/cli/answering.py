@@ -11,9 +11,10 @@ from types import FrameType
 from typing import Any
 
 from mixquant.checkpoints.models import Checkpoint, load_model
-from mixquant.cli.console import InputError, err, progress_bar
+from mixquant.cli.console import InputError, err
 from mixquant.cli.hints import quantized_tokens
 from mixquant.cli.options import saved_recipe
+from mixquant.cli.progress import progress_bar
 from mixquant.core.recipe import Recipe
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import secrets
-import subprocess
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -12,12 +10,12 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from mixquant.bench.environment import environment
 from mixquant.checkpoints.models import Checkpoint, find, load_tokenizer
 from mixquant.cli.console import (
     InputError,
     check_writable,
     out,
-    progress_bar,
     say,
     write_results,
     write_so_far,
@@ -30,10 +28,10 @@ from mixquant.cli.options import (
     chosen_recipe,
     saved_recipe,
 )
+from mixquant.cli.progress import progress_bar
 from mixquant.core.recipe import Recipe
 from mixquant.files import scratch
 from mixquant.files.reading import shown
-from mixquant.results import Environment
 
 if TYPE_CHECKING:
     from mixquant.bench.workloads import Point
@@ -226,7 +224,7 @@ def bench(
     for message in left_out:
         say(message)
 
-    environment = _environment(elsewhere=all(arm.url for arm in compared))
+    measured_on = environment(elsewhere=all(arm.url for arm in compared))
     settings = {
         "engine": engine,
         "output_tokens": output_tokens,
@@ -238,7 +236,7 @@ def bench(
 
     def result(done: Sequence[Arm]) -> Bench:
         return Bench(
-            environment=environment,
+            environment=measured_on,
             command=context.obj,
             model=checkpoint.name,
             arms=tuple(arm.to_result() for arm in done),
@@ -333,21 +331,3 @@ def _logs(directory: Path | None) -> Iterator[Path]:
         scratch.keep(own)
         raise
     scratch.remove(own)
-
-
-def _environment(elsewhere: bool) -> Environment:
-    """This machine's. Asked for in a process of its own: here, CUDA would keep memory from the servers.
-
-    Args:
-        elsewhere: the servers ran already, perhaps on another machine, which is not known then.
-    """
-    ask = "from mixquant.results import Environment; print(Environment.here().model_dump_json())"
-    command = [sys.executable, "-c", ask]
-    told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    found = Environment.model_validate_json(told.splitlines()[-1])
-    unknown = {
-        "device": "that of the servers at the given addresses",
-        "threads": None,
-        "platform": None,
-    }
-    return found.model_copy(update=unknown) if elsewhere else found

@@ -13,7 +13,6 @@ from mixquant.cli.console import (
     InputError,
     check_writable,
     out,
-    progress_bar,
     read_text,
     say,
     write_results,
@@ -27,6 +26,7 @@ from mixquant.cli.options import (
     chosen_recipe,
     saved_recipe,
 )
+from mixquant.cli.progress import progress_bar
 
 if TYPE_CHECKING:
     from mixquant.results import Comparison

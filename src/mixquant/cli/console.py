@@ -5,78 +5,19 @@ from __future__ import annotations
 import os
 import sys
 import tempfile
-import threading
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from mixquant.errors import MixquantError
 
 out = Console()
 err = Console(stderr=True, highlight=False)
 
-SECONDS_TO_FIRST_LINE = 3.0  # what is quicker needs no line
-SECONDS_BETWEEN_LINES = 20.0
-
 
 class InputError(MixquantError, ValueError):
     """Something that the user gave cannot be used. The message is one line."""
-
-
-@contextmanager
-def progress_bar() -> Iterator[Callable[[str, float], None]]:
-    """A bar on a terminal, a line now and then elsewhere.
-
-    Yields:
-        A function that takes what is being done, and the share of all that is done (0 to 1).
-    """
-    if not err.is_terminal:
-        with lines_now_and_then() as show:
-            yield lambda doing, share: show(f"{doing} ({share:.0%})")
-        return
-    with Progress(
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TimeElapsedColumn(),
-        console=err,
-        transient=True,
-    ) as bar:
-        task = bar.add_task("Starting", total=1.0)
-        yield lambda doing, share: bar.update(task, description=doing, completed=share)
-
-
-@contextmanager
-def lines_now_and_then() -> Iterator[Callable[[str], None]]:
-    """Says what is being done after some seconds and then in intervals, for output that is redirected.
-
-    Yields:
-        A function that takes what is being done. It prints nothing itself, so it may be called often.
-    """
-    doing, ended, start = "", threading.Event(), time.monotonic()
-
-    def show(what: str) -> None:
-        nonlocal doing
-        doing = what
-
-    def repeat() -> None:
-        seconds = SECONDS_TO_FIRST_LINE
-        while not ended.wait(seconds):
-            seconds = SECONDS_BETWEEN_LINES
-            if doing:
-                say(f"{doing}, {time.monotonic() - start:.0f} s so far")
-
-    thread = threading.Thread(target=repeat, daemon=True)
-    thread.start()
-    try:
-        yield show
-    finally:
-        ended.set()
-        thread.join()
 
 
 def say(message: str) -> None:

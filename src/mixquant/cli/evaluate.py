@@ -4,28 +4,16 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    SpinnerColumn,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 
 from mixquant.checkpoints.models import find
 from mixquant.cli.console import (
     InputError,
     check_writable,
-    err,
-    lines_now_and_then,
     out,
     print_error,
     say,
@@ -41,6 +29,7 @@ from mixquant.cli.options import (
     saved_recipe,
     temperature_option,
 )
+from mixquant.cli.progress import answer_progress
 from mixquant.core.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -270,7 +259,7 @@ def evaluate(
         command=context.obj or "",
     )
     try:
-        with _progress() as progress:
+        with answer_progress() as progress:
             result, problems = run(options, progress)
     except KeyboardInterrupt:
         say(f"Stopped. Finished answers are in {out_dir}; the same command continues from there.")
@@ -289,74 +278,6 @@ def evaluate(
             say(problem)
         print_error("some requests failed; the same command asks them again")
         raise typer.Exit(1)
-
-
-class _Lines:
-    """`mixquant.evaluate.benchmarks.run.Progress`, where output is redirected."""
-
-    def __init__(self, show: Callable[[str], None]) -> None:
-        self._show = show
-        self._doing, self._done, self._total = "starting", 0, 0
-
-    def note(self, message: str) -> None:
-        say(message)
-
-    def doing(self, what: str) -> None:
-        self._doing = what
-        self._update()
-
-    def total(self, answers: int) -> None:
-        self._total = answers
-        self._update()
-
-    def advance(self) -> None:
-        self._done += 1
-        self._update()
-
-    def _update(self) -> None:
-        counted = f" ({self._done} of {self._total} answers)" if self._total else ""
-        self._show(f"{self._doing}{counted}")
-
-
-class _Bar:
-    """`mixquant.evaluate.benchmarks.run.Progress`, on a terminal."""
-
-    def __init__(self, bar: Progress) -> None:
-        self._bar = bar
-        self._task = bar.add_task("Starting", total=None)
-
-    def note(self, message: str) -> None:
-        say(message)
-
-    def doing(self, what: str) -> None:
-        self._bar.update(self._task, description=what)
-
-    def total(self, answers: int) -> None:
-        self._bar.update(self._task, total=answers)
-
-    def advance(self) -> None:
-        self._bar.advance(self._task)
-
-
-@contextmanager
-def _progress() -> Iterator[_Bar | _Lines]:
-    if not err.is_terminal:
-        with lines_now_and_then() as show:
-            yield _Lines(show)
-        return
-    with Progress(
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left:"),
-        TimeRemainingColumn(),
-        console=err,
-        transient=True,
-        speed_estimate_period=600,  # answers take minutes
-    ) as bar:
-        yield _Bar(bar)
 
 
 def _judge(url: str | None, model: str | None) -> Judge | None:

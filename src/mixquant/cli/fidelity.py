@@ -18,13 +18,13 @@ from mixquant.cli.console import (
     InputError,
     check_writable,
     out,
-    progress_bar,
     read_text,
     say,
     write_results,
     write_so_far,
 )
 from mixquant.cli.options import FormatOption, Model, chosen_recipe, saved_recipe
+from mixquant.cli.progress import progress_bar
 from mixquant.core.recipe import PRESETS, Recipe
 
 if TYPE_CHECKING:

@@ -7,8 +7,9 @@ from typing import Annotated
 
 import typer
 
-from mixquant.cli.console import progress_bar, say
+from mixquant.cli.console import say
 from mixquant.cli.options import Model
+from mixquant.cli.progress import progress_bar
 
 
 def quantize(

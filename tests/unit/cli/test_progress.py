@@ -6,14 +6,13 @@ import time
 
 import pytest
 
-from mixquant.cli import console
-from mixquant.cli.evaluate import _progress
+from mixquant.cli import progress as shown
 
 
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(console, "SECONDS_TO_FIRST_LINE", 0.05)
-    monkeypatch.setattr(console, "SECONDS_BETWEEN_LINES", 0.2)
+    monkeypatch.setattr(shown, "SECONDS_TO_FIRST_LINE", 0.05)
+    monkeypatch.setattr(shown, "SECONDS_BETWEEN_LINES", 0.2)
 
 
 def wait_for(text: str, capsys: pytest.CaptureFixture[str]) -> str:
@@ -27,7 +26,7 @@ def wait_for(text: str, capsys: pytest.CaptureFixture[str]) -> str:
 def test_lines_tell_the_latest_in_intervals(
     impatient: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with console.progress_bar() as progress:
+    with shown.progress_bar() as progress:
         for share in range(100):
             progress("Loading", share / 1000)
         assert "Loading (10%), 0 s so far" in wait_for("Loading", capsys)
@@ -41,14 +40,14 @@ def test_lines_tell_the_latest_in_intervals(
 
 def test_what_is_quick_prints_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     start = time.monotonic()
-    with console.progress_bar() as progress:
+    with shown.progress_bar() as progress:
         progress("Loading", 0.0)
     assert time.monotonic() - start < 2
     assert capsys.readouterr().err == ""
 
 
 def test_evaluate_counts_answers(impatient: None, capsys: pytest.CaptureFixture[str]) -> None:
-    with _progress() as progress:
+    with shown.answer_progress() as progress:
         progress.total(3)
         progress.doing("bf16: gsm8k")
         progress.advance()
