@@ -1,8 +1,8 @@
 """Linear layers on Hopper whose copies are FP8 as a whole, in as few launches as it takes.
 
-What stands in front of a layer in the model, RMSNorm or SiLU-and-multiply, may be left to it
-(`mixquant.engines.vllm.patches.fusion`): quantized rows are then normalized, or activated, by the
-kernel that quantizes them.
+The RMSNorm or SiLU-and-multiply in front of a layer may be left to the layer
+(`mixquant.engines.vllm.patches.norms_and_activations`): the kernel that quantizes rows then also
+normalizes or activates them.
 
 The few precise rows of a pass whose other rows are quantized (last tokens of prompts, decode rows) read
 the whole BF16 weight for a handful of rows: a kernel of ours (`mixquant.kernels.triton.few_rows`) takes

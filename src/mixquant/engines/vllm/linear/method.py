@@ -60,11 +60,10 @@ class PhaseLinearMethod(UnquantizedLinearMethod):  # type: ignore[misc]
 
     fp8: Fp8Layer | None = None  # what multiplies the layer, where it can
 
-    # See fusion.py: whether the input is SiluAndMul's, which is computed here; whether the layer is
-    # multiplied where a norm in front of it is computed; and the layer that is multiplied there, too.
-    activated = False
-    in_norm = False
-    following: Any = None
+    # Set by patches/norms_and_activations.py.
+    activated = False  # the input is SiluAndMul's, which is computed here
+    in_norm = False  # the layer is multiplied where the norm in front of it is computed
+    following: Any = None  # a layer that is multiplied there, too
 
     def __init__(
         self,

@@ -79,7 +79,7 @@ LEDGER = (
         until="Attention backends by row, or by phase, in vLLM.",
     ),
     Patch(
-        module="fusion",
+        module="norms_and_activations",
         targets=(
             "vllm.model_executor.layers.activation.SiluAndMul._forward_method",
             "vllm.model_executor.layers.layernorm.RMSNorm._forward_method",

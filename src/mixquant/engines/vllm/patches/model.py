@@ -11,8 +11,8 @@ from mixquant.core.recipe import Recipe
 from mixquant.engines.vllm.attention.layers import PrefillAttention
 from mixquant.engines.vllm.linear import fp8_layer
 from mixquant.engines.vllm.patches.attention import patch_attention
-from mixquant.engines.vllm.patches.fusion import fuse_activations, fuse_norms
 from mixquant.engines.vllm.patches.loading import patch_load_weights
+from mixquant.engines.vllm.patches.norms_and_activations import fuse_activations, fuse_norms
 from mixquant.engines.vllm.patches.outcome import Outcome
 
 

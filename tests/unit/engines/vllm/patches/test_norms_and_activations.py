@@ -19,8 +19,8 @@ from mixquant.engines.vllm import hardware  # noqa: E402
 from mixquant.engines.vllm.linear import method as linear  # noqa: E402
 from mixquant.engines.vllm.linear import operator  # noqa: E402
 from mixquant.engines.vllm.linear.fp8_layer import Fp8Layer  # noqa: E402
-from mixquant.engines.vllm.patches import fusion  # noqa: E402
-from mixquant.engines.vllm.patches.fusion import fuse_activations, fuse_norms  # noqa: E402
+from mixquant.engines.vllm.patches import norms_and_activations as patch  # noqa: E402
+from mixquant.engines.vllm.patches.norms_and_activations import fuse_activations, fuse_norms  # noqa: E402
 from mixquant.engines.vllm.products.scaled import ScaledProduct  # noqa: E402
 
 
@@ -110,14 +110,14 @@ def test_the_known_models_of_the_installed_vllm() -> None:
     from vllm.model_executor.models.qwen2 import Qwen2MLP
 
     for known in (LlamaMLP, Qwen2MLP):
-        assert fusion._body(known) in fusion._MLPS
+        assert patch._body(known) in patch._MLPS
 
     from vllm.model_executor.models import llama, qwen2, qwen3
 
     for layer in (llama.LlamaDecoderLayer, qwen2.Qwen2DecoderLayer, qwen3.Qwen3DecoderLayer):
-        assert fusion._body(layer) == fusion._DECODER_LAYER
+        assert patch._body(layer) == patch._DECODER_LAYER
     for attention in (llama.LlamaAttention, qwen2.Qwen2Attention, qwen3.Qwen3Attention):
-        assert fusion._body(attention)[0] == fusion._ATTENTION_BEGINS
+        assert patch._body(attention)[0] == patch._ATTENTION_BEGINS
 
 
 @pytest.mark.parametrize(
