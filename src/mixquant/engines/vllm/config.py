@@ -89,7 +89,7 @@ class PhaseQuantizationConfig(QuantizationConfig):  # type: ignore[misc]
             if why is not None:
                 layer.mixquant_why_precise = why  # type: ignore[assignment]
                 return None
-            from mixquant.engines.vllm.experts.method import experts_method
+            from mixquant.engines.vllm.experts.choose import experts_method
 
             return experts_method(layer, self.recipe, prefix, self.ledger)
         return None

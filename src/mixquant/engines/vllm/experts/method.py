@@ -13,17 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 from vllm.forward_context import get_forward_context
-from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import (
     UnquantizedFusedMoEMethod,
 )
-from vllm.platforms import current_platform
 
 from mixquant.checkpoints.prefill import check_is_of
 from mixquant.core.fingerprint import sample
 from mixquant.core.phase import PhasePlan, everything_quantized, plan_in_force
-from mixquant.core.recipe import Recipe
-from mixquant.core.summary import IGNORED, THE_RECIPE, Layer
+from mixquant.core.summary import Layer
 from mixquant.engines.vllm.experts import fp8 as fp8_experts
 from mixquant.engines.vllm.experts.base import QuantizedExperts, by_rows
 from mixquant.engines.vllm.loading.memory import Ledger
@@ -43,61 +40,6 @@ _WARM_ROWS = (256, 512, 1024, 1536, 2048, 3072, 4096)
 
 _ADVICE = "name experts in the recipe's 'ignore', or spread the model with --tensor-parallel-size"
 _ADVICE_FOR_PREFILL = "spread the model with --tensor-parallel-size"
-
-
-def experts_method(
-    layer: RoutedExperts, recipe: Recipe, prefix: str, ledger: Ledger
-) -> PhaseExpertsMethod | None:
-    """The method for a layer of experts, or None for vLLM's own, in BF16.
-
-    Where it is None, ``layer.mixquant_why_precise`` says why.
-    """
-    fmt, why = _format_of(layer, recipe, prefix)
-    if why is None:
-        why = why_bf16(layer, fmt)
-    if why is not None:
-        layer.mixquant_why_precise = why
-        return None
-    return PhaseExpertsMethod(
-        layer.moe_config,
-        fmt,
-        prefix,
-        ledger,
-        recipe.block_scale,
-        only_quantized=recipe.role == "prefill",
-        prefill_model=recipe.prefill_model,
-    )
-
-
-def why_bf16(layer: RoutedExperts, fmt: str) -> str | None:
-    """Why these experts cannot be multiplied per row in this format, or None if they can."""
-    moe = layer.moe_config
-    parallel = moe.moe_parallel_config
-    if not current_platform.is_cuda():
-        return "vLLM's CPU experts are compiled into the graph, where no row can be told apart"
-    if parallel.dp_size > 1:
-        return "data parallel: rows of other ranks arrive, each with a plan of its own"
-    if parallel.pcp_size > 1 or parallel.is_sequence_parallel:
-        return "each rank has a piece of the rows"
-    if parallel.use_ep or parallel.enable_eplb:
-        return "expert parallel"
-    if moe.is_lora_enabled:
-        return "LoRA replaces the method of the experts"
-    if moe.has_bias:
-        return "biases"
-    if type(layer) is not RoutedExperts:
-        return f"{type(layer).__name__}, experts of the model's own"
-    if layer.params_dtype != torch.bfloat16:
-        return f"weights in {layer.params_dtype}"
-    if fmt == "fp8":
-        if fp8_experts.kernel_class(moe) is None:
-            return "vLLM has no FP8 experts for this GPU and activation"
-        return None
-    if fmt == "nvfp4":
-        from mixquant.engines.vllm.experts.nvfp4 import Nvfp4Experts
-
-        return Nvfp4Experts.why_bf16(layer)
-    return f"no experts in {fmt}"
 
 
 class PhaseExpertsMethod(UnquantizedFusedMoEMethod):  # type: ignore[misc]
@@ -309,19 +251,6 @@ def _samples(layer: Any) -> list[Tensor]:
 
 
 _warmed: set[tuple[Any, ...]] = set()
-
-
-def _format_of(layer: RoutedExperts, recipe: Recipe, prefix: str) -> tuple[str, str | None]:
-    if recipe.ignores(prefix):
-        return "bf16", IGNORED
-    if recipe.prefill_model is not None:
-        moe = layer.moe_config
-        if not moe.is_act_and_mul:
-            return "bf16", "experts without a gate are not taken from a prefill model"
-        found, why = opened(recipe.prefill_model).format_of_experts(prefix, moe.num_experts)
-        return found or "bf16", why
-    fmt = recipe.format_of(prefix)
-    return fmt, THE_RECIPE if fmt == "bf16" else None
 
 
 def _features(moe: Any) -> int:

@@ -39,7 +39,7 @@ class Nvfp4Experts:
         self.nbytes = sum(tensor.nbytes for tensor in (*self.w13, *self.w2))
 
     @staticmethod
-    def why_bf16(layer: Any) -> str | None:
+    def unsupported(layer: Any) -> str | None:
         """Why these experts cannot be in NVFP4, or None if they can."""
         moe = layer.moe_config
         n, k = moe.intermediate_size_per_partition, moe.hidden_dim
@@ -82,8 +82,8 @@ class Nvfp4Experts:
         for (codes, scales, alphas), parts in ((self.w13, (gate, up)), (self.w2, (down,))):
             of_all = torch.zeros(scales.shape[1:], dtype=torch.float8_e4m3fn)
             codes[expert].zero_()
-            for place, part in enumerate(parts):
-                start = place * codes.shape[1] // 2  # of w13's two halves; 0 of w2
+            for half, part in enumerate(parts):
+                start = half * codes.shape[1] // 2  # of w13's two halves; 0 of w2
                 rows, columns = part.codes.shape
                 codes[expert][start : start + rows, :columns].copy_(part.codes)
                 rows, columns = part.block_scales.shape

@@ -53,15 +53,14 @@ from mixquant.core.recipe import Recipe
 from mixquant.core.summary import IGNORED, Layer
 from mixquant.engines.vllm import hardware
 from mixquant.engines.vllm.config import PhaseQuantizationConfig
+from mixquant.engines.vllm.experts import choose
 from mixquant.engines.vllm.experts import fp8 as fp8_experts
 from mixquant.engines.vllm.experts import method as experts
 from mixquant.engines.vllm.experts import nvfp4 as experts_nvfp4
+from mixquant.engines.vllm.experts.base import by_rows
+from mixquant.engines.vllm.experts.choose import experts_method
 from mixquant.engines.vllm.experts.fp8 import Fp8Experts, kernel_class
-from mixquant.engines.vllm.experts.method import (
-    PhaseExpertsMethod,
-    by_rows,
-    experts_method,
-)
+from mixquant.engines.vllm.experts.method import PhaseExpertsMethod
 from mixquant.engines.vllm.experts.nvfp4 import Nvfp4Experts
 from mixquant.engines.vllm.loading.memory import CopyDoesNotFit, Ledger
 from mixquant.engines.vllm.loading.online import CannotReload
@@ -1263,7 +1262,7 @@ def recipe_of(format: Any, **fields: Any) -> Recipe:
 @pytest.fixture
 def on_blackwell(bare: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """As if on such a GPU, with all the kernels."""
-    monkeypatch.setattr(experts, "current_platform", SimpleNamespace(is_cuda=lambda: True))
+    monkeypatch.setattr(choose, "current_platform", SimpleNamespace(is_cuda=lambda: True))
     monkeypatch.setattr(hardware, "has_nvfp4_experts", lambda: True)
     monkeypatch.setattr(fp8_experts, "kernel_class", lambda moe: TritonExperts)
 
@@ -1375,7 +1374,7 @@ def test_nvfp4_experts_need_blackwell(
 
     monkeypatch.setattr(nvfp4_utils, "cutlass_fp4_supported", lambda: operators)
     monkeypatch.setattr(hardware, "native_formats", lambda: (frozenset({native}), "a GPU"))
-    monkeypatch.setattr(experts, "current_platform", SimpleNamespace(is_cuda=lambda: True))
+    monkeypatch.setattr(choose, "current_platform", SimpleNamespace(is_cuda=lambda: True))
     assert "Blackwell" in precise(layer_of(moe_config()), recipe_of("nvfp4"))
 
 
@@ -1420,7 +1419,8 @@ NAMES = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
 def second(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], None]:
     def opens(checkpoint: Any) -> None:
         source = SecondCheckpoint(checkpoint)
-        monkeypatch.setattr(experts, "opened", lambda name: source)
+        for module in (choose, experts):
+            monkeypatch.setattr(module, "opened", lambda name: source)
 
     return opens
 
@@ -1602,7 +1602,7 @@ def test_in_a_layer_of_vllm(
 
     torch.cpu._init_amx()  # as vLLM's worker does
     monkeypatch.setattr(passes, "install", lambda method: None)
-    monkeypatch.setattr(experts, "current_platform", SimpleNamespace(is_cuda=lambda: True))
+    monkeypatch.setattr(choose, "current_platform", SimpleNamespace(is_cuda=lambda: True))
     monkeypatch.setattr(fp8_experts, "kernel_class", lambda moe: TritonExperts)
     monkeypatch.setattr(experts, "_quantized_experts", lambda layer, fmt, block_scale: Copy())
     config = PhaseQuantizationConfig()
