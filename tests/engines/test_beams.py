@@ -84,7 +84,7 @@ def test_every_way_to_beam_search_makes_its_prompts_where_we_look() -> None:
     beams.install()
     beams.install()  # changes nothing
     sequence = next(
-        sys.modules[place].BeamSearchSequence for place in beams._PLACES if place in sys.modules
+        sys.modules[name].BeamSearchSequence for name in beams._MODULES if name in sys.modules
     )
     prompt = {"type": "token", "prompt_token_ids": [1, 2, 3], "prompt": None}
     made = sequence(orig_prompt=prompt, tokens=[1, 2, 3, 4, 5], logprobs=[]).get_prompt()

@@ -164,8 +164,8 @@ def draw_spread(
 
 
 def shifts(number: int) -> list[float]:
-    """Factors that set several series apart at the same place of a logarithmic axis."""
-    return [1.035 ** (place - (number - 1) / 2) for place in range(number)]
+    """Factors that set several series apart at the same position of a logarithmic axis."""
+    return [1.035 ** (index - (number - 1) / 2) for index in range(number)]
 
 
 def key(look: Look, *, line: bool = True) -> Line2D:

@@ -92,7 +92,7 @@ def groups(results: Sequence[Measurement]) -> list[Group]:
         if m.cached is None:
             fixed = {"length": m.concurrency, "agent": None}.get(m.workload, m.tokens)
             members.setdefault((m.workload, m.metric, m.unit, fixed), []).append(m)
-    rank = {workload: place for place, workload in enumerate(_ORDER)}
+    rank = {workload: index for index, workload in enumerate(_ORDER)}
     return sorted(
         (Group(*key, tuple(found), speedups(found, left_out)) for key, found in members.items()),
         key=lambda group: rank.get(group.workload, len(_ORDER)),

@@ -46,7 +46,7 @@ def _exceptions(group: Group, ratios: Sequence[Speedup]) -> str:
     for sign, words in ((-1, "slower at"), (0, "no clear difference at")):
         xs = [group.x(r.measurement) for r in ratios if r.sign == sign]
         if xs:
-            said.append(f"{words} {_places(group, xs)}")
+            said.append(f"{words} {_conditions(group, xs)}")
     return "; ".join(said)
 
 
@@ -144,12 +144,14 @@ def notes(bench: Bench) -> tuple[str, ...]:
     said = []
     for arm in dict.fromkeys(name for name, _ in sorted(idle, key=str)):
         found = [m for m in bench.results if (m.arm, condition(m)) in idle and m.arm == arm]
-        places = list(dict.fromkeys(_place(m) for m in sorted(found, key=_size)))
+        conditions = list(dict.fromkeys(_condition(m) for m in sorted(found, key=_size)))
         why = ""
         threshold = thresholds.get(arm)
         if isinstance(threshold, int) and all(_size(m) < threshold for m in found):
             why = f": fewer tokens than its threshold, {count(threshold)}"
-        shown = listed(places[:4]) + (f" and {len(places) - 4} more" if len(places) > 4 else "")
+        shown = listed(conditions[:4]) + (
+            f" and {len(conditions) - 4} more" if len(conditions) > 4 else ""
+        )
         said.append(
             f"{arm} quantized no prompt token for {shown}{why}. The page shows no speed-up there."
         )
@@ -160,7 +162,7 @@ def _size(m: Measurement) -> int:
     return m.tokens
 
 
-def _place(m: Measurement) -> str:
+def _condition(m: Measurement) -> str:
     if m.workload == "agent":
         return f"the agent trace, {count(m.concurrency)} at a time"
     if m.cached is not None:
@@ -199,13 +201,13 @@ def _statement(group: Group, arm: str) -> str:
     }
     xs = {sign: [group.x(r.measurement) for r in own if r.sign == sign] for sign in words}
     said = [
-        word + (throughout if len(xs[sign]) == len(own) else f" at {_places(group, xs[sign])}")
+        word + (throughout if len(xs[sign]) == len(own) else f" at {_conditions(group, xs[sign])}")
         for sign, word in words.items()
         if xs[sign]
     ]
     best = max(own, key=lambda r: r.ratio)
     if len(own) > 1 and len(xs[1]) == len(own):
-        return f"{said[0]}, most at {_places(group, [group.x(best.measurement)])}"
+        return f"{said[0]}, most at {_conditions(group, [group.x(best.measurement)])}"
     return listed(said)
 
 
@@ -221,7 +223,7 @@ def _best(group: Group) -> list[str]:
     throughout = " throughout" if len(group.xs) > 1 else ""
     return [
         (f"{arm} is best" if arm else "There is no clear difference")
-        + (throughout if len(best) == 1 else f" at {_places(group, xs)}")
+        + (throughout if len(best) == 1 else f" at {_conditions(group, xs)}")
         for arm, xs in best.items()
     ]
 
@@ -241,14 +243,14 @@ def _against(main: str, group: Group, arm: str) -> str:
         if set(ahead.values()) == {sign}:
             return f"{arm} is {words} {main}{throughout}"
     said = [
-        f"{words} {main} at {_places(group, xs)}"
+        f"{words} {main} at {_conditions(group, xs)}"
         for sign, words in ((1, "ahead of"), (-1, "behind"))
         if (xs := [x for x, found in ahead.items() if found == sign])
     ]
     return f"{arm} is {listed(said)}"
 
 
-def _places(group: Group, xs: Sequence[int]) -> str:
+def _conditions(group: Group, xs: Sequence[int]) -> str:
     if group.workload == "length":
         return listed([count(x) for x in xs]) + " tokens"
     said = listed([count(x) for x in xs])

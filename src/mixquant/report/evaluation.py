@@ -115,8 +115,8 @@ def _scores(evaluation: Evaluation, arms: tuple[str, ...], looked: dict[str, Loo
                         arm,
                         looked[arm],
                         tuple(
-                            Point(place, 100 * s.score, 100 * s.low, 100 * s.high)
-                            for place, name in enumerate(benchmarks)
+                            Point(position, 100 * s.score, 100 * s.low, 100 * s.high)
+                            for position, name in enumerate(benchmarks)
                             if (s := found.get((name, arm)))
                         ),
                     )
@@ -170,8 +170,8 @@ def _differences(differences: tuple[Difference, ...], looked: dict[str, Look]) -
                         name,
                         own[name],
                         tuple(
-                            Point(place, 100 * d.difference, 100 * d.low, 100 * d.high)
-                            for place, benchmark in enumerate(benchmarks)
+                            Point(position, 100 * d.difference, 100 * d.low, 100 * d.high)
+                            for position, benchmark in enumerate(benchmarks)
                             if (d := found.get((benchmark, arm, versus)))
                         ),
                     )

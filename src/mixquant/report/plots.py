@@ -122,19 +122,19 @@ def bars(alt: Alt, rows: Sequence[Bar], x_label: str, *, reference: float | None
     """Horizontal bars from zero, the first on top, each with its value."""
     cut = 2 * max(row.value for row in rows)  # of spreads, for `hold_off_spread`'s reason
     with figure_and_axes(0.75 + 0.36 * len(rows)) as (figure, axes):
-        for place, row in enumerate(rows):
+        for y, row in enumerate(rows):
             high = None if row.high is None else min(row.high, cut)
             axes.barh(
-                place,
+                y,
                 row.value,
                 height=0.66,
                 color=row.look.color,
             )
             spread = distances([(row.value, row.low, high)])
             if spread is not None:
-                draw_spread(axes, [row.value], [place], color("ink"), x=spread)
+                draw_spread(axes, [row.value], [y], color("ink"), x=spread)
             end = max(row.value, row.value if high is None else high, 0.0)
-            axes.annotate(row.label, (end, place), (8, 0), textcoords="offset points", va="center")
+            axes.annotate(row.label, (end, y), (8, 0), textcoords="offset points", va="center")
         if reference is not None:
             axes.axvline(reference, color=color("muted"), linestyle=(0, (4, 3)), linewidth=1.4)
         widest = max((len(row.label) for row in rows), default=0)
@@ -149,11 +149,11 @@ def bars(alt: Alt, rows: Sequence[Bar], x_label: str, *, reference: float | None
 def stacks(alt: Alt, rows: Sequence[Stack], looks: dict[str, Look], x_label: str) -> Markup:
     """Horizontal bars of parts that add up, with each part's hatch."""
     with figure_and_axes(1.05 + 0.36 * len(rows)) as (figure, axes):
-        for place, row in enumerate(rows):
+        for y, row in enumerate(rows):
             begin = 0.0
             for kind, value in row.parts:
                 axes.barh(
-                    place,
+                    y,
                     value,
                     left=begin,
                     height=0.66,
@@ -164,7 +164,7 @@ def stacks(alt: Alt, rows: Sequence[Stack], looks: dict[str, Look], x_label: str
                 )
                 begin += value
             axes.annotate(
-                number(begin), (begin, place), (6, 0), textcoords="offset points", va="center"
+                number(begin), (begin, y), (6, 0), textcoords="offset points", va="center"
             )
         name_rows(axes, [row.name for row in rows])
         axes.margins(x=0.16)
@@ -196,16 +196,16 @@ def intervals(
     """
     each = 0.8 / max(len(series), 1)
     with figure_and_axes(1.05 + len(groups) * max(0.2 * len(series), 0.34)) as (figure, axes):
-        for place, one in enumerate(series):
-            shift = (place + 0.5) * each - 0.4
+        for index, one in enumerate(series):
+            shift = (index + 0.5) * each - 0.4
             values = [p.y for p in one.points]
-            places = [p.x + shift for p in one.points]
+            xs = [p.x + shift for p in one.points]
             interval = distances([(p.y, p.low, p.high) for p in one.points])
             if interval is not None:
-                draw_spread(axes, values, places, one.look.color, x=interval)
+                draw_spread(axes, values, xs, one.look.color, x=interval)
             axes.plot(
                 values,
-                places,
+                xs,
                 color=one.look.color,
                 marker=one.look.marker,
                 linestyle="none",

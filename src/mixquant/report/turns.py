@@ -130,21 +130,21 @@ def _cell(found: Speedup | None) -> Cell:
 
 def _table(metric: str, unit: str, turns: Sequence[Measurement]) -> Table:
     arms = arms_of(m.arm for m in turns)
-    places = sorted({(m.cached or 0, m.tokens, m.concurrency) for m in turns})
+    conditions = sorted({(m.cached or 0, m.tokens, m.concurrency) for m in turns})
     found = {(m.arm, (m.cached or 0, m.tokens, m.concurrency)): m for m in turns}
     return Table(
         f"{metric_name(metric)} by turn, {unit}: median (lowest to highest)",
         ("Cached tokens", "New tokens", "At a time", *arms),
         tuple(
             (
-                *(count(n) for n in place),
+                *(count(n) for n in one),
                 *(
                     number(m.value) + spread(m.lowest, m.highest)
-                    if (m := found.get((arm, place)))
+                    if (m := found.get((arm, one)))
                     else "–"
                     for arm in arms
                 ),
             )
-            for place in places
+            for one in conditions
         ),
     )

@@ -80,9 +80,9 @@ def chosen_arms(
     for text in arms or (() if urls else DEFAULTS):
         name, given, own = text.partition("=")
         if given:
-            its_own = _split(own, f"--arm {name}")
-            _check(its_own, f"--arm {name}", _ADDRESS)
-            arguments = (*shared, *its_own)
+            own_arguments = _split(own, f"--arm {name}")
+            _check(own_arguments, f"--arm {name}", _ADDRESS)
+            arguments = (*shared, *own_arguments)
             chosen.append(Arm(_checked(name, text), arguments=arguments))
         elif name in known:
             chosen.append(known[name])

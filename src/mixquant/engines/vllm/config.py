@@ -18,7 +18,7 @@ from mixquant.engines.vllm import versions
 from mixquant.engines.vllm.loading.memory import Ledger
 from mixquant.engines.vllm.log import refusals
 
-METHOD = "mixquant"
+QUANTIZATION_METHOD = "mixquant"
 
 
 class PhaseQuantizationConfig(QuantizationConfig):  # type: ignore[misc]
@@ -38,7 +38,7 @@ class PhaseQuantizationConfig(QuantizationConfig):  # type: ignore[misc]
         self.ledger = Ledger()
 
     def get_name(self) -> Any:
-        return METHOD
+        return QUANTIZATION_METHOD
 
     def get_supported_act_dtypes(self) -> list[torch.dtype]:
         return [torch.bfloat16, torch.float16, torch.float32]
@@ -62,7 +62,7 @@ class PhaseQuantizationConfig(QuantizationConfig):  # type: ignore[misc]
     ) -> None:
         # vLLM's own refusal would only say that two names differ.
         found = (hf_quant_cfg or {}).get("quant_method")
-        if user_quant == METHOD and found not in (None, "", METHOD):
+        if user_quant == QUANTIZATION_METHOD and found not in (None, "", QUANTIZATION_METHOD):
             with refusals():
                 raise ValueError(
                     f"the checkpoint is quantized already ({found}); mixquant needs the BF16 one, "

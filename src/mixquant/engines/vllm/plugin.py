@@ -10,9 +10,9 @@ def register() -> None:
     from vllm.model_executor.layers.quantization import register_quantization_config
 
     from mixquant.engines.vllm import versions
-    from mixquant.engines.vllm.config import METHOD, PhaseQuantizationConfig
+    from mixquant.engines.vllm.config import QUANTIZATION_METHOD, PhaseQuantizationConfig
     from mixquant.engines.vllm.patches import configuration
 
     versions.warn_if_unknown(vllm.__version__)
-    register_quantization_config(METHOD)(PhaseQuantizationConfig)
+    register_quantization_config(QUANTIZATION_METHOD)(PhaseQuantizationConfig)
     configuration.install(VllmConfig)

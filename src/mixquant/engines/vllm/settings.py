@@ -12,7 +12,7 @@ import torch
 from mixquant.checkpoints.tensor_files import directory_of
 from mixquant.core.recipe import FormatName, Recipe, RecipeError
 from mixquant.engines.vllm import hardware, versions
-from mixquant.engines.vllm.config import METHOD, PhaseQuantizationConfig
+from mixquant.engines.vllm.config import QUANTIZATION_METHOD, PhaseQuantizationConfig
 from mixquant.engines.vllm.counters import Counters
 from mixquant.engines.vllm.loading.second_checkpoint import opened
 from mixquant.engines.vllm.log import logger
@@ -30,7 +30,7 @@ def settle(vllm_config: Any) -> None:
         return
     from mixquant._version import __version__
 
-    given = vllm_config.additional_config.get(METHOD)
+    given = vllm_config.additional_config.get(QUANTIZATION_METHOD)
     if given is None and method.recipe_in_checkpoint is not None:
         given = method.recipe_in_checkpoint
     recipe = resolve(given)
@@ -55,7 +55,7 @@ def settle(vllm_config: Any) -> None:
         method.layers = vllm_config.model_config.get_total_num_hidden_layers()
     vllm_config.additional_config = {
         **vllm_config.additional_config,
-        METHOD: {**recipe.to_dict(), "version": __version__},
+        QUANTIZATION_METHOD: {**recipe.to_dict(), "version": __version__},
     }
     if method.counters is None:
         method.counters = Counters.create(vllm_config.parallel_config.data_parallel_size)
@@ -105,10 +105,10 @@ def _misplaced(additional_config: dict[str, Any]) -> str | None:
 
     Other keys may be another plugin's.
     """
-    if METHOD in additional_config:
+    if QUANTIZATION_METHOD in additional_config:
         return None
     ours = {one.name for one in fields(Recipe)}
-    like = difflib.get_close_matches(METHOD, additional_config, n=1, cutoff=0.75)
+    like = difflib.get_close_matches(QUANTIZATION_METHOD, additional_config, n=1, cutoff=0.75)
     return next((key for key in additional_config if key in ours), like[0] if like else None)
 
 
@@ -135,7 +135,7 @@ def _check_recipe(vllm_config: Any, recipe: Recipe) -> None:
         return
     if os.environ.get("VLLM_BATCH_INVARIANT", "0") != "0":
         raise SettingsError(
-            "VLLM_BATCH_INVARIANT promises the same answer in any company, but which rows mixquant "
+            "VLLM_BATCH_INVARIANT promises answers that do not depend on the batch, but which rows mixquant "
             "quantizes, and in which kernel, depends on their pass; unset it, or take preset exact"
         )
     transfer = getattr(getattr(vllm_config, "weight_transfer_config", None), "backend", "ipc")

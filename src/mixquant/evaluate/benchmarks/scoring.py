@@ -93,8 +93,8 @@ def differences_of(benchmark: Answered, arms: Sequence[str]) -> list[results.Dif
     weights = statistics.item_weights(groups, benchmark.task.weights)
     scores = {arm: benchmark.scores(arm) for arm in arms}
     found = []
-    for place, arm in enumerate(arms):
-        for versus in arms[:place]:
+    for index, arm in enumerate(arms):
+        for versus in arms[:index]:
             if np.isnan(scores[arm] - scores[versus]).all():
                 continue
             estimate = statistics.difference(scores[arm], scores[versus], weights)

@@ -73,10 +73,10 @@ class MiddleCutter:
             return text
         if self._tokenizer is None:
             self._tokenizer = self._load()
-            self._limit = self._room()
+            self._limit = self._prompt_budget()
         return cut_middle(text, self._tokenizer, self._limit)
 
-    def _room(self) -> int:
+    def _prompt_budget(self) -> int:
         assert self._settings.context_tokens is not None
         if self._context is None:
             return self._settings.context_tokens

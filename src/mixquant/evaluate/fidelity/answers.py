@@ -28,7 +28,7 @@ class Answers:
 
     Attributes:
         logits: per text ``[answer tokens, V]``, in the type that the model computes them in, on the
-            CPU: what it expects at each place of the continuation, having read all before it.
+            CPU: what it expects at each position of the continuation, having read all before it.
         greedy: per text, its own answer, the likeliest token each time; no token ends it early.
         quantized_share: of the prompt tokens that were computed, those with a quantized row.
     """

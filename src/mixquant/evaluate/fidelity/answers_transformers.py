@@ -79,9 +79,9 @@ def _answers(model: Any, one: Passages, group: range) -> Answers:
     before = copy.deepcopy(cache)
 
     expected = [first.cpu()]
-    for place in range(forced.shape[1] - 1):
+    for position in range(forced.shape[1] - 1):
         output = model(
-            input_ids=forced[:, place : place + 1], past_key_values=cache, use_cache=True
+            input_ids=forced[:, position : position + 1], past_key_values=cache, use_cache=True
         )
         cache = output.past_key_values
         expected.append(output.logits[:, -1].cpu())

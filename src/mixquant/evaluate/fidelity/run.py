@@ -1,8 +1,8 @@
 """How far arms are from BF16 on the same texts, next to what they cost.
 
-``bf16`` is the model without mixquant, and the reference. Every arm reads the same prompts, and is
-then made to write what follows in the texts, so that each place's distribution can be held against the
-reference's. Apart from that each answers by itself, greedily.
+``bf16`` is the model without mixquant, and the reference. Every arm reads the same prompts. Then each is
+made to write what follows in the texts, so that its distribution at each position can be compared with
+the reference's. Apart from that, each arm answers by itself, greedily.
 """
 
 from __future__ import annotations
@@ -129,7 +129,7 @@ def surprise(logits: Tensor, tokens: Sequence[int]) -> Tensor:
 
 
 def by_position(kl: np.ndarray, agrees: np.ndarray) -> tuple[Position, ...]:
-    """Means over groups of places that double in size: the first, the next two, the next four, ...
+    """Means over groups of positions that double in size: the first, the next two, the next four, ...
 
     Args:
         kl: ``[texts, answer tokens]``, in nats.

@@ -55,7 +55,7 @@ class _Answer:
     def __init__(self, runner: Any) -> None:
         self._wanted: list[int] | None = None
         self._logits: list[Tensor] = []
-        self._place = -1  # in the answer, of the token that the pass will give; negative: none
+        self._position = -1  # in the answer, of the token that the pass will give; negative: none
         self._follow(runner)
         model = runner.get_model()
         self._compute = model.compute_logits
@@ -87,7 +87,7 @@ class _Answer:
                 if len(batch.requests) != 1:
                     raise RuntimeError(f"one request at a time, not {len(batch.requests)}")
                 end = batch.first_positions[0] + batch.row_counts[0]
-                self._place = int(end - batch.prompt_lengths[0])
+                self._position = int(end - batch.prompt_lengths[0])
             return inputs
 
         setattr(runner, name, prepared)
@@ -95,11 +95,11 @@ class _Answer:
     def _compute_logits(self, *args: Any, **kwargs: Any) -> Any:
         logits = self._compute(*args, **kwargs)
         # A piece of a prompt has logits, too, which vLLM throws away. Other ranks have none.
-        if self._wanted is None or logits is None or not 0 <= self._place < len(self._wanted):
+        if self._wanted is None or logits is None or not 0 <= self._position < len(self._wanted):
             return logits
         self._logits.append(logits[0].cpu())
         forced = torch.full_like(logits, -1e4)
-        forced[:, self._wanted[self._place]] = 0
+        forced[:, self._wanted[self._position]] = 0
         return forced
 
     def _first_rank(self) -> bool:

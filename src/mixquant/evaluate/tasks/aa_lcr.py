@@ -104,9 +104,9 @@ class AaLcr(Task):
 
 
 def _archive_of(data: Path) -> Path:
-    for place in (data.parent / _DOCUMENTS, data.parent / "extracted_text" / _DOCUMENTS):
-        if place.is_file():
-            return place
+    for archive in (data.parent / _DOCUMENTS, data.parent / "extracted_text" / _DOCUMENTS):
+        if archive.is_file():
+            return archive
     raise TaskError(
         f"{data}: its documents are missing: expected {_DOCUMENTS} beside it or below extracted_text/"
     )

@@ -30,7 +30,7 @@ def read_records(path: Path, schema: type[R]) -> list[R]:
     Raises:
         TaskError: the file cannot be read, is empty, or a record does not fit the schema.
     """
-    records = [_checked(values, schema, place) for place, values in _raw(path)]
+    records = [_checked(values, schema, where) for where, values in _raw(path)]
     if not records:
         raise TaskError(f"{path} holds no record")
     return records
@@ -93,16 +93,16 @@ def _unreachable(what: str, error: Exception) -> TaskError:
     )
 
 
-def _checked(values: Any, schema: type[R], place: str) -> R:
+def _checked(values: Any, schema: type[R], where: str) -> R:
     if not isinstance(values, Mapping):
-        raise TaskError(f"{place}: expected an object, found {type(values).__name__}")
+        raise TaskError(f"{where}: expected an object, found {type(values).__name__}")
     try:
         return schema.model_validate(dict(values))
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(str(part) for part in first["loc"]) or "record"
         message = first["msg"].removeprefix("Value error, ")
-        raise TaskError(f"{place}: field {field!r}: {message}") from None
+        raise TaskError(f"{where}: field {field!r}: {message}") from None
 
 
 def _raw(path: Path) -> Iterator[tuple[str, Any]]:
@@ -134,11 +134,11 @@ def _raw(path: Path) -> Iterator[tuple[str, Any]]:
         # Not str.splitlines: JSON strings may hold U+2028 and its like.
         for number, line in enumerate(text.split("\n"), 1):
             if line.strip():
-                place = f"{path}, line {number}"
+                where = f"{path}, line {number}"
                 try:
-                    yield place, parse_json(line)
+                    yield where, parse_json(line)
                 except ReadingError as error:
-                    raise TaskError(f"{place}: not JSON: {error}") from None
+                    raise TaskError(f"{where}: not JSON: {error}") from None
 
 
 def _array(path: Path, text: str) -> Iterator[tuple[str, Any]]:

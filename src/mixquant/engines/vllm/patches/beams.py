@@ -11,16 +11,16 @@ from mixquant.engines.vllm.first_prompts import KEY
 from mixquant.engines.vllm.log import logger
 
 # Where `BeamSearchSequence` is defined, by version.
-_PLACES = ("vllm.entrypoints.generate.beam_search.utils", "vllm.beam_search")
+_MODULES = ("vllm.entrypoints.generate.beam_search.utils", "vllm.beam_search")
 
 
 def install() -> None:
     """Has prompts of beam search say how long the first one was, in the process that takes requests."""
     from vllm.v1.engine.input_processor import InputProcessor
 
-    for place in _PLACES:
+    for module in _MODULES:
         try:
-            sequence = importlib.import_module(place).BeamSearchSequence
+            sequence = importlib.import_module(module).BeamSearchSequence
         except ImportError:
             continue
         _wrap(sequence, InputProcessor)

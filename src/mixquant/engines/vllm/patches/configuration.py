@@ -6,7 +6,7 @@ import functools
 from typing import Any
 
 from mixquant.engines.vllm import settings
-from mixquant.engines.vllm.config import METHOD, PhaseQuantizationConfig
+from mixquant.engines.vllm.config import QUANTIZATION_METHOD, PhaseQuantizationConfig
 from mixquant.engines.vllm.log import refusals
 from mixquant.engines.vllm.patches import beams
 
@@ -24,7 +24,7 @@ def install(config_class: Any) -> None:
 
     @functools.wraps(original)
     def post_init(self: Any, *args: Any, **kwargs: Any) -> None:
-        if self.model_config is None or self.model_config.quantization != METHOD:
+        if self.model_config is None or self.model_config.quantization != QUANTIZATION_METHOD:
             original(self, *args, **kwargs)
             return
         with refusals():

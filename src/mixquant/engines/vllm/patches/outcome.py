@@ -20,9 +20,9 @@ class Outcome:
     reasons: tuple[str | None, ...]
 
     @classmethod
-    def nowhere(cls, what: str, places: int, why: str) -> Outcome:
-        """The patch took in none of these places, for one reason."""
-        return cls(what, (why,) * places)
+    def nowhere(cls, what: str, candidates: int, why: str) -> Outcome:
+        """The patch took in none of the candidates, for one reason."""
+        return cls(what, (why,) * candidates)
 
     @property
     def taken(self) -> int:
