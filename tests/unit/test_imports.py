@@ -157,8 +157,13 @@ def test_the_plugin_does_not_reach_the_transformers_engine() -> None:
     assert not [name for name in reached if name.startswith("mixquant.engines.transformers")]
 
 
-def test_no_library_speaks_before_a_command_does() -> None:
-    code = "from mixquant.cli import main\nmain(['--version'])\nimport transformers.quantizers.auto"
+@pytest.mark.parametrize(
+    "module", ["transformers.quantizers.auto", "mixquant.engines.vllm.settings"]
+)
+def test_no_library_speaks_before_a_command_does(module: str) -> None:
+    if "vllm" in module:
+        pytest.importorskip("vllm", reason="vLLM is not installed")
+    code = f"from mixquant.cli import main\nmain(['--version'])\nimport {module}"
     done = subprocess.run(
         [sys.executable, "-c", code], env=ENVIRONMENT, capture_output=True, text=True
     )

@@ -63,8 +63,8 @@ def _check_text(arguments: Sequence[str]) -> None:
             raise InputError(f"the argument '{shown[:100]}' is not UTF-8 text") from None
 
 
-# Loggers that warn while Transformers is imported, of what no user of a command can put right.
-_NOISY_IMPORTS = ("torchao", "torch.utils._pytree")
+# Loggers that warn while Transformers or vLLM is imported, of what no user of a command can put right.
+_NOISY_IMPORTS = ("torchao", "torch.utils._pytree", "vllm")
 
 
 def _quieten_transformers(hf_logging: Any) -> None:
@@ -79,6 +79,11 @@ def _quieten_hub(utils: Any) -> None:
         utils.disable_progress_bars()
 
 
+def _quieten_vllm(vllm_logger: Any) -> None:
+    """vLLM sets the level of its loggers again, halfway through its import."""
+    logging.getLogger("vllm").setLevel(logging.ERROR)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns its exit code.
 
@@ -90,6 +95,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # When a command imports them, which takes seconds: most need them late, --help not at all.
     after_import("transformers.utils.logging", _quieten_transformers)
     after_import("huggingface_hub.utils", _quieten_hub)
+    after_import("vllm.logger", _quieten_vllm)
     if arguments is None:
         arguments = sys.argv[1:]
     try:
