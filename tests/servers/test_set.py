@@ -806,7 +806,8 @@ def test_what_is_killed_while_it_starts_leaves_nothing(model: str, tmp_path: Pat
     # It has begun to load: another one is not let onto its port, and SIGTERM would not end it.
     one.wait(lambda: log_of_engine.exists() and "EngineCore" in log_of_engine.read_text())
     with pytest.raises(ServeError, match=f"cannot listen on port {port}"):
-        checks.check_port(Deployment(model="m", port=port))
+        for held in checks.reserve_port(Deployment(model="m", port=port)):
+            held.close()
     (engine,) = one.children()
     session = os.getsid(engine.pid)
     assert len(members(session)) > 1

@@ -237,7 +237,7 @@ class TestDeployment:
         file.write_text(text, encoding="utf-8", errors="surrogatepass")
         try:
             deployment = Deployment.from_values(read(file), f"{file}: ")
-            assert Deployment.from_values(deployment.to_values()) == deployment
+            assert Deployment.from_values(deployment.model_dump(mode="json")) == deployment
         except ServeError as error:
             assert is_one_line(str(error))
 

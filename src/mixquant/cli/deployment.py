@@ -53,7 +53,7 @@ def run(described: Deployment, dry_run: bool) -> None:
     checks.check_memory(deployment, checks.size_of_weights(checkpoint.source), gpus)
     started = processes(deployment, local_addresses(deployment), gpus=[gpu.name for gpu in gpus])
     if dry_run:
-        print(shown(deployment, started), end="")
+        print(shown(started), end="")
         return
     key = api_key(deployment)
     if key is None and deployment.host not in ("127.0.0.1", "::1", "localhost"):

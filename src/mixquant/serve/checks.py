@@ -123,12 +123,6 @@ def check_memory(deployment: Deployment, weights: int, gpus: list[Gpu]) -> None:
         )
 
 
-def check_port(deployment: Deployment) -> None:
-    """Raises ServeError where the public address cannot be listened on."""
-    for one in reserve_port(deployment):
-        one.close()
-
-
 def reserve_port(deployment: Deployment) -> list[socket.socket]:
     """Keeps the public address from others until the sockets that come back are closed.
 

@@ -114,7 +114,7 @@ def processes(
     return [*prefill, *decode, *routers, _front(deployment, routers, front, python)]
 
 
-def dry_run(deployment: Deployment, set_of: list[Process]) -> str:
+def dry_run(set_of: list[Process]) -> str:
     """The commands and their environments as shell text; secrets appear by name only."""
     lines = []
     for process in set_of:

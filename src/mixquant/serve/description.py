@@ -281,10 +281,6 @@ class Deployment(BaseModel):
             got = f", got {shown(values.get(where))}" if where else ""
             raise ServeError(f"{source}{where + ': ' if where else ''}{message}{got}") from None
 
-    def to_values(self) -> dict[str, Any]:
-        """What differs from the defaults, as JSON types; `from_values` takes it back."""
-        return self.model_dump(mode="json", exclude_defaults=True)
-
 
 def read(path: Path) -> dict[str, Any]:
     """The mapping that a YAML file holds.

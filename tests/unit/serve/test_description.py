@@ -249,7 +249,7 @@ def test_values_come_back_and_no_gpu_is_given_twice(
     if names is not None:
         values[f"{names}_gpus"] = seed.sample(range(30), (values[names]) * size)
     deployment = Deployment.from_values(values)
-    assert Deployment.from_values(deployment.to_values()) == deployment
+    assert Deployment.from_values(deployment.model_dump(mode="json")) == deployment
     engines = [one for one in of(deployment).values() if one.role in ("prefill", "decode")]
     given_ = list(chain.from_iterable(one.gpus for one in engines))
     assert len(given_) == len(set(given_)) == (prefill + decode) * size
@@ -324,7 +324,7 @@ def test_one_colocated_engine_needs_no_router() -> None:
 def test_the_dry_run_can_be_read_back_as_shell_text() -> None:
     deployment = described(**SET, environment={"A": "b c"}, api_key_variable="KEY")
     started = processes(deployment, local_addresses(deployment))
-    text = dry_run(deployment, started)
+    text = dry_run(started)
     commands = [block for block in text.split("\n\n") if block.strip()]
     assert len(commands) == len(started)
     for block, process in zip(commands, started, strict=True):
@@ -410,10 +410,11 @@ def test_a_port_that_is_taken(capsys: pytest.CaptureFixture[str]) -> None:
         other.listen()
         port = other.getsockname()[1]
         with pytest.raises(ServeError, match=f"cannot listen on port {port} of 127.0.0.1"):
-            checks.check_port(described(port=port))
-    checks.check_port(described(port=port))
+            checks.reserve_port(described(port=port))
+    for one in checks.reserve_port(described(port=port)):
+        one.close()
     with pytest.raises(ServeError, match="cannot listen on port"):
-        checks.check_port(described(host="no.such.host.invalid"))
+        checks.reserve_port(described(host="no.such.host.invalid"))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="names that are no files")

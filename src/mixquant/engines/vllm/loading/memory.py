@@ -48,14 +48,14 @@ class Ledger:
             needed += sum(self._weights.values())
         if needed <= free:
             return
-        missing = self._estimate(prefix, device) - free
+        missing = self._estimate(device) - free
         beside = " beside the BF16 ones" if any(self._weights.values()) else ""
         raise CopyDoesNotFit(
             f"the quantized copy of the weights does not fit{beside}: about "
             f"{missing / _GIB:.1f} GiB are missing on {device}; {advice}"
         )
 
-    def _estimate(self, prefix: str, device: torch.device) -> float:
+    def _estimate(self, device: torch.device) -> float:
         """The bytes that all layers will need, beyond what is allocated, as those so far did."""
         copies, weights = sum(self._copies.values()), sum(self._weights.values())
         seen = {layer_number(name) for name in self._copies} - {None}
