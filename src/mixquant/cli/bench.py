@@ -23,8 +23,11 @@ from mixquant.cli.console import (
 from mixquant.cli.options import (
     LARGEST_SEED,
     FormatOption,
+    JsonFile,
     Model,
     RecipeOption,
+    ServedName,
+    ServerArguments,
     chosen_recipe,
     saved_recipe,
 )
@@ -69,12 +72,7 @@ def bench(
             "is read from OPENAI_API_KEY.",
         ),
     ] = None,
-    served_name: Annotated[
-        str | None,
-        typer.Option(
-            "--served-name", help="Name of the model at the servers.", show_default="MODEL"
-        ),
-    ] = None,
+    served_name: ServedName = None,
     engine: Annotated[
         Literal["vllm", "transformers"],
         typer.Option(
@@ -85,14 +83,7 @@ def bench(
     ] = "vllm",
     recipe: RecipeOption = None,
     format: FormatOption = None,
-    vllm_args: Annotated[
-        str,
-        typer.Option(
-            "--vllm-args",
-            metavar="ARGUMENTS",
-            help="vLLM arguments for every server that is started.",
-        ),
-    ] = "",
+    vllm_args: ServerArguments = "",
     lengths: Annotated[
         str | None,
         typer.Option(
@@ -153,12 +144,7 @@ def bench(
             show_default="a new one",
         ),
     ] = None,
-    json_file: Annotated[
-        Path | None,
-        typer.Option(
-            "--json", metavar="FILE", help="Also write the results to this file, as JSON."
-        ),
-    ] = None,
+    json_file: JsonFile = None,
     log_dir: Annotated[
         Path | None,
         typer.Option(

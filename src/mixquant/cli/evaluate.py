@@ -22,8 +22,11 @@ from mixquant.cli.console import (
 from mixquant.cli.options import (
     MOST,
     FormatOption,
+    JsonFile,
     Model,
     RecipeOption,
+    ServedName,
+    ServerArguments,
     chosen_recipe,
     finite,
     saved_recipe,
@@ -78,20 +81,10 @@ def evaluate(
             help="Evaluate an OpenAI-compatible server that already runs. May be repeated.",
         ),
     ] = None,
-    served_name: Annotated[
-        str | None,
-        typer.Option("--served-name", metavar="NAME", help="Name of the model at the servers."),
-    ] = None,
+    served_name: ServedName = None,
     recipe: RecipeOption = None,
     format: FormatOption = None,
-    vllm_args: Annotated[
-        str,
-        typer.Option(
-            "--vllm-args",
-            metavar="ARGUMENTS",
-            help="vLLM arguments for every server that is started.",
-        ),
-    ] = "",
+    vllm_args: ServerArguments = "",
     seeds: Annotated[
         int | None,
         typer.Option(
@@ -203,12 +196,7 @@ def evaluate(
             help="Directory for the answers. A run that was stopped continues from it.",
         ),
     ] = Path("mixquant-evaluation"),
-    json_file: Annotated[
-        Path | None,
-        typer.Option(
-            "--json", metavar="FILE", help="Also write the results to this file, as JSON."
-        ),
-    ] = None,
+    json_file: JsonFile = None,
 ) -> None:
     """Run benchmarks in BF16, fully quantized and with mixquant, and compare the scores."""
     if "list" in benchmark:

@@ -23,7 +23,7 @@ from mixquant.cli.console import (
     write_results,
     write_so_far,
 )
-from mixquant.cli.options import FormatOption, Model, chosen_recipe, saved_recipe
+from mixquant.cli.options import FormatOption, JsonFile, Model, chosen_recipe, saved_recipe
 from mixquant.cli.progress import progress_bar
 from mixquant.core.recipe import PRESETS, Recipe
 
@@ -104,12 +104,7 @@ def fidelity(
         str,
         typer.Option("--vllm-args", metavar="ARGUMENTS", help="vLLM arguments, as one string."),
     ] = "",
-    json_file: Annotated[
-        Path | None,
-        typer.Option(
-            "--json", metavar="FILE", help="Also write the results to this file, as JSON."
-        ),
-    ] = None,
+    json_file: JsonFile = None,
 ) -> None:
     """Measure how far each recipe's token distributions are from BF16's, and what it quantizes.
 

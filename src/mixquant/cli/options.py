@@ -75,6 +75,27 @@ Temperature = Annotated[
     ),
 ]
 Seed = Annotated[int, typer.Option("--seed", min=0, max=LARGEST_SEED, help="Sampling seed.")]
+JsonFile = Annotated[
+    Path | None,
+    typer.Option("--json", metavar="FILE", help="Also write the results to this file, as JSON."),
+]
+ServedName = Annotated[
+    str | None,
+    typer.Option(
+        "--served-name",
+        metavar="NAME",
+        help="Name of the model at the servers.",
+        show_default="MODEL",
+    ),
+]
+ServerArguments = Annotated[
+    str,
+    typer.Option(
+        "--vllm-args",
+        metavar="ARGUMENTS",
+        help="vLLM arguments for every server that is started.",
+    ),
+]
 PromptFile = Annotated[
     Path | None,
     typer.Option(
