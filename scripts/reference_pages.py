@@ -24,8 +24,8 @@ COMMANDS = """\
 | exit code | meaning |
 | --- | --- |
 | 0 | done |
-| 1 | an unexpected error |
-| 2 | something that was given cannot be used |
+| 1 | an unexpected error, or requests of `evaluate` that failed |
+| 2 | an argument, an option or a file cannot be used |
 | 130 | interrupted |
 
 An error is one line on standard error. With `MIXQUANT_TRACEBACK=1` the traceback is shown instead.

@@ -197,7 +197,7 @@ class TestBadInput:
             (["--length", "9000"], "9000 tokens and a continuation of 96 exceed the context"),
             (["--vllm-args", "--seed 1"], "--vllm-args goes with --engine vllm"),
             (["--engine=vllm", "--vllm-args=--dtype=half"], "'--dtype=half' is --dtype, which is"),
-            (["--engine=vllm", "--vllm-args=-qfp8"], "'-qfp8' is -q, which is decided here"),
+            (["--engine=vllm", "--vllm-args=-qfp8"], "'-qfp8' is -q, which this command sets"),
             (["--engine=vllm", "--vllm-args=--max-model-l 9"], "is --max-model-len, which is"),
             (["--texts", "500"], "texts, not 500"),
             (["--recipe", '{"format": {"k_proj": "fp8"}}'], "a mapping needs 'default'"),
@@ -467,6 +467,6 @@ class TestOnVLLM:
         line = refused(model, *options, "--engine", "vllm", "--vllm-args", "--no-such-thing")
         assert "vLLM ended: " in line
         assert "unrecognized arguments: --no-such-thing" in line
-        log = Path(line.split("(all of it: ")[1].rstrip(")\n"))
+        log = Path(line.split("(full log: ")[1].rstrip(")\n"))
         assert log.is_file()
         assert not (tmp_path / "fidelity.json").exists()

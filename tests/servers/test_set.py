@@ -704,7 +704,7 @@ def kill(served: Served, mark: str) -> None:
 @pytest.mark.parametrize("router", ["--vllm-pd-disaggregation", "--worker-urls"])
 def test_a_killed_router(served: Served, router: str) -> None:
     # It has a title of its own by now; its port tells which one it is.
-    before = served.output().count("starts again")
+    before = served.output().count("restarts in")
     name = "router-transfer" if "pd" in router else "router-direct"
     front = served.child("alone.py front").cmdline()
     url = front[front.index("--transfer" if "pd" in router else "--direct") + 1]
@@ -717,7 +717,7 @@ def test_a_killed_router(served: Served, router: str) -> None:
     found.kill()
     assert served.complete(TEXT[:2000]).usage.completion_tokens > 0
     assert served.complete("a").usage.completion_tokens > 0
-    served.wait(lambda: served.output().count("starts again") == before + 1)
+    served.wait(lambda: served.output().count("restarts in") == before + 1)
     assert f"{name} ended by signal 9" in served.output()
     served.is_well()
 
@@ -828,7 +828,7 @@ def test_an_engine_that_cannot_start(model: str, tmp_path: Path) -> None:
     assert done.returncode == 2
     last = done.stderr.strip().splitlines()[-1]
     assert re.match(r"error: engine ended with exit code \d+: .*999999", last), last
-    assert last.endswith(f"(all of it: {tmp_path / 'logs' / 'engine.log'})")
+    assert last.endswith(f"(full log: {tmp_path / 'logs' / 'engine.log'})")
     assert "ready" not in done.stdout
 
 

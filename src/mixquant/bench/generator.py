@@ -75,9 +75,7 @@ class Generator:
         try:
             outcome = self._connection.recv()
         except EOFError:
-            raise GeneratorError(
-                f"the load generator ended (what it printed: {self._log})"
-            ) from None
+            raise GeneratorError(f"the load generator ended (its output: {self._log})") from None
         if isinstance(outcome, str):
             raise GeneratorError(outcome)
         answers = [answer for result in outcome for answer in parse(result)]
@@ -143,7 +141,7 @@ def _check(request: Request, answer: Answer, url: str) -> None:
     if answer.prompt_tokens != len(request.prompt):
         raise GeneratorError(
             f"{url} read {answer.prompt_tokens} tokens of a prompt of {len(request.prompt)}: "
-            "it cuts prompts, or takes no tokens as prompts"
+            "it cuts prompts, or does not accept tokens as prompts"
         )
     if answer.output_tokens != request.output_tokens:
         raise GeneratorError(

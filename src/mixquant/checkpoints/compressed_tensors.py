@@ -120,7 +120,7 @@ class CompressedTensors:
         if not bool((scale.isfinite() & (scale >= 0)).all()) or not bool(scale.any()):
             raise CheckpointError(
                 f"{self.source} is damaged: {layer} has a scale that is negative, infinite or NaN, "
-                "or none but zeros"
+                "or only zeros"
             )
 
 
@@ -128,13 +128,13 @@ def _read_config(source: str, directory: Path) -> dict[str, Any]:
     try:
         config = parse_json((directory / "config.json").read_bytes(), foreign=True)
     except FileNotFoundError:
-        raise CheckpointError(f"{source} is no checkpoint: it holds no config.json") from None
+        raise CheckpointError(f"{source} is not a checkpoint: it holds no config.json") from None
     except (OSError, ReadingError) as error:
         raise CheckpointError(
-            f"{source} is no checkpoint: its config.json: {one_line(error)}"
+            f"{source} is not a checkpoint: its config.json: {one_line(error)}"
         ) from error
     if not isinstance(config, dict):
-        raise CheckpointError(f"{source} is no checkpoint: its config.json is no JSON object")
+        raise CheckpointError(f"{source} is not a checkpoint: its config.json is not a JSON object")
     return config
 
 
@@ -170,7 +170,7 @@ def _why_malformed(tensors: TensorFiles, layer: str, packed: bool) -> str | None
     types = {part: tensors.dtype(f"{layer}.{part}") for part in (*parts, "weight_scale")}
     weight, scale = shapes[parts[0]], shapes["weight_scale"]
     if len(weight) != 2:
-        return f"has a weight of the shape {weight}, no matrix"
+        return f"has a weight of the shape {weight}, which is not a matrix"
     if 0 in weight:
         return f"has an empty weight, of the shape {weight}"
     if packed:

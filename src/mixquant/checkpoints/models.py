@@ -61,21 +61,21 @@ def find(model: str, say: Callable[[str], None] = lambda message: None) -> Check
     if model and os.path.isdir(directory):
         source, config_file = str(directory), directory / "config.json"
         if not os.path.isfile(config_file):
-            raise ModelError(f"{model} is no model: the directory holds no config.json")
+            raise ModelError(f"{model} is not a model: the directory holds no config.json")
     elif os.path.isfile(directory):
-        raise ModelError(f"{model} is no model but a file; give the directory with its config.json")
+        raise ModelError(f"{model} is a file, not a model; give the directory with its config.json")
     elif HUB_NAME.fullmatch(model):
         source, config_file = _on_hub(model)
     else:
-        raise ModelError(f"{shown(model)} is no model: there is no such directory")
+        raise ModelError(f"{shown(model)} is not a model: there is no such directory")
 
     try:
         config = parse_json(config_file.read_text(encoding="utf-8"), foreign=True)
     except (OSError, UnicodeDecodeError, ReadingError) as error:
-        raise ModelError(f"{model} is no model: its config.json: {one_line(error)}") from error
+        raise ModelError(f"{model} is not a model: its config.json: {one_line(error)}") from error
     kind = config.get("model_type") if isinstance(config, dict) else None
     if not kind or not isinstance(kind, str):
-        raise ModelError(f"{model} is no model: its config.json names no model_type")
+        raise ModelError(f"{model} is not a model: its config.json names no model_type")
     for other in quantizations(config):
         method = other.get("quant_method") if isinstance(other, dict) else None
         if method != "mixquant":
@@ -170,8 +170,8 @@ def _on_hub(name: str) -> tuple[str, Path]:
             file = Path(hf_hub_download(name, "config.json", local_files_only=True))
         except Exception:
             raise ModelError(
-                f"{name} is no model: there is no such directory, and the Hugging Face hub gave "
-                f"none ({one_line(error)})"
+                f"{name} is not a model: there is no such directory, and the Hugging Face Hub "
+                f"does not give it ({one_line(error)})"
             ) from error
         return str(file.parent), file
 

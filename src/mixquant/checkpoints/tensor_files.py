@@ -99,7 +99,7 @@ def directory_of(source: str, revision: str | None = None) -> Path:
     if source and os.path.isdir(path):
         return path
     if os.path.exists(path) or not HUB_NAME.fullmatch(source):
-        raise CheckpointError(f"{shown(source)} is no checkpoint: there is no such directory")
+        raise CheckpointError(f"{shown(source)} is not a checkpoint: there is no such directory")
     from huggingface_hub import HfApi, snapshot_download
 
     wanted: dict[str, Any] = {"revision": revision, "allow_patterns": ["*.json", "*.safetensors"]}
@@ -112,8 +112,8 @@ def directory_of(source: str, revision: str | None = None) -> Path:
             return Path(snapshot_download(source, **wanted, local_files_only=True))
         except Exception:
             raise CheckpointError(
-                f"{source} is no checkpoint: there is no such directory, and the Hugging Face hub "
-                f"gave none ({one_line(error)})"
+                f"{source} is not a checkpoint: there is no such directory, and the Hugging Face Hub "
+                f"does not give it ({one_line(error)})"
             ) from error
 
 

@@ -123,7 +123,7 @@ def quantize(
 def _check_out(out: Path) -> None:
     if os.path.lexists(out):
         if not os.path.isdir(out) or os.path.islink(out):
-            raise QuantizeError(f"cannot write {out}: it is there and is no directory")
+            raise QuantizeError(f"cannot write {out}: it exists and is not a directory")
         if any(out.iterdir()):
             raise QuantizeError(f"cannot write {out}: the directory is not empty")
     parent = out.absolute().parent
@@ -149,7 +149,7 @@ def _left_alone(model: Any, scheme: Scheme, ignore: Sequence[str]) -> list[str]:
     for pattern in ignore:
         one = Recipe.from_dict({"ignore": [pattern]})
         if not any(one.ignores(name) for name, _ in linears):
-            raise QuantizeError(f"{pattern!r} to ignore is the name of no linear layer")
+            raise QuantizeError(f"{pattern!r} to ignore matches no linear layer")
 
     names = []
     for name, linear in linears:

@@ -54,7 +54,8 @@ def _options(
 
 
 def _check_text(arguments: Sequence[str]) -> None:
-    """Bytes that are no text come as halves of characters, which no tokenizer and no file takes."""
+    """Refuses bytes that are not text. Python passes them on as lone surrogates, which cannot be
+    encoded."""
     for argument in arguments:
         try:
             argument.encode()
@@ -63,12 +64,12 @@ def _check_text(arguments: Sequence[str]) -> None:
             raise InputError(f"the argument '{shown[:100]}' is not UTF-8 text") from None
 
 
-# Loggers that warn while Transformers or vLLM is imported, of what no user of a command can put right.
+# Loggers that warn during the import of Transformers or vLLM, about things that users cannot change.
 _NOISY_IMPORTS = ("torchao", "torch.utils._pytree", "vllm")
 
 
 def _quieten_transformers(hf_logging: Any) -> None:
-    """Its warnings are for programmers, and progress bars are noise in a file."""
+    """Turns off warnings, which are for programmers, and progress bars in files."""
     hf_logging.set_verbosity_error()
     if not sys.stderr.isatty():
         hf_logging.disable_progress_bar()
@@ -87,12 +88,13 @@ def _quieten_vllm(vllm_logger: Any) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns its exit code.
 
-    0: done; 2: something that was given cannot be used; 1: an unexpected error. Either error is one
-    line on standard error. With the environment variable MIXQUANT_TRACEBACK set, it is raised.
+    0: done; 2: an argument, an option or a file cannot be used; 1: an unexpected error. Each error
+    is one line on standard error. With the environment variable MIXQUANT_TRACEBACK set, the error
+    is raised.
     """
     for name in _NOISY_IMPORTS:
         logging.getLogger(name).setLevel(logging.ERROR)
-    # When a command imports them, which takes seconds: most need them late, --help not at all.
+    # Only once a command imports them: the imports take seconds, and --help needs none of them.
     after_import("transformers.utils.logging", _quieten_transformers)
     after_import("huggingface_hub.utils", _quieten_hub)
     after_import("vllm.logger", _quieten_vllm)
@@ -110,7 +112,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (KeyboardInterrupt, typer.Abort):
         return 130
     except BrokenPipeError:
-        # Who read our output has gone; Python would complain once more when it flushes at exit.
+        # The reader of our output is gone. Python would raise the error again when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except Exception as error:
@@ -121,7 +123,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 2
         if hasattr(
             error, "format_message"
-        ):  # typer's, of a class that its versions place elsewhere
+        ):  # typer's; the class is in another module in each version
             print_error(f"{error.format_message()} (mixquant --help)")
             return 2
         print_error(f"{type(error).__name__}: {error} (MIXQUANT_TRACEBACK=1 shows where)")

@@ -116,7 +116,7 @@ def bench(
         typer.Option(
             "--trace",
             metavar="FILE",
-            help="Agent trace to replay, as JSONL, or builtin, or none.",
+            help="Agent trace to replay: a JSONL file, builtin, or none.",
             show_default="builtin",
         ),
     ] = None,
@@ -275,7 +275,7 @@ def _numbers(option: str, text: str | None, default: tuple[int, ...]) -> tuple[i
 def _that_fit(
     points: Sequence[Point], checkpoint: Checkpoint, chosen: set[str]
 ) -> tuple[list[Point], list[str]]:
-    """What the model's context has room for, and what it has none for, in words.
+    """The points that fit the model's context, and a message for each point that does not.
 
     Raises:
         InputError: that was chosen by the user.
@@ -298,7 +298,7 @@ def _that_fit(
 
 @contextmanager
 def _logs(directory: Path | None) -> Iterator[Path]:
-    """The user's directory, or one of our own that stays only where something went wrong."""
+    """The user's directory, or a temporary one that is kept only after an error."""
     if directory is not None:
         try:
             directory.mkdir(parents=True, exist_ok=True)

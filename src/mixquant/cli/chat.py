@@ -51,7 +51,7 @@ def chat(
     checkpoint = find(model, say)
     tokenizer = load_tokenizer(checkpoint)
     before = [] if system is None else [{"role": "system", "content": system}]
-    # Now, rather than at the first or second turn, if the template cannot say that.
+    # Now, and not at the first or second turn, if the template cannot render a conversation.
     opening(tokenizer, [*before, {"role": "user", "content": "?"}])
     reply(tokenizer, "?")
     answerer = Answerer(checkpoint, tokenizer, chosen, max_new_tokens, temperature, seed)
@@ -101,7 +101,7 @@ def _next_message() -> str | None:
     try:
         typed = sys.stdin.isatty()
         line = f"{out.input('[bold]> [/bold]')}\n" if typed else sys.stdin.readline()
-        line.encode()  # in some locales Python lets pass what is no text
+        line.encode()  # in some locales Python accepts bytes that are not text
     except EOFError:
         return None
     except UnicodeError:

@@ -1,4 +1,4 @@
-"""The terminal, and files that users name: what every command needs of them."""
+"""The terminal, and the files that users name."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ err = Console(stderr=True, highlight=False)
 
 
 class InputError(MixquantError, ValueError):
-    """Something that the user gave cannot be used. The message is one line."""
+    """An argument, option or file that cannot be used. The message is one line."""
 
 
 def say(message: str) -> None:
@@ -39,7 +39,7 @@ def read_text(path: Path) -> str:
 
 
 def check_writable(path: Path) -> None:
-    """Before the long work, not after it."""
+    """Checks, before long work, that a file can be written after it."""
     if os.path.isdir(path):
         raise InputError(f"cannot write {path}: it is a directory")
     try:
@@ -53,7 +53,7 @@ def check_writable(path: Path) -> None:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Writes a file such that it is there in full or not at all; a device or a pipe, as it is."""
+    """Writes a file in full or not at all. Writes to a device or a pipe directly."""
     try:
         if _is_special(path):
             path.write_text(text, encoding="utf-8")
@@ -64,7 +64,8 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def write_results(path: Path, text: str) -> None:
-    """`write_whole` of what took long: if it fails, the text is kept where there is room for it."""
+    """`write_whole` for the result of long work: if it fails, the text is kept in the temporary
+    folder."""
     try:
         write_whole(path, text)
     except InputError as error:
@@ -78,7 +79,7 @@ def write_results(path: Path, text: str) -> None:
 
 
 def write_so_far(path: Path, text: str) -> None:
-    """`write_whole` of what is not finished: if it fails, that is said, and the work goes on."""
+    """`write_whole` for unfinished work: if it fails, a message says so, and the work goes on."""
     try:
         write_whole(path, text)
     except InputError as error:
@@ -86,7 +87,7 @@ def write_so_far(path: Path, text: str) -> None:
 
 
 def _is_special(path: Path) -> bool:
-    """Whether it is there and is no file, so that a file must not take its place."""
+    """Whether the path exists and is not a regular file, so that no file may replace it."""
     return os.path.exists(path) and not os.path.isfile(path)
 
 

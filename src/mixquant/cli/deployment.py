@@ -16,7 +16,7 @@ from mixquant.serve.description import Deployment, ServeError
 
 
 def rendered(deployment: Deployment, kind: str, image: str | None) -> str:
-    """Nothing but a checkpoint is looked at here: the machine that serves may be another one."""
+    """The manifest. Looks at a local checkpoint only: another machine may be the one that serves."""
     from mixquant.serve import render_compose, render_kubernetes
 
     renderer = {"compose": render_compose, "kubernetes": render_kubernetes}[kind]
@@ -71,7 +71,7 @@ def run(described: Deployment, dry_run: bool) -> None:
 
 
 def _with_parsers(described: Deployment, checkpoint: models.Checkpoint) -> Deployment:
-    """The description with the parsers that fit the model, which is said."""
+    """The description with the parsers that fit the model; prints which ones."""
     from mixquant.serve.parsers import parser_for
 
     found: dict[str, str] = {}
@@ -81,18 +81,18 @@ def _with_parsers(described: Deployment, checkpoint: models.Checkpoint) -> Deplo
         found["tool_parser"] = tool or "none"
         if tool:
             say(
-                f"tool calls are read as {tool}, by the chat template "
-                "(--tool-parser none turns it off)"
+                f"tool calls are parsed as {tool}, by the chat template "
+                "(--tool-parser none turns this off)"
             )
         else:
-            say("tool calls are not read: no parser fits the chat template (--tool-parser NAME)")
+            say("tool calls are not parsed: no parser fits the chat template (--tool-parser NAME)")
     if described.reasoning_parser == "auto":
         reasoning = parser_for("reasoning", checkpoint.source, model_type)
         found["reasoning_parser"] = reasoning or "none"
         if reasoning:
             say(
-                f"reasoning is read as {reasoning}, by the chat template "
-                "(--reasoning-parser none turns it off)"
+                f"reasoning is parsed as {reasoning}, by the chat template "
+                "(--reasoning-parser none turns this off)"
             )
     return described.model_copy(update=found)
 

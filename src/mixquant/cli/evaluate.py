@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from mixquant.evaluate.benchmarks.plan import Judge
 
 JUDGE_KEYS = ("MIXQUANT_JUDGE_KEY", "OPENAI_API_KEY")
-SERVER_KEY = "VLLM_API_KEY"  # which vLLM itself reads
+SERVER_KEY = "VLLM_API_KEY"  # vLLM itself reads this variable
 RESULTS = "results.json"
 
 
@@ -51,7 +51,7 @@ def evaluate(
         typer.Option(
             "--benchmark",
             metavar="NAME",
-            help="Benchmark to run, or list to list them. May be repeated.",
+            help="Benchmark to run; list prints all names. May be repeated.",
         ),
     ],
     data: Annotated[
@@ -220,7 +220,7 @@ def evaluate(
     from mixquant.servers.arms import chosen_arms
 
     chosen = chosen_recipe(recipe, format)
-    if chosen is None:  # servers that run already need no model here
+    if chosen is None:  # servers that already run need no model on this machine
         chosen = Recipe() if url and not arm else saved_recipe(find(model, say))
     options = Options(
         model=model,
@@ -255,7 +255,7 @@ def evaluate(
     except RunError as error:
         print_error(str(error))
         raise typer.Exit(1) from None
-    with ExitStack() as then:  # each of these is done whatever becomes of those before it
+    with ExitStack() as then:  # each step is done even if an earlier one fails
         for file in (json_file, out_dir / RESULTS):
             if file is not None:
                 then.callback(write_results, file, to_json(result))
@@ -281,7 +281,7 @@ def _judge(url: str | None, model: str | None) -> Judge | None:
     if key is None:
         raise InputError(
             f"the judge's key is missing: set the environment variable {' or '.join(JUDGE_KEYS)} "
-            "(to anything, if it wants none)"
+            "(any value, if the judge needs none)"
         )
     return Judge(url.rstrip("/").removesuffix("/v1"), model, key)
 

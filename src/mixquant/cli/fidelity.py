@@ -164,7 +164,7 @@ def fidelity(
                 progress=progress,
                 done=keep,
             )
-    finally:  # an arm that fails takes none of those before it along
+    finally:  # results of earlier arms are shown even if an arm fails
         if finished:
             with ExitStack() as then:
                 if json_file is not None:
@@ -174,7 +174,7 @@ def fidelity(
 
 
 def _names(sources: Sequence[str | None]) -> list[str]:
-    """Of the arms: a recipe's preset or file, or without a recipe what other commands call it."""
+    """The names of the arms: the preset or the file's name; ``mixquant`` without a recipe."""
     names: list[str] = []
     for source in sources:
         if source is None:
@@ -210,12 +210,12 @@ def _engine(engine: EngineName, vllm_args: str) -> Engine:
         raise InputError(f"--vllm-args: cannot read {vllm_args!r}: {error}") from None
     for argument in arguments:
         if (option := stands_for(argument, DECIDED)) is not None:
-            raise InputError(f"--vllm-args: {argument!r} is {option}, which is decided here")
+            raise InputError(f"--vllm-args: {argument!r} is {option}, which this command sets")
     return VLLM(arguments)
 
 
 def _check_recipes(engine: EngineName, recipes: dict[str, Recipe]) -> None:
-    """Refuses now what an arm would be refused for when its turn comes."""
+    """Refuses recipes that an arm would refuse later, before anything is loaded."""
     if engine is EngineName.transformers:
         for one in recipes.values():
             one.resolved(frozenset())

@@ -1,4 +1,4 @@
-"""What a command says where a prompt was read without quantizing anything."""
+"""The hint that a command prints if a prompt was read without quantizing anything."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from mixquant.core.summary import Summary
 
 
 def quantized_tokens(made: Summary, tokens: int, quantized: int) -> str:
-    """How many of a prompt's tokens were quantized, to what, and why none, if none were."""
+    """How many tokens of a prompt were quantized, in which format, and why none, if none were."""
     recipe = made.recipe.to_dict()
     names = dict.fromkeys(layer.format for layer in made.layers if layer.format != "bf16")
     formats = " and ".join(name.upper() for name in names)
@@ -21,7 +21,7 @@ def quantized_tokens(made: Summary, tokens: int, quantized: int) -> str:
 
 
 def why_none(recipe: Mapping[str, Any] | None, tokens: int) -> str:
-    """Why no token of a prompt was quantized, as far as the recipe tells.
+    """Why no token of a prompt was quantized, as far as the recipe says.
 
     Args:
         recipe: with everything decided; None: not known.

@@ -38,7 +38,7 @@ FormatOption = Annotated[
     ),
 ]
 LARGEST_SEED = 2**32 - 1  # NumPy's
-MOST = 2**31 - 1  # of what engines count in 32 bits
+MOST = 2**31 - 1  # engines count in 32 bits
 NewTokens = Annotated[
     int,
     typer.Option(
@@ -52,14 +52,14 @@ NewTokens = Annotated[
 
 
 def finite(value: float | None) -> float | None:
-    """For options with bounds, between which NaN is, too."""
+    """For options with bounds: NaN passes typer's check of bounds."""
     if value is not None and not math.isfinite(value):
         raise typer.BadParameter(f"{value} is not a finite number")
     return value
 
 
 def temperature_option(value: float | None) -> float | None:
-    """0, or one that logits can be divided by: from 0.01 on, vLLM's own smallest."""
+    """Takes 0, or a value that logits can be divided by: at least 0.01, as in vLLM."""
     if value and not 0.01 <= value <= 100:  # not NaN, either
         raise typer.BadParameter(f"{value} is neither 0 nor from 0.01 to 100")
     return value
@@ -105,7 +105,7 @@ PromptFile = Annotated[
 
 
 def chosen_recipe(recipe: str | None, format: str | None) -> Recipe | None:
-    """What the options say; None if they say nothing."""
+    """The recipe that the options give; None if no option gives one."""
     if recipe is None and format is None:
         return None
     chosen = Recipe.load("balanced" if recipe is None else recipe)

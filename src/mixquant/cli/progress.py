@@ -48,7 +48,8 @@ def progress_bar() -> Iterator[Callable[[str, float], None]]:
 
 @contextmanager
 def lines_now_and_then() -> Iterator[Callable[[str], None]]:
-    """Says what is being done after some seconds and then in intervals, for output that is redirected.
+    """Prints what is being done after some seconds and then in intervals, for output that is
+    redirected.
 
     Yields:
         A function that takes what is being done. It prints nothing itself, so it may be called often.

@@ -154,7 +154,7 @@ class Recipe:
         """The recipe that a JSON object describes.
 
         Raises:
-            RecipeError: no JSON, not that of a recipe, or a key that stands twice.
+            RecipeError: no JSON, not that of a recipe, or a key that appears twice.
         """
         try:
             values = parse_json(text)
@@ -280,7 +280,7 @@ class Recipe:
                 used.update([key for key in formats if _matches(key, layer)][:1])
         every = [*layers, *others]
         found = [
-            f"recipe key 'ignore': {pattern!r} is the name of no linear layer of this model"
+            f"recipe key 'ignore': {pattern!r} matches no linear layer of this model"
             for pattern in dict.fromkeys(self.ignore)
             if pattern not in Recipe.ignore and not any(_matches(pattern, one) for one in every)
         ]
@@ -290,7 +290,7 @@ class Recipe:
             if any(_matches(key, layer) for layer in layers):
                 why = "changes nothing: 'ignore', or a key before it, names the same layers"
             elif not any(_matches(key, layer) for layer in others):
-                why = "is the name of no linear layer of this model"
+                why = "matches no linear layer of this model"
             elif fmt != "bf16":
                 why = "changes nothing: such layers stay BF16 whatever the recipe says"
             else:

@@ -1,1 +1,1 @@
-"""Files of others and folders of ours."""
+"""Reading files of others, and writing files of our own."""

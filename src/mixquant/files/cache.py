@@ -1,4 +1,4 @@
-"""The directory that outlives commands."""
+"""The directory in which mixquant keeps files between commands."""
 
 from __future__ import annotations
 

@@ -1,8 +1,9 @@
-"""JSON and YAML that somebody else wrote: Python values that are safe to go through, or one sentence.
+"""Reads JSON and YAML that somebody else wrote, and returns values that are safe to use, or one
+sentence.
 
-Parsers let pass what breaks the code behind them: values nested so deeply that whoever walks them
-overflows the stack, YAML aliases that a few lines make a gigabyte of, numbers that nobody can print,
-text that cannot be encoded. What these functions return has none of that.
+Parsers accept input that breaks the code behind them: values nested so deeply that a walk over them
+overflows the stack, YAML aliases that expand a few lines to a gigabyte, numbers that cannot be
+printed, text that cannot be encoded. The values that these functions return contain none of that.
 """
 
 from __future__ import annotations
@@ -13,13 +14,13 @@ import reprlib
 from collections.abc import Iterator
 from typing import Any
 
-DEEPEST = 100  # levels; no file of ours or of Hugging Face's has a tenth of it
+DEEPEST = 100  # levels; known files have less than a tenth of that
 _MOST_YAML_VALUES = 100_000  # with every alias written out
-_LARGEST = 10**4300  # Python prints no integer from here on
+_LARGEST = 10**4300  # Python refuses to print larger integers
 
 
 class ReadingError(ValueError):
-    """Text that is not what it should be. The message is one line, and says where if it is known."""
+    """Text in the wrong form. The message is one line and gives the position if it is known."""
 
 
 def parse_json(text: str | bytes, *, foreign: bool = False) -> Any:
@@ -67,7 +68,7 @@ def parse_yaml(text: str) -> Any:
         document = loader.get_single_node()
         if (twice := _key_twice(document)) is not None:
             raise ReadingError(
-                f"line {twice.start_mark.line + 1}: {shown(twice.value)} stands twice"
+                f"line {twice.start_mark.line + 1}: {shown(twice.value)} appears twice"
             )
         value = None if document is None else loader.construct_document(document)
     except yaml.YAMLError as error:
@@ -85,7 +86,7 @@ def parse_yaml(text: str) -> Any:
 
 
 def _key_twice(document: Any) -> Any:
-    """The node of the first key that stands twice in one mapping of a YAML document, or None."""
+    """The node of the first key that appears twice in one mapping of a YAML document, or None."""
     import yaml
 
     waiting, seen = [document], set()
@@ -108,23 +109,23 @@ def _key_twice(document: Any) -> Any:
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Python's parser takes the last of a key's values, silently."""
+    """Refuses a key that appears twice: Python's parser silently takes the last value."""
     values: dict[str, Any] = {}
     for key, value in pairs:
         if key in values:
-            raise ReadingError(f"the key {shown(key)} stands twice in one object")
+            raise ReadingError(f"the key {shown(key)} appears twice in one object")
         values[key] = value
     return values
 
 
 def shown(value: Any, limit: int = 100) -> str:
-    """A value for a message: its repr, cut, however large and deep it is."""
+    """A value for a message: its repr, shortened, however large and deep the value is."""
     text = _REPR.repr(value)
     return text if len(text) <= limit else f"{text[: limit - 3]}..."
 
 
 def _cut(error: Exception, limit: int = 300) -> str:
-    """What a parser says, in one line: it may repeat a megabyte of the text."""
+    """A parser's message in one line, shortened: it may repeat a megabyte of the text."""
     text = " ".join(str(error).split())
     return text if len(text) <= limit else f"{text[: limit - 3]}..."
 

@@ -1,7 +1,7 @@
-"""Folders that are needed while something runs, and that go even if it is killed.
+"""Temporary folders that are removed even if the process that made them is killed.
 
-A folder holds a file which the process that made it keeps locked. The lock ends with the process,
-however that ends, so whoever makes the next folder of a kind can tell which ones nobody uses any more.
+A folder holds a file that its process keeps locked. The lock ends with the process. So the next
+process that makes a folder of this kind can see which folders are no longer used, and removes them.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ _locks: dict[Path, int] = {}  # of this process's folders: the open file that ho
 
 
 def make(purpose: str) -> Path:
-    """A new folder ``mixquant-PURPOSE-...`` under the temporary one, for this user alone.
+    """A new folder ``mixquant-PURPOSE-...`` under the temporary one, readable by this user only.
 
-    Removes those of this purpose and user whose processes were killed.
+    Removes folders with this purpose and user whose processes were killed.
     """
     sweep(Path(tempfile.gettempdir()), f"mixquant-{purpose}-*")
     folder = Path(tempfile.mkdtemp(prefix=f"mixquant-{purpose}-"))
@@ -34,27 +34,27 @@ def own(folder: Path) -> None:
     """Marks a folder as in use until this process ends, or `keep` or `remove` is called."""
     import fcntl
 
-    # Not inherited by what this process starts; what it forks holds it, and ends it as well.
+    # Processes that this one starts do not inherit the lock. A forked one holds it, and must end, too.
     lock = os.open(folder / _MARK, os.O_RDWR | os.O_CREAT, 0o600)
     fcntl.flock(lock, fcntl.LOCK_EX)
     _locks[folder] = lock
 
 
 def keep(folder: Path) -> None:
-    """Leaves a folder of this process's to the user: nothing removes it any more."""
+    """Leaves a folder of this process to the user: nothing removes it any more."""
     with contextlib.suppress(OSError):
         (folder / _MARK).unlink()
     _release(folder)
 
 
 def remove(folder: Path) -> None:
-    """Removes a folder of this process's."""
+    """Removes a folder of this process."""
     shutil.rmtree(folder, ignore_errors=True)
     _release(folder)
 
 
 def sweep(parent: Path, pattern: str) -> None:
-    """Removes the folders of this name that a process of this user made which is no more."""
+    """Removes folders of this name whose processes, of this user, have ended."""
     for folder in parent.glob(pattern):
         with contextlib.suppress(OSError):
             about = folder.lstat()

@@ -1,4 +1,4 @@
-"""Files that have to be on the disk before a directory takes its name, and the disk that is full."""
+"""Writing files safely: waiting for the disk, and recognizing a full one."""
 
 from __future__ import annotations
 
@@ -15,5 +15,5 @@ def sync(file: Path) -> None:
 
 def is_out_of_space(error: Exception) -> bool:
     """Whether an error says that the disk is full."""
-    # safetensors writes by itself and has an exception of its own.
+    # safetensors writes files itself and raises an exception of its own.
     return getattr(error, "errno", None) == errno.ENOSPC or "os error 28" in str(error)

@@ -46,7 +46,9 @@ def read(path: Path) -> Results:
     except ReadingError as error:
         raise ResultsError(f"{path} is not JSON: {error}") from None
     if (large := _too_large(values)) is not None:
-        raise ResultsError(f"{path}: field {large!r} is beyond {_LARGEST:g}, so no measurement's")
+        raise ResultsError(
+            f"{path}: field {large!r} is beyond {_LARGEST:g}, which no measurement gives"
+        )
     adapter: TypeAdapter[Results] = TypeAdapter(Annotated[Results, Field(discriminator="kind")])
     try:
         return adapter.validate_python(values)

@@ -221,8 +221,8 @@ def accepted(path: str, raw: bytes) -> Accepted:
         raw: the request's body.
 
     Raises:
-        Refused: with status 400, it is no JSON object, or holds what JSON or UTF-8 cannot; with status
-            413, it holds more than `MOST_VALUES` values.
+        Refused: with status 400, it is not a JSON object, or holds what JSON or UTF-8 cannot; with
+            status 413, it holds more than `MOST_VALUES` values.
     """
     if _holds_too_many_values(raw):
         raise Refused(413, f"the request holds more than {MOST_VALUES} values")

@@ -38,7 +38,7 @@ BROKEN = (500, *UNREADY)  # those that may come of a dead engine
 DEAD = "EngineCore encountered an issue"  # vLLM's, when the process that computes has ended
 GAVE_UP = "Internal server error"  # vLLM's, when a KV cache that was to be fetched did not come
 FAILED = "an engine failed at this request; its log says how"
-BROKE_OFF = "the engine that was answering ended; try again"
+BROKE_OFF = "the engine that was answering crashed; try again"
 _MODEL = ("id", "object", "created", "owned_by", "max_model_len")
 
 

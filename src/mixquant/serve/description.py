@@ -222,7 +222,7 @@ class Deployment(BaseModel):
         if both := set(self.prefill_gpus or ()) & set(self.decode_gpus or ()):
             raise ValueError(f"GPU {_listed(sorted(both))} is in prefill_gpus and in decode_gpus")
         if self.metrics_port == self.port:
-            raise ValueError("metrics_port has to be another one than port")
+            raise ValueError("metrics_port and port have to differ")
         if self.api_key_variable is not None and self.api_key_file is not None:
             raise ValueError("give api_key_variable or api_key_file, not both")
         for field in ("vllm_arguments", "prefill_arguments", "decode_arguments"):
@@ -234,14 +234,14 @@ class Deployment(BaseModel):
                 if option == "--config":
                     raise ValueError(
                         f"{field}: {written}{meant} may hide options that are decided by mixquant serve "
-                        "itself; give those of the file one by one"
+                        "itself; give the options of the file one by one"
                     )
-                raise ValueError(f"{field}: {written}{meant} is decided by mixquant serve itself")
+                raise ValueError(f"{field}: {written}{meant} is set by mixquant serve itself")
         for name, value in self.environment.items():
             if re.fullmatch(_VARIABLE, name) is None:
                 raise ValueError(
-                    f"environment: {name!r} is no variable's name, which has letters, digits and "
-                    "underscores, and no digit first"
+                    f"environment: {name!r} is not a variable's name: a name has letters, digits "
+                    "and underscores, and does not begin with a digit"
                 )
             if "\0" in value:
                 raise ValueError(f"environment: the value of {name} holds a NUL character")

@@ -51,7 +51,7 @@ from mixquant.serve.routes import (
 )
 
 REQUESTS = prometheus.Counter(
-    "mixquant_requests", "Requests by what came of them", ["path", "status"]
+    "mixquant_requests", "Requests by path and status", ["path", "status"]
 )
 
 

@@ -65,12 +65,12 @@ def unready(answer: httpx.Response | None) -> Response:
     message = own_error(answer) if answer is not None else None
     if message is not None:
         if answers.DEAD in message:
-            message = "an engine ended while it worked on this request, and starts again"
+            message = "the engine crashed while it worked on this request; it restarts"
         # Or OpenAI's client would show it to the next engine.
         return JSONResponse(error_body(500, message), 500, {"x-should-retry": "false"})
     if answer is not None and answer.status_code == 500 and answers.is_json(answer):
         return failure(500, answers.FAILED)
-    return failure(503, "no engine can serve this now: one ended and starts again; try again later")
+    return failure(503, "no engine can serve this now: one crashed and restarts; try again later")
 
 
 async def unknown(request: Request, error: Exception) -> Response:

@@ -122,7 +122,10 @@ class Supervisor:
                 one.kill()
         else:
             patience = self.deployment.drain_timeout
-            self.say(f"stopping: answers have {patience:g} s to end (once more: at once)")
+            self.say(
+                f"stopping: requests in flight have {patience:g} s to finish "
+                "(a second signal stops at once)"
+            )
         self.stopping.set()
 
     async def _all_ready(self) -> bool:
@@ -183,7 +186,7 @@ class Supervisor:
                 status = await status_of(one.process.health_url)
                 if status == 200:
                     if not one.ready.is_set() and one.lives > 1:
-                        self.say(f"{one.name} is back ({now - begun:.0f} s after it started again)")
+                        self.say(f"{one.name} is back ({now - begun:.0f} s after its restart)")
                     one.has_been_ready = True
                     one.ready.set()
                     if now - begun > SETTLED:
@@ -210,7 +213,7 @@ class Supervisor:
         if not was_ready and one.ends_in_a_row == 1:
             # What fails at once fails again.
             said = reason(one.log, one.began)
-            self._fail(f"{one.name} {ended}: {said} (all of it: {one.log})")
+            self._fail(f"{one.name} {ended}: {said} (full log: {one.log})")
             return
         self.say(f"{one.name} {ended}; the last lines of {one.log}:\n{one.last_lines()}")
         if one.ends_in_a_row > self.deployment.max_restarts:
@@ -222,7 +225,7 @@ class Supervisor:
                 )
             return
         pause = min(FIRST_PAUSE * 2 ** (one.ends_in_a_row - 1), LONGEST_PAUSE)
-        self.say(f"{one.name} starts again in {pause:.0f} s")
+        self.say(f"{one.name} restarts in {pause:.0f} s")
         await asyncio.sleep(pause)
 
     def _can_serve(self) -> bool:

@@ -1,4 +1,4 @@
-"""Arms: what is compared, each a vLLM server of ours or one that runs already."""
+"""Arms: the things compared. Each is a vLLM server that we start, or one that already runs."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from mixquant.servers.process import arguments_for, serving, stands_for
 
 DEFAULTS = ("bf16", "quantized", "mixquant")
 
-# Options of vLLM that are decided for every server that is started, and those that make `DEFAULTS`.
+# Options of vLLM that we set for every server that is started, and those in which `DEFAULTS` differ.
 _ADDRESS = ("--config", "--host", "--model", "--port", "--served-model-name", "--uds")
 _PRECISION = ("--additional-config", "--quantization", "-q")
 
@@ -30,7 +30,7 @@ _NAME = re.compile(r"\w[\w.-]*")  # names files, too
 
 
 class ArmError(MixquantError, ValueError):
-    """An arm that cannot be had: a wrong option, or a server that is not there. One line."""
+    """An arm that cannot be used: a wrong option, or a server that does not answer. One line."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Arm:
     """One of the things compared."""
 
     name: str
-    recipe: Recipe | None = None  # None: without mixquant
+    recipe: Recipe | None = None  # None: vLLM without mixquant
     arguments: tuple[str, ...] = ()  # vLLM's own, beside the recipe's
     url: str | None = None  # of a server that runs already, without /v1
 
@@ -67,7 +67,7 @@ def chosen_arms(
 
     Raises:
         ArmError: an option that cannot be read, an unknown name, one name twice, or arguments that
-            give what is decided here.
+            give what the command sets.
     """
     shared = tuple(_split(vllm_args, "--vllm-args"))
     _check(shared, "--vllm-args", (*_ADDRESS, *_PRECISION))
@@ -108,9 +108,9 @@ def running(
     log: Path,
     progress: Callable[[str], None] = lambda doing: None,
 ) -> Iterator[str]:
-    """An arm's server for as long as the block lasts: started, unless it runs already.
+    """The server of an arm for as long as the block lasts: started, unless it already runs.
 
-    SIGTERM ends the block as Ctrl-C does, so that no server outlives it.
+    SIGTERM ends the block as Ctrl-C does, so no server outlives it.
 
     Args:
         model: a directory or a hub name.
@@ -138,7 +138,7 @@ def running(
 def served_models(
     url: str, key: str | None = None, *, timeout: float = 10
 ) -> dict[str, int | None]:
-    """A server's models, and the longest context of each in tokens, where it says so.
+    """The models of a server, and the context length of each in tokens, where the server says so.
 
     Args:
         url: without ``/v1``.
@@ -198,7 +198,7 @@ def _check(arguments: Sequence[str], where: str, decided: Sequence[str]) -> None
     for argument in arguments:
         if (option := stands_for(argument, decided)) is not None:
             instead = "; give --arm NAME=ARGUMENTS for an arm of your own" * (option in _PRECISION)
-            raise ArmError(f"{where}: {argument!r} is {option}, which is decided here{instead}")
+            raise ArmError(f"{where}: {argument!r} is {option}, which this command sets{instead}")
 
 
 def _split(arguments: str, where: str) -> list[str]:

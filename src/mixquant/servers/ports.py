@@ -1,4 +1,4 @@
-"""TCP ports of this machine on which processes of ours can listen once they have started."""
+"""TCP ports of this machine on which child processes can listen later."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ _HANDED_OUT = Path("/proc/sys/net/ipv4/ip_local_port_range")
 
 
 def free_ports(number: int, without: int = 0) -> list[int]:
-    """Different ports of the loopback address that are free, in random order.
+    """Different free ports of the loopback address, in random order.
 
-    None of those that the system gives to whoever asks for any port, or connects: an engine needs
-    half a minute until it listens, and does both many times before.
+    None of the ports that the system gives to connections, or to processes that ask for any port:
+    an engine needs half a minute until it listens, and another process could get its port in the
+    meantime.
 
     Args:
         without: a port that is not wanted.

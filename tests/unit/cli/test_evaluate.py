@@ -233,7 +233,7 @@ def test_a_second_process_is_refused(
         try:
             until(lambda: len(stub.asked) > 0)
             assert evaluate(*asking) == 2
-            assert "another process evaluates into mixquant-evaluation" in capsys.readouterr().err
+            assert "another process writes to mixquant-evaluation" in capsys.readouterr().err
         finally:
             process.kill()
             process.wait()

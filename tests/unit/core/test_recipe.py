@@ -387,7 +387,7 @@ def test_balanced_reaches_into_fused_layers() -> None:
 def test_a_key_that_stands_twice_is_refused(text: str, key: str, tmp_path: Path) -> None:
     for source in (text, str(tmp_path / "recipe.json")):
         (tmp_path / "recipe.json").write_text(text)
-        with pytest.raises(RecipeError, match=f"{key!r} stands twice"):
+        with pytest.raises(RecipeError, match=f"{key!r} appears twice"):
             Recipe.load(source)
 
 

@@ -64,7 +64,7 @@ def test_other_json_is_what_it_is() -> None:
         ('"\\ud800"', "half a character"),
         ("a: [", "line 1, column 5"),
         ("!!python/object/apply:os.getcwd []", "could not determine a constructor"),
-        (f"? {'k' * 10**6}\n: 1\n? {'k' * 10**6}\n: 2", "stands twice"),
+        (f"? {'k' * 10**6}\n: 1\n? {'k' * 10**6}\n: 2", "appears twice"),
         (f"a: !{'x' * 10**6}", "could not determine a constructor"),
         (f'!!float "{"z" * 10**6}"', "a value cannot be read"),
         (f'!!bool "{"z" * 10**6}"', "a value cannot be read"),

@@ -46,7 +46,7 @@ class TestCommand:
         ("content", "says"),
         [
             ("{", "is not JSON: line 1"),
-            ('{"kind": "bench", "kind": "bench"}', "the key 'kind' stands twice"),
+            ('{"kind": "bench", "kind": "bench"}', "the key 'kind' appears twice"),
             ("", "is not JSON: line 1"),
             ("[]", "not a results file"),
             ("{}", "field 'kind'"),

@@ -65,7 +65,7 @@ def test_a_key_that_stands_twice_is_refused(text: str, line: int, key: str, tmp_
     file.write_text(text)
     with pytest.raises(ServeError) as caught:
         read(file)
-    assert str(caught.value) == f"{file} is not YAML: line {line}: {key!r} stands twice"
+    assert str(caught.value) == f"{file} is not YAML: line {line}: {key!r} appears twice"
 
 
 def test_an_alias_and_a_merge_are_no_second_key(tmp_path: Path) -> None:
@@ -107,12 +107,12 @@ def test_an_alias_and_a_merge_are_no_second_key(tmp_path: Path) -> None:
         ),
         ({"prefill": 1, "decode": 1, "decode_gpus": "a"}, "decode_gpus: Input should be a valid"),
         ({"prefill": 1, "decode": 1, "decode_gpus": "-1"}, "decode_gpus: Input should be greater"),
-        ({"vllm_arguments": "--port 3"}, "vllm_arguments: --port is decided by mixquant serve"),
-        ({"vllm_arguments": "--api-key=x"}, "vllm_arguments: --api-key is decided by"),
-        ({"vllm_arguments": "--served_model_name x"}, "--served_model_name is decided by"),
-        ({"vllm_arguments": "--quantiz fp8"}, "--quantiz (--quantization) is decided by"),
-        ({"vllm_arguments": "-qfp8"}, "-qfp8 (-q) is decided by mixquant serve"),
-        ({"vllm_arguments": "-t 2"}, "-t (-tp) is decided by mixquant serve"),
+        ({"vllm_arguments": "--port 3"}, "vllm_arguments: --port is set by mixquant serve"),
+        ({"vllm_arguments": "--api-key=x"}, "vllm_arguments: --api-key is set by"),
+        ({"vllm_arguments": "--served_model_name x"}, "--served_model_name is set by"),
+        ({"vllm_arguments": "--quantiz fp8"}, "--quantiz (--quantization) is set by"),
+        ({"vllm_arguments": "-qfp8"}, "-qfp8 (-q) is set by mixquant serve"),
+        ({"vllm_arguments": "-t 2"}, "-t (-tp) is set by mixquant serve"),
         (
             {**SET, "decode_arguments": "--served x"},
             "decode_arguments: --served (--served-model-name)",
@@ -122,11 +122,11 @@ def test_an_alias_and_a_merge_are_no_second_key(tmp_path: Path) -> None:
             "(--additional-config) is",
         ),
         ({"vllm_arguments": "--config options.yaml"}, "--config may hide options that are decided"),
-        ({"environment": {"": "x"}}, "environment: '' is no variable's name"),
-        ({"environment": {"A=B": "x"}}, "environment: 'A=B' is no variable's name"),
-        ({"environment": {"1A": "x"}}, "environment: '1A' is no variable's name"),
-        ({"environment": {"A B": "x"}}, "environment: 'A B' is no variable's name"),
-        ({"environment": {"A\n": "x"}}, "environment: 'A\\n' is no variable's name"),
+        ({"environment": {"": "x"}}, "environment: '' is not a variable's name"),
+        ({"environment": {"A=B": "x"}}, "environment: 'A=B' is not a variable's name"),
+        ({"environment": {"1A": "x"}}, "environment: '1A' is not a variable's name"),
+        ({"environment": {"A B": "x"}}, "environment: 'A B' is not a variable's name"),
+        ({"environment": {"A\n": "x"}}, "environment: 'A\\n' is not a variable's name"),
         ({"environment": {"A": "x\0"}}, "environment: the value of A holds a NUL"),
         ({"environment": {"A": True}}, "environment: Input should be a valid string"),
         ({"environment": {"A": False}}, "environment: Input should be a valid string"),

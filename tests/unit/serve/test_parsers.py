@@ -125,7 +125,7 @@ def test_the_command_says_which_it_takes(
     assert cli.main([*asking, "--image", "i"]) == 0
     printed = capsys.readouterr()
     assert "- hermes" in printed.out and "- qwen3" in printed.out
-    assert "tool calls are read as hermes" in printed.err
+    assert "tool calls are parsed as hermes" in printed.err
     off = ["--tool-parser", "none", "--reasoning-parser", "none"]
     assert cli.main([*asking, "--image", "i", *off]) == 0
     printed = capsys.readouterr()

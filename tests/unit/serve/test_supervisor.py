@@ -248,7 +248,7 @@ def test_whatever_is_killed_starts_again(tmp_path: Path, name: str) -> None:
     assert whole.left() == []
     assert any(f"{name} ended by signal 9; the last lines" in line for line in whole.said)
     assert "  | hello" in "".join(whole.said)
-    assert any(f"{name} starts again in" in line for line in whole.said)
+    assert any(f"{name} restarts in" in line for line in whole.said)
     assert any(f"{name} is back" in line for line in whole.said)
     assert whole.log(name).count("hello") == 2
 

@@ -65,7 +65,7 @@ def test_options_that_cannot_be_read(arms: list[str], urls: list[str], says: str
         ({"vllm_args": "--quantiz=fp8"}, "--vllm-args: '--quantiz=fp8' is --quantization"),
         ({"vllm_args": "--seed 1 -qfp8"}, "--vllm-args: '-qfp8' is -q"),
         ({"vllm_args": "--additional-config.mixquant.preset exact"}, "is --additional-config"),
-        ({"vllm_args": "--port=3"}, "is --port, which is decided here"),
+        ({"vllm_args": "--port=3"}, "is --port, which this command sets"),
         ({"arms": ["mine=--served x"]}, "--arm mine: '--served' is --served-model-name"),
         ({"arms": ["mine=--config file.yaml"]}, "--arm mine: '--config' is --config"),
     ],

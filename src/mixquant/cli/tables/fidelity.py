@@ -20,7 +20,8 @@ _CAPTION = (
 
 
 def tables(result: Fidelity) -> Iterator[Table]:
-    """For each prompt length the cost beside the fidelity, and how the KL fades after the prompt."""
+    """For each prompt length: cost and fidelity of each arm, then how the KL fades after the
+    prompt."""
     lengths = list(dict.fromkeys(one.prompt_tokens for one in result.results))
     for length in lengths:
         here = [one for one in result.results if one.prompt_tokens == length]
@@ -33,9 +34,10 @@ def tables(result: Fidelity) -> Iterator[Table]:
 
 def _figures(result: Fidelity, here: Sequence[Divergence], caption: str | None) -> Table:
     first = here[0]
+    prompts = "1 prompt" if first.answers == 1 else f"{first.answers} prompts"
     table = _table(
-        f"{result.model} ({result.engine}): {first.answers} prompts of {first.prompt_tokens} "
-        f"tokens, {first.greedy_tokens} after each"
+        f"{result.model} ({result.engine}): {prompts} of {first.prompt_tokens} tokens, "
+        f"{first.greedy_tokens} compared after each"
     )
     notes = (_nothing_quantized(result, here), caption or "")
     table.caption = "\n".join(note for note in notes if note) or None

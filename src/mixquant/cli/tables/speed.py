@@ -1,4 +1,4 @@
-"""The figures for people: one table for each workload, the arms below one another."""
+"""Measurements of speed as tables for a terminal: one for each workload, one row for each arm."""
 
 from __future__ import annotations
 

@@ -97,7 +97,9 @@ def _recipe_of(given: Any) -> Recipe:
     if isinstance(given, dict):
         # What another process, or a copy of the configuration, resolved before.
         return Recipe.from_dict({key: given[key] for key in given if key != "version"})
-    raise RecipeError(f"additional_config['mixquant'] is a recipe or its file, not {given!r}")
+    raise RecipeError(
+        f"additional_config['mixquant'] has to be a recipe or the path of its file, not {given!r}"
+    )
 
 
 def _misplaced(additional_config: dict[str, Any]) -> str | None:
@@ -135,20 +137,20 @@ def _check_recipe(vllm_config: Any, recipe: Recipe) -> None:
         return
     if os.environ.get("VLLM_BATCH_INVARIANT", "0") != "0":
         raise SettingsError(
-            "VLLM_BATCH_INVARIANT promises answers that do not depend on the batch, but which rows mixquant "
-            "quantizes, and in which kernel, depends on their pass; unset it, or take preset exact"
+            "VLLM_BATCH_INVARIANT promises answers that do not depend on the batch, but which rows "
+            "mixquant quantizes depends on their pass; unset the variable, or use preset exact"
         )
     transfer = getattr(getattr(vllm_config, "weight_transfer_config", None), "backend", "ipc")
     if transfer not in ("nccl", "ipc"):
         raise SettingsError(
-            f"the weight transfer backend {transfer!r} writes weights that mixquant's copies would not "
-            "follow; take nccl or ipc, or preset exact"
+            f"with the weight transfer backend {transfer!r}, mixquant's copies would keep the old "
+            "weights; use nccl or ipc, or preset exact"
         )
     dtype = getattr(vllm_config.model_config, "dtype", None)
     if current_platform.is_cuda() and dtype == torch.float32:
         raise SettingsError(
             "vLLM's quantized products on a GPU write BF16 or FP16, not float32; leave out --dtype "
-            "float32, or take preset exact"
+            "float32, or use preset exact"
         )
 
 
@@ -164,8 +166,8 @@ def check(vllm_config: Any) -> None:
         )
     if (misplaced := _misplaced(vllm_config.additional_config)) is not None:
         raise SettingsError(
-            f"additional_config has the key {misplaced!r}, and no 'mixquant', under which the recipe "
-            'stands: {"mixquant": {...}}'
+            f"additional_config has the key {misplaced!r} but no key 'mixquant'; put the recipe under "
+            'that key: {"mixquant": {...}}'
         )
     if not (current_platform.is_cuda() or current_platform.is_cpu()):
         raise SettingsError(
@@ -179,8 +181,8 @@ def check(vllm_config: Any) -> None:
     parallel = vllm_config.parallel_config
     if getattr(parallel, "enable_dbo", False) or getattr(parallel, "ubatch_size", 0) > 1:
         raise SettingsError(
-            "mixquant cannot run with dual-batch overlap: it splits a pass in two and its rows lose "
-            "their place in the plan; leave out --enable-dbo and --ubatch-size"
+            "mixquant cannot run with dual-batch overlap: it splits a pass in two, and the plan "
+            "fits neither half; leave out --enable-dbo and --ubatch-size"
         )
     if getattr(parallel, "prefill_context_parallel_size", 1) > 1:
         raise SettingsError(

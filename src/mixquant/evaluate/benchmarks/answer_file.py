@@ -156,7 +156,7 @@ class AnswerFile:
             except (ValueError, RecursionError):
                 values = None
             if not isinstance(values, dict):
-                raise AnswerFileError(f"{self.path} is damaged: line {number} is no JSON object")
+                raise AnswerFileError(f"{self.path} is damaged: line {number} is not a JSON object")
             yield values
 
     def _take(self, line: _Line) -> None:

@@ -171,7 +171,7 @@ def _alone_in(out: Path) -> Iterator[None]:
         lock.acquire(blocking=False)
     except filelock.Timeout:
         raise EvaluationError(
-            f"another process evaluates into {out}: wait for it, or give another --out"
+            f"another process writes to {out}: wait for it, or give another --out"
         ) from None
     except OSError as error:
         raise EvaluationError(f"cannot write to {out}: {error.strerror or error}") from None

@@ -48,7 +48,7 @@ def with_tool_parser(
             f"{benchmark} needs tool calls, and no parser is known for the chat template of "
             f"{checkpoint.name}: name vLLM's with --vllm-args '{_PARSER} NAME'"
         )
-    note(f"{arm.name}: tool calls are read as {found}, by the chat template")
+    note(f"{arm.name}: tool calls are parsed as {found}, by the chat template")
     return replace(arm, arguments=(*arm.arguments, *added, _PARSER, found))
 
 

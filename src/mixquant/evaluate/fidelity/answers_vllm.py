@@ -146,7 +146,7 @@ def _wait(
             return
         if ended:
             log = folder / "log.txt"
-            raise EngineError(f"vLLM ended: {reason(log)} (all of it: {log})")
+            raise EngineError(f"vLLM ended: {reason(log)} (full log: {log})")
         if (folder / "about.json").exists():
             share = _LONGEST_START + (1 - _LONGEST_START) * written / len(lengths)
             progress(f"{lengths[written]} tokens", share)

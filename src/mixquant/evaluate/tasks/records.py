@@ -123,7 +123,7 @@ def _raw(path: Path) -> Iterator[tuple[str, Any]]:
         try:
             columns = reader.fieldnames or ()
             if twice := [name for name in columns if columns.count(name) > 1]:
-                raise TaskError(f"{path}: the column {twice[0]!r} stands twice")
+                raise TaskError(f"{path}: the column {twice[0]!r} appears twice")
             for row in reader:
                 yield f"{path}, line {reader.line_num}", row
         except csv.Error as error:  # a field of over 128 KiB, an open quote

@@ -439,7 +439,7 @@ def test_a_setting_without_effect_is_said_once(
     ],
 )
 def test_a_recipe_in_the_wrong_place_is_refused(given: dict[str, Any], key: str) -> None:
-    with pytest.raises(settings.SettingsError, match=f"the key {key!r}, and no 'mixquant'"):
+    with pytest.raises(settings.SettingsError, match=f"the key {key!r} but no key 'mixquant'"):
         settings.check(config_like(additional_config=given))
 
 

@@ -114,10 +114,10 @@ def test_no_difference_is_none() -> None:
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("[]\n", "line 1 is no JSON object"),
+        ("[]\n", "line 1 is not a JSON object"),
         ('{"kind": "bench"}\n', "is not a file of answers"),
         ('{"mixquant": "answers", "version": 99}\n', "is not a file of answers"),
-        ("{header}\n{\n", "line 2 is no JSON object"),
+        ("{header}\n{\n", "line 2 is not a JSON object"),
         ('{header}\n{"item": "a"}\n', "damaged: line 2"),
         ('{header}\n{"item": "a", "seed": 0, "error": null}\n', "damaged: line 2"),
     ],

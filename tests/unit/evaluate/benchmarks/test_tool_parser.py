@@ -41,7 +41,7 @@ def test_the_parser_fits_the_chat_template(model: Path) -> None:
     arguments, notes = decided(model, "--max-model-len", "4096")
     chosen = ("--enable-auto-tool-choice", "--tool-call-parser", "hermes")
     assert arguments == ("--max-model-len", "4096", *chosen)
-    assert notes == ["bf16: tool calls are read as hermes, by the chat template"]
+    assert notes == ["bf16: tool calls are parsed as hermes, by the chat template"]
 
 
 @pytest.mark.parametrize(

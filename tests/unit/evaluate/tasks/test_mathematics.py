@@ -368,8 +368,8 @@ def _without(field: str) -> dict[str, Any]:
     ("name", "text", "message"),
     [
         ("math500", json.dumps(MATH) + "\n{", r"data\.jsonl, line 2: not JSON"),
-        ("math500", '{"problem": "1", "problem": "2"}', r"the key 'problem' stands twice"),
-        ("math500", '[{"a": {"b": 1, "b": 1}}]', r"the key 'b' stands twice"),
+        ("math500", '{"problem": "1", "problem": "2"}', r"the key 'problem' appears twice"),
+        ("math500", '[{"a": {"b": 1, "b": 1}}]', r"the key 'b' appears twice"),
         ("math500", "[1, 2", r"data\.jsonl: not JSON: line 1, column 6"),
         ("math500", json.dumps([MATH, 3]), r"record 2: expected an object, found int"),
         ("math500", json.dumps(_without("answer")), r"line 1: field 'answer': Field required"),

@@ -126,8 +126,8 @@ class PhaseExpertsMethod(UnquantizedFusedMoEMethod):  # type: ignore[misc]
             return
         if not all(map(torch.equal, self.samples, _samples(layer))):
             raise CannotReload(
-                f"the experts {self.prefix} were written to and not processed, so that their copy is "
-                "of old ones; load weights by vLLM's reload_weights"
+                f"the weights of the experts {self.prefix} were changed without vLLM's processing, so "
+                "their quantized copy is out of date; load weights with vLLM's reload_weights"
             )
 
     def apply(

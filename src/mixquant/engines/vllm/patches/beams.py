@@ -26,8 +26,8 @@ def install() -> None:
         _wrap(sequence, InputProcessor)
         return
     logger.warning(
-        "mixquant finds no beam search in this vLLM: what beams have generated is quantized like a "
-        "prompt; do not use it"
+        "mixquant does not know the beam search of this vLLM: tokens that beams generate would be "
+        "quantized like a prompt; do not use beam search"
     )
 
 

@@ -109,7 +109,7 @@ def fuse_norms(model: torch.nn.Module, with_lora: bool, ranks: int) -> Outcome:
     return Outcome(what, tuple(found + [_WRITTEN_OTHERWISE] * (candidates - len(found))))
 
 
-_WRITTEN_OTHERWISE = "the model's code is another"
+_WRITTEN_OTHERWISE = "the model's code is not a known one"
 
 
 def _norms_of_layers(model: torch.nn.Module) -> int:
