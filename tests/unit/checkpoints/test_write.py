@@ -262,7 +262,7 @@ class TestRefusals:
 
     def test_out_is_a_file(self, tiny: Path, tmp_path: Path) -> None:
         (tmp_path / "out").write_text("x")
-        assert "no directory" in self._refused(str(tiny), tmp_path / "out")
+        assert "is not a directory" in self._refused(str(tiny), tmp_path / "out")
 
     def test_no_directory_for_it(self, tiny: Path, work: Path) -> None:
         assert "there is no directory" in self._refused(str(tiny), "no/out")

@@ -301,7 +301,7 @@ def test_the_last_lines_are_of_this_life_and_not_who_asked_for_its_health(tmp_pa
     one = Set(tmp_path, ALL)["decode-0"]
     health = '(APIServer pid=1) INFO:     127.0.0.1:1 - "GET /health HTTP/1.1" 200 OK\n'
     one.log.write_text("of another life\n" + "first\n" + "last\n" + 20 * health)
-    one.began = len("of another life\n")
+    one.log_start = len("of another life\n")
     assert one.last_lines() == "  | first\n  | last"
     one.log.write_text("of another life\n" + health)
     assert one.last_lines() == f"  | {health.strip()}"
@@ -360,7 +360,7 @@ def test_the_exit_code_says_whether_it_was_ready(
     async def main() -> int:
         running = asyncio.ensure_future(whole.supervisor.run(lambda: None))
         one = whole["decode-0" if starting else "front"]
-        await until(lambda: one.lives > 0 and (starting or one.ready.is_set()))
+        await until(lambda: one.starts > 0 and (starting or one.ready.is_set()))
         await asyncio.sleep(1)
         os.kill(os.getpid(), number)
         return await asyncio.wait_for(running, PATIENCE)
@@ -643,7 +643,7 @@ def test_shared_memory_made_while_it_is_asked_to_end_is_removed(
     path = Path("/dev/shm") / name
 
     async def stop() -> None:
-        await until(lambda: whole["decode-0"].lives > 0 and "are set" in whole.log("decode-0"))
+        await until(lambda: whole["decode-0"].starts > 0 and "are set" in whole.log("decode-0"))
         whole.supervisor.stop()
 
     async def main() -> None:
@@ -670,7 +670,7 @@ def test_what_still_starts_is_not_waited_for(
 
     async def main() -> None:
         running = asyncio.ensure_future(whole.supervisor.run(lambda: None))
-        await until(lambda: whole["decode-0"].lives > 0 and "are set" in whole.log("decode-0"))
+        await until(lambda: whole["decode-0"].starts > 0 and "are set" in whole.log("decode-0"))
         whole.supervisor.stop()
         await asyncio.wait_for(running, PATIENCE)
 
