@@ -1,4 +1,4 @@
-"""One process of a set: it starts, ends with all that it started, and starts again."""
+"""One process of a set: started, restarted, and ended together with its children."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from mixquant.serve.commands import Process
 from mixquant.serve.orphans import members, shared_memory
 from mixquant.servers.process import cause, points_elsewhere, read_log, tied
 
-LAST_LINES = 8  # of a log, shown when its process ended
-ACCESS = re.compile(r'"[A-Z]+ \S+ HTTP/[\d.]+" \d{3}')  # a line of it that says who asked for what
-ENDING_EARLY = 1.0  # s from the request to end to the order, for what has not started yet
-CHILDREN_ENDING = 5.0  # s that its children have to notice
+LAST_LINES = 8  # of a log, shown after its process ended
+ACCESS = re.compile(r'"[A-Z]+ \S+ HTTP/[\d.]+" \d{3}')  # a line of an access log
+ENDING_EARLY = 1.0  # s from SIGTERM to SIGKILL, for a process that is still starting
+CHILDREN_ENDING = 5.0  # s for its children to notice
 
 
 class Supervised:
-    """One process through its lives."""
+    """One process, over all its restarts."""
 
     def __init__(
         self,
@@ -42,15 +42,15 @@ class Supervised:
         self.log = log
         self.environment = environment
         self.listener = listener
-        self.began = 0  # where the log of this life does, in bytes
+        self.log_start = 0  # byte of the log at which the present run begins
         self.child: asyncio.subprocess.Process | None = None
         self.ready = asyncio.Event()
         self.has_been_ready = False
-        self.lives = 0
-        self.ends_in_a_row = 0
+        self.starts = 0
+        self.failures_in_a_row = 0
         self.given_up = False
-        self.mapped: set[str] = set()  # shared memory that its processes were seen to use
-        self.noted = 0.0  # when they were looked at last
+        self.mapped: set[str] = set()  # shared memory that its processes have used
+        self.noted_at = 0.0  # when that was last looked up
 
     @property
     def name(self) -> str:
@@ -59,9 +59,9 @@ class Supervised:
     async def start(self) -> None:
         inherited = () if self.listener is None else (self.listener.fileno(),)
         argv = [*self.process.argv, *(f"--fd={one}" for one in inherited)]
-        with self.log.open("ab" if self.lives else "wb") as file:
-            self.lives += 1
-            self.began = file.tell()
+        with self.log.open("ab" if self.starts else "wb") as file:
+            self.starts += 1
+            self.log_start = file.tell()
             self.child = await asyncio.create_subprocess_exec(
                 *tied(argv),
                 stdin=asyncio.subprocess.DEVNULL,
@@ -73,7 +73,7 @@ class Supervised:
             )
 
     async def end(self, patience: float) -> None:
-        """Ends it and whatever it started; it may have ended by itself.
+        """Ends the process and all that it started; it may have ended already.
 
         Args:
             patience: seconds from the request to end to the order.
@@ -82,7 +82,7 @@ class Supervised:
         if child is None:
             return
         if not self.ready.is_set():
-            # It has no request to finish, and vLLM does not listen to SIGTERM while it starts.
+            # It has no requests to finish, and vLLM ignores SIGTERM while it starts.
             patience = min(patience, ENDING_EARLY)
         self.ready.clear()
         self.note_memory()
@@ -92,8 +92,7 @@ class Supervised:
             with contextlib.suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(child.wait(), patience)
         if child.returncode is not None:
-            # Its children have a moment of their own: they put their shared memory away when they
-            # notice.
+            # Its children get a moment: they remove their shared memory when they notice.
             deadline = time.monotonic() + CHILDREN_ENDING
             while members(child.pid) and time.monotonic() < deadline:
                 await asyncio.sleep(0.1)
@@ -104,22 +103,22 @@ class Supervised:
         self.child = None
 
     def kill(self) -> None:
-        """Kills it and whatever it started, once it is seen what shared memory they use."""
+        """Kills the process and all that it started, after noting which shared memory they use."""
         if self.child is None:
             return
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.child.pid, signal.SIGSTOP)  # its own session; so they make no more
+            os.killpg(self.child.pid, signal.SIGSTOP)  # so that they start no more
             self.note_memory()
             os.killpg(self.child.pid, signal.SIGKILL)
 
     def note_memory(self) -> None:
         if self.child is not None:
-            self.noted = time.monotonic()
+            self.noted_at = time.monotonic()
             self.mapped |= shared_memory(members(self.child.pid))
 
     def last_lines(self) -> str:
-        """Of the log of this life; where an engine died and others say so, up to what it died of."""
-        lines = read_log(self.log, self.began)
+        """The last lines of the log of the present run; of an engine that died, up to the reason."""
+        lines = read_log(self.log, self.log_start)
         lines = [line for line in lines if not ACCESS.search(line)] or lines
         if points_elsewhere(lines) and (at := cause(lines)) is not None:
             lines = lines[: at + 1]

@@ -1,4 +1,4 @@
-"""Runs the processes of a deployment: starts, watches, starts again, and ends them all."""
+"""Runs the processes of a deployment: starts, watches, restarts and ends them."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from mixquant.servers.process import reason
 
 POLL = 1.0  # s between looks at a process
 MEMORY_POLL = 10.0  # s between looks at its shared memory
-UNRESPONSIVE = 60.0  # s without an answer after which a process that lives counts as hung
-PROBE = 10.0  # s that one answer may take
-FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0  # s before a process is started again; doubles each time
-ENDING = 20.0  # s from the request to end to the order
-SETTLED = 300.0  # s of health after which earlier ends are forgotten
+UNRESPONSIVE = 60.0  # s without an answer after which a live process counts as hung
+PROBE = 10.0  # s; the time limit of one answer
+FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0  # s before a restart; doubles each time
+ENDING = 20.0  # s from SIGTERM to SIGKILL
+SETTLED = 300.0  # s of health after which earlier crashes no longer count
 
 
 class Supervisor:
@@ -54,10 +54,10 @@ class Supervisor:
         self.say = say
         self.progress = progress
         self.listener = listener
-        # Sockets are made there, whose paths have to be short.
+        # Sockets are made there, and their paths have to be short.
         self.scratch = scratch.make("serve")
         values = {"engine-key": secrets.token_urlsafe(32), "api-key": api_key or ""}
-        # The variables of a front stay out as well: it would ask for a key that nobody described.
+        # A front's variables are removed, too: it would require a key that the description lacks.
         own = {deployment.api_key_variable, "MIXQUANT_API_KEY", "MIXQUANT_ENGINE_KEY"}
         inherited = {k: v for k, v in os.environ.items() if k not in own}
         self.supervised = [
@@ -80,7 +80,8 @@ class Supervisor:
         self.signal: int | None = None
 
     async def run(self, on_ready: Callable[[], None]) -> int:
-        """Starts everything, tells when it is ready, and returns once it was told to stop.
+        """Starts everything, calls ``on_ready`` once it is ready, and returns after it was told to
+        stop.
 
         Returns:
             The exit code: 0, or what a shell calls the signal that ended it before it was ready.
@@ -109,14 +110,14 @@ class Supervisor:
         return 0 if was_ready or self.signal is None else 128 + self.signal
 
     def stop(self, number: int | None = None) -> None:
-        """Drains and ends everything; a second time, at once.
+        """Drains and ends everything; the second time, ends it at once.
 
         Args:
             number: of the signal that asks for it.
         """
         self.signal = self.signal or number
         if self.listener is not None:
-            self.listener.close()  # so that nobody waits for a front that takes no more
+            self.listener.close()  # so that no client waits for a front that accepts no more
         if self.stopping.is_set():
             for one in self.supervised:
                 one.kill()
@@ -148,7 +149,7 @@ class Supervisor:
             stop.cancel()
 
     def _stage(self) -> str:
-        """What is waited for: engines, then routers, then the front."""
+        """What the start is waiting for: engines, then routers, then the front."""
         engines = [one for one in self.supervised if one.process.role in ENGINE_ROLES]
         waiting = [one.name for one in engines if not one.has_been_ready]
         if waiting:
@@ -158,7 +159,7 @@ class Supervisor:
         return f"all engines ready; starting: {', '.join(waiting)}"
 
     async def _keep(self, one: Supervised) -> None:
-        """Has one process running until the set stops."""
+        """Keeps one process running until the set stops."""
         try:
             for name in one.process.after:
                 await self.by_name[name].ready.wait()
@@ -170,28 +171,28 @@ class Supervisor:
                     return
         except asyncio.CancelledError:
             raise
-        except Exception as error:  # of our own making: it must not pass for a server that runs
+        except Exception as error:  # an error of our own: the set must not look as if it ran
             self._fail(f"{one.name}: {type(error).__name__}: {error}")
 
     async def _watch(self, one: Supervised) -> str:
-        """Returns how a life of a process ended, which is over then."""
+        """Waits until a process ends or hangs. Returns how it ended."""
         assert one.child is not None
         begun = answered_at = time.monotonic()
         exit_ = asyncio.create_task(one.child.wait())
         try:
             while not exit_.done():
                 now = time.monotonic()
-                if now - one.noted > MEMORY_POLL:
+                if now - one.noted_at > MEMORY_POLL:
                     one.note_memory()
                 status = await status_of(one.process.health_url)
                 if status == 200:
-                    if not one.ready.is_set() and one.lives > 1:
+                    if not one.ready.is_set() and one.starts > 1:
                         self.say(f"{one.name} is back ({now - begun:.0f} s after its restart)")
                     one.has_been_ready = True
                     one.ready.set()
                     if now - begun > SETTLED:
-                        one.ends_in_a_row = 0
-                if status is not None:  # also 503: a front without engines is not to blame
+                        one.failures_in_a_row = 0
+                if status is not None:  # also 503: a front without engines works
                     answered_at = time.monotonic()
                 if one.ready.is_set() and now - answered_at > UNRESPONSIVE:
                     return f"did not answer for {UNRESPONSIVE:.0f} s"
@@ -209,27 +210,27 @@ class Supervisor:
         self._clear_memory(one)
         if self.stopping.is_set():
             return
-        one.ends_in_a_row += 1
-        if not was_ready and one.ends_in_a_row == 1:
-            # What fails at once fails again.
-            said = reason(one.log, one.began)
+        one.failures_in_a_row += 1
+        if not was_ready and one.failures_in_a_row == 1:
+            # A process that fails at its first start fails again.
+            said = reason(one.log, one.log_start)
             self._fail(f"{one.name} {ended}: {said} (full log: {one.log})")
             return
         self.say(f"{one.name} {ended}; the last lines of {one.log}:\n{one.last_lines()}")
-        if one.ends_in_a_row > self.deployment.max_restarts:
+        if one.failures_in_a_row > self.deployment.max_restarts:
             one.given_up = True
-            self.say(f"{one.name} ended {one.ends_in_a_row} times in a row and stays down")
+            self.say(f"{one.name} ended {one.failures_in_a_row} times in a row and stays down")
             if not self._can_serve():
                 self._fail(
                     f"{one.name} {ended}, and without it nothing can be served (see {one.log})"
                 )
             return
-        pause = min(FIRST_PAUSE * 2 ** (one.ends_in_a_row - 1), LONGEST_PAUSE)
+        pause = min(FIRST_PAUSE * 2 ** (one.failures_in_a_row - 1), LONGEST_PAUSE)
         self.say(f"{one.name} restarts in {pause:.0f} s")
         await asyncio.sleep(pause)
 
     def _can_serve(self) -> bool:
-        """Whether what was not given up is enough to answer requests."""
+        """Whether the processes that were not given up are enough to answer requests."""
         left = [one.process.role for one in self.supervised if not one.given_up]
         if not self.deployment.disaggregated:
             return bool(left)
@@ -244,9 +245,10 @@ class Supervisor:
         self.stopping.set()
 
     def _clear_memory(self, one: Supervised) -> None:
-        """Removes shared memory that a process which was killed could not put away.
+        """Removes shared memory that a killed process could not remove.
 
-        Engines of one machine map parts of each other's; what another one still uses stays.
+        Engines of one machine map parts of each other's memory. Memory that another engine still
+        uses stays.
         """
         others = [
             other for other in self.supervised if other is not one and other.child is not None
@@ -261,7 +263,7 @@ class Supervisor:
         one.mapped = set()
 
     async def _end_all(self) -> None:
-        """The front first, which drains; then what it needs."""
+        """Ends the front first, which drains; then the processes that it needs."""
         drain = self.deployment.drain_timeout + ENDING
         for one in reversed(self.supervised):
             if one.process.role in ("front", "router"):
@@ -276,11 +278,11 @@ class Supervisor:
 
 
 async def status_of(url: str) -> int | None:
-    """The status of a GET of this address; None if nothing answers."""
+    """The status of a GET of this address; None without an answer."""
     import httpx
 
     try:
-        # verify: nothing here is encrypted, and reading the certificates takes long.
+        # verify=False: nothing here is encrypted, and reading the certificates takes long.
         async with httpx.AsyncClient(trust_env=False, verify=False, timeout=PROBE) as client:
             return (await client.get(url)).status_code
     except httpx.HTTPError:
