@@ -1,4 +1,5 @@
-"""What a server counts, read from its /metrics: quantized prompt rows, and hits of its prefix cache."""
+"""The counters of a server, read from its /metrics: quantized prompt rows, and hits of its prefix
+cache."""
 
 from __future__ import annotations
 
@@ -6,18 +7,18 @@ import time
 import urllib.request
 from dataclasses import dataclass
 
-# A request's last token may arrive a moment before what is counted of it.
+# The last token of a request may arrive a moment before the counters change.
 _PATIENCE = 5.0  # s
 _PAUSE = 0.1
 
 
 @dataclass(frozen=True)
 class Counts:
-    """Tokens. None where the server does not tell."""
+    """Numbers of tokens. None where the server has no such counter."""
 
     quantized: float | None = None  # prompt tokens computed in the prefill format
     precise: float | None = None  # prompt tokens computed with the BF16 weights
-    queried: float | None = None  # prompt tokens looked for in the prefix cache
+    queried: float | None = None  # prompt tokens looked up in the prefix cache
     hit: float | None = None  # of these, found there
 
     def since(self, before: Counts) -> Counts:
@@ -29,7 +30,7 @@ class Counts:
 
     @property
     def quantized_share(self) -> float | None:
-        """Of the prompt tokens that were computed."""
+        """The share of computed prompt tokens that was quantized."""
         if self.quantized is None or self.precise is None:
             return None
         computed = self.quantized + self.precise
@@ -37,14 +38,14 @@ class Counts:
 
     @property
     def cached_share(self) -> float | None:
-        """Of all prompt tokens."""
+        """The share of all prompt tokens that the prefix cache had."""
         if self.hit is None or not self.queried:
             return None
         return self.hit / self.queried
 
 
 def read_counts(url: str) -> Counts:
-    """The server's counts, once they rest. Without /metrics, or with another server's, nothing is known.
+    """The server's counts, once they no longer change. All None without /metrics of vLLM.
 
     Args:
         url: without ``/v1``.

@@ -1,4 +1,4 @@
-"""Where servers are measured, found out without taking memory from them."""
+"""The environment of measured servers, found out without taking GPU memory from them."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """The load generator: vLLM's own `vllm bench serve`, called with our requests.
 
-It runs in a process of its own, so that nothing of ours takes time from it, and what it prints goes to a
-file. Why this one: docs/guide/bench.md.
+It runs in a process of its own, so that this process takes no time from it. Its output goes to a
+file. docs/guide/bench.md says why this generator was chosen.
 """
 
 from __future__ import annotations
@@ -22,20 +22,21 @@ from mixquant.errors import MixquantError
 
 
 class GeneratorError(MixquantError, RuntimeError):
-    """Requests that failed, or were not answered as asked. The message is one line."""
+    """Requests that failed, or were answered in another length than asked for. The message is one
+    line."""
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What the generator saw of one request. Times in seconds."""
+    """The generator's measurements of one request. Times in seconds."""
 
-    prompt_tokens: int  # as the server counts them
+    prompt_tokens: int  # as the server counted them
     output_tokens: int
     start: float  # on the generator's clock
     ttft: float  # from sending the request until the first token arrived
     itl: tuple[
         float, ...
-    ]  # between arrivals; fewer than tokens where a server sends several at once
+    ]  # between arrivals; fewer than the tokens if a server sends several at once
 
     @property
     def e2e(self) -> float:
@@ -126,7 +127,7 @@ def parse(result: dict[str, Any]) -> list[Answer]:
     """
     for error in result["errors"]:
         if error:
-            # A reason, or a traceback with the error in its last line.
+            # A reason, or a traceback whose last line is the error.
             reason = error.strip().splitlines()[-1]
             raise GeneratorError(f"a request failed: {reason[:300]}")
     per_request = (result[k] for k in ("input_lens", "output_lens", "start_times", "ttfts", "itls"))
@@ -137,7 +138,7 @@ def parse(result: dict[str, Any]) -> list[Answer]:
 
 
 def _check(request: Request, answer: Answer, url: str) -> None:
-    """Arms that did different work cannot be compared."""
+    """Refuses answers of other lengths: arms that did different work cannot be compared."""
     if answer.prompt_tokens != len(request.prompt):
         raise GeneratorError(
             f"{url} read {answer.prompt_tokens} tokens of a prompt of {len(request.prompt)}: "

@@ -1,4 +1,4 @@
-"""The same figures without a server: one request at a time, on Transformers, in this process."""
+"""The same measurements without a server: one request at a time, on Transformers, in this process."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def run(
     repeats: int,
     progress: Progress = lambda doing, share: None,
 ) -> Iterator[tuple[Arm, list[Measurement]]]:
-    """Measures arm after arm; one model is in memory at a time. All are loaded in BF16.
+    """Measures one arm after the other, with one model in memory at a time. All are loaded in BF16.
 
     Args:
         points: of one request a run.
@@ -79,7 +79,7 @@ def _answer(model: Any, request: Request) -> Answer:
     times = [_now(model)]
     cache = None
     for step in range(request.output_tokens):
-        # A pass of one token could be either's.
+        # A pass of one token could be prefill or decode.
         with phase("decode" if step else "prefill"):
             output = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
         ids, cache = output.logits[:, -1].argmax(dim=-1, keepdim=True), output.past_key_values

@@ -1,4 +1,4 @@
-"""The arms, one after the other, at every point."""
+"""Measures the arms one after the other, at every point."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Progress = Callable[[str, float], None]
 
 
 def check_server(url: str, name: str, points: Sequence[Point]) -> None:
-    """Refuses, before anything is measured, what a server cannot do.
+    """Refuses, before anything is measured, servers that cannot answer the requests.
 
     Raises:
         ArmError: it does not answer, does not serve the model, or its context is too short.
@@ -102,5 +102,5 @@ def _measure(
 
 
 def _work(point: Point, repeats: int) -> float:
-    """Prompt tokens, the warm-up's with them: what progress is counted in."""
+    """Prompt tokens, with those of the warm-up: the unit of progress."""
     return float(point.prompt_tokens * (repeats + 1))

@@ -1,4 +1,4 @@
-"""From answers to figures: medians and how far single values are from them, and ratios between arms."""
+"""From answers to figures: medians, their ranges, and ratios between arms."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def _prefill_seconds(run: Sequence[Answer]) -> float:
 
 
 def reference_of(arms: Iterable[str]) -> str:
-    """The arm that ratios are to: bf16 if there is one, else the first."""
+    """The arm that ratios compare with: bf16 if there is one, else the first."""
     names = list(arms)
     return REFERENCE if REFERENCE in names else names[0]
 

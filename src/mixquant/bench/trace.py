@@ -1,9 +1,10 @@
-"""Agent traces: recorded conversations whose prompts grow by tool results, and their turns as tokens.
+"""Agent traces: recorded conversations whose prompts grow by tool results, and their turns as
+tokens.
 
-A trace is a JSONL file with one session a line: ``{"session": NAME, "messages": [...]}``, the messages
-in OpenAI's chat format. Every message of the assistant's is a turn to replay: the prompt is all that
-stands before it, and as many tokens are written as the recorded answer has. What the next turn reads is
-the recorded answer, not what the model wrote, so that all arms read the same.
+A trace is a JSONL file with one session a line: ``{"session": NAME, "messages": [...]}``, with
+messages in OpenAI's chat format. Every message of the assistant is a turn to replay: the prompt is
+everything before it, and the answer has as many tokens as the recorded one. The next turn reads the
+recorded answer, not the model's, so all arms read the same.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ class TraceError(MixquantError, ValueError):
 
 
 class Message(BaseModel):
-    """One message. Further fields, as recorders add them, are passed over."""
+    """One message. Other fields, as recorders add them, are ignored."""
 
     model_config = ConfigDict(extra="ignore", frozen=True, strict=True)
 
@@ -42,13 +43,13 @@ class Message(BaseModel):
         return self
 
     def text(self) -> str:
-        """What a model reads of it: the role, the content, and calls as JSON."""
+        """The text that a model reads: the role, the content, and calls as JSON."""
         calls = [json.dumps(call, ensure_ascii=False) for call in self.tool_calls or ()]
         return "\n".join([f"<{self.role}>", *([self.content] if self.content else []), *calls, ""])
 
 
 class Session(BaseModel):
-    """One conversation of an agent's."""
+    """One conversation of an agent."""
 
     model_config = ConfigDict(extra="ignore", frozen=True, strict=True)
 
@@ -66,7 +67,7 @@ class Session(BaseModel):
 
 @dataclass(frozen=True)
 class Request:
-    """What one request reads, all of it, and how much it writes."""
+    """The prompt of one request, and the length of its answer."""
 
     prompt: tuple[int, ...]
     output_tokens: int
@@ -94,13 +95,13 @@ def read_trace(source: str) -> list[Session]:
 
 
 def parse(text: str, source: str) -> list[Session]:
-    """The sessions of JSON lines; empty lines are passed over.
+    """The sessions of JSON lines; empty lines are ignored.
 
     Raises:
         TraceError: a line is no session, a name occurs twice, or there is none.
     """
     sessions: list[Session] = []
-    # Not splitlines: JSON strings may hold further characters that it takes for line ends.
+    # Not splitlines, which also splits at characters that JSON strings may hold.
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue

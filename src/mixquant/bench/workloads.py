@@ -1,7 +1,8 @@
-"""What servers are asked: by prompt length, by batch size, by concurrency, and an agent trace.
+"""The requests of each workload: by prompt length, by batch size, by concurrency, and an agent
+trace.
 
-A point is one setting of one workload. It is run several times, each time with prompts of its own, so
-that no run finds another's in a prefix cache; all arms read the same ones.
+A point is one setting of one workload. It runs several times, each time with its own prompts, so no
+run finds those of another in a prefix cache. All arms read the same prompts.
 """
 
 from __future__ import annotations
@@ -17,13 +18,13 @@ from mixquant.bench.trace import Request, Session, turns
 
 Workload = Literal["length", "batch", "concurrency", "agent"]
 
-# A closed loop keeps this many requests for each one in flight: enough that prefill meets decode.
+# A closed loop has this many requests for each one in flight, so that prefill and decode overlap.
 ROUNDS = 2
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What the user chose. Empty: the workload is left out."""
+    """The workloads that the user chose. Empty: the workload is left out."""
 
     lengths: tuple[int, ...]  # in tokens
     batches: tuple[int, ...]
@@ -101,6 +102,6 @@ def _agent_point(plan: Plan, tokenizer: Any, at_once: int) -> Point:
 
 
 def plain_tokens(tokenizer: Any) -> np.ndarray[Any, np.dtype[np.int64]]:
-    """Tokens that stand for text, ``[n]``: none special or added, such as an image's place."""
+    """Tokens that stand for text, ``[n]``: none that are special or added, such as those of images."""
     left_out = {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
     return np.array(sorted({*tokenizer.get_vocab().values()} - left_out), dtype=np.int64)

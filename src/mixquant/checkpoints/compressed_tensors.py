@@ -1,4 +1,4 @@
-"""Checkpoints in the compressed-tensors format, read: weights in NVFP4 or FP8.
+"""Reads checkpoints in the compressed-tensors format with weights in NVFP4 or FP8.
 
 llm-compressor writes this format, and so does ``mixquant quantize``.
 """
@@ -28,7 +28,7 @@ class CompressedTensors:
         source: what the user called it.
         config: its config.json.
         formats: of each quantized layer, by its full name in the checkpoint
-            (``model.layers.0.self_attn.q_proj``). Layers left out of it are not quantized there.
+            (``model.layers.0.self_attn.q_proj``). Other layers are not quantized in the checkpoint.
         files: all its tensors.
     """
 
@@ -53,8 +53,8 @@ class CompressedTensors:
             revision: a branch, tag or commit, of a hub name.
 
         Raises:
-            CheckpointError: it cannot be had, is not in the compressed-tensors format, uses a
-                scheme that cannot serve here, or its files are not what its configuration says.
+            CheckpointError: it cannot be read, is not in the compressed-tensors format, uses a
+                scheme that is not supported, or its files contradict its configuration.
         """
         source = str(source)
         directory = directory_of(source, revision)
@@ -75,7 +75,7 @@ class CompressedTensors:
 
     @property
     def layers(self) -> int | None:
-        """How many decoder layers its configuration says that it has."""
+        """The number of decoder layers, by its configuration; None if that does not say."""
         count = text_config(self.config).get("num_hidden_layers")
         return count if isinstance(count, int) else None
 
@@ -83,8 +83,8 @@ class CompressedTensors:
         """Loads the quantized weight of one layer, onto the CPU.
 
         Raises:
-            CheckpointError: there is no such layer, its file is damaged, or a scale is no finite
-                number above zero.
+            CheckpointError: there is no such layer, its file is damaged, or a scale is not a
+                finite number above zero.
         """
         fmt = self.formats.get(name)
         if fmt is None:
@@ -99,7 +99,7 @@ class CompressedTensors:
         return Fp8Tensors(codes, scale.reshape(-1, 1).expand(codes.shape[0], 1).contiguous())
 
     def shape(self, layer: str) -> list[int]:
-        """Of a quantized layer: [out_features, in_features]."""
+        """``[out_features, in_features]`` of a quantized layer."""
         if self.formats[layer] == "nvfp4":
             n, half = self.files.shape(f"{layer}.weight_packed")
             return [n, half * 2]
@@ -141,8 +141,8 @@ def _read_config(source: str, directory: Path) -> dict[str, Any]:
 def _quantized_layers(tensors: TensorFiles) -> Iterator[tuple[str, FormatName]]:
     """The layers that are stored quantized, each with its format; checks types and shapes.
 
-    What the tensors are decides, not the configuration's targets: these name layers by patterns
-    over module names of the writer's version of Transformers.
+    The stored tensors decide, not the targets in the configuration: those name layers by patterns
+    over the module names of the version of Transformers that wrote the checkpoint.
     """
     for name in sorted(tensors.names):
         layer, _, last = name.rpartition(".")

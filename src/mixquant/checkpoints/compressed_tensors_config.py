@@ -14,7 +14,7 @@ from mixquant.checkpoints.tensor_files import first_error
 from mixquant.files.reading import shown
 from mixquant.formats import nvfp4_blocks
 
-# What compressed-tensors lets stand in a group's place, with its targets: the name of a scheme.
+# A group may be the name of a scheme, with its targets. The schemes that are supported:
 _SCHEMES: dict[str, FormatName] = {
     "NVFP4": "nvfp4",
     "NVFP4A16": "nvfp4",
@@ -24,7 +24,7 @@ _SCHEMES: dict[str, FormatName] = {
 
 
 class _Section(BaseModel):
-    """A part of config.json, as far as it is read here."""
+    """A part of config.json: the fields that are read here."""
 
     model_config = ConfigDict(extra="ignore", frozen=True)
 
@@ -41,8 +41,8 @@ class _Weights(_Section):
 
 
 class _Group(_Section):
-    weights: _Weights | None = None  # None: of attention, whose cache may be quantized as it likes
-    named: str | None = None  # by the name of a scheme instead
+    weights: _Weights | None = None  # None in groups of attention, which are about the KV cache
+    named: str | None = None  # the name of a scheme
 
 
 class _Sparsity(_Section):
@@ -59,7 +59,7 @@ class _Quantization(_Section):
     @field_validator("config_groups", mode="before")
     @classmethod
     def _named(cls, groups: Any) -> Any:
-        """In a group's place may stand its targets alone; its key then names the scheme."""
+        """Expands a group that is only a list of targets; its key then names the scheme."""
         if not isinstance(groups, dict):
             return groups
         return {
@@ -72,7 +72,7 @@ def formats_of_groups(source: str, config: Mapping[str, Any]) -> set[FormatName]
     """The formats of the configuration's groups of layers.
 
     Raises:
-        CheckpointError: not a compressed-tensors checkpoint, or a scheme that cannot serve here.
+        CheckpointError: not a compressed-tensors checkpoint, or a scheme that is not supported.
     """
     given = next(iter(quantizations(config)), None)
     method = given.get("quant_method") if isinstance(given, dict) else None
@@ -116,9 +116,9 @@ def formats_of_groups(source: str, config: Mapping[str, Any]) -> set[FormatName]
 
 
 def _format_of(weights: _Weights) -> FormatName | None:
-    """The format of a group's weights, or None if it is none of ours."""
+    """The format of a group's weights, or None if it is not supported."""
     kind = (weights.type, weights.num_bits)
-    reordered = weights.actorder in ("group", "dynamic", True)  # GPTQ's, of columns
+    reordered = weights.actorder in ("group", "dynamic", True)  # GPTQ reorders columns
     if not weights.symmetric or weights.dynamic or reordered:
         return None
     if kind == ("float", 4) and weights.strategy == "tensor_group":
@@ -129,7 +129,7 @@ def _format_of(weights: _Weights) -> FormatName | None:
 
 
 def _describe(weights: _Weights) -> str:
-    """``int4 weights (group of 128)``, and the like."""
+    """A description such as ``int4 weights (group of 128)``."""
     kind = "float" if weights.type == "float" else "int"
     details = [str(weights.strategy)]
     if weights.group_size not in (None, -1):

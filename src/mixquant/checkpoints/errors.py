@@ -6,7 +6,7 @@ from mixquant.errors import MixquantError
 
 
 class ModelError(MixquantError, ValueError):
-    """A model that cannot be had. The message is one line and says what to do."""
+    """A model that cannot be loaded. The message is one line and says what to do."""
 
 
 class CheckpointError(ModelError):

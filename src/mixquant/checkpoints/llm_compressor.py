@@ -1,4 +1,4 @@
-"""llm-compressor, run on a loaded model: which of its schemes, how quietly, and past which faults."""
+"""Runs llm-compressor on a loaded model: its schemes, without its log lines, around its faults."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def run(
                 targets="Linear", scheme=_SCHEMES[scheme], ignore=left_alone
             ),
             dataset=loader,
-            # The whole model at once: it is in memory, and nothing in it has to be traced.
+            # The whole model at once: it is in memory, and no tracing is needed.
             pipeline="datafree" if loader is None else "basic",
         )
         progress("Writing", 0.7)
@@ -62,7 +62,7 @@ def run(
 
 
 class _Samples:
-    """A data set that tells how far it was read, which is how far calibration got."""
+    """A data set that reports how far it was read, which is the progress of calibration."""
 
     def __init__(self, samples: list[dict[str, Any]], progress: Progress) -> None:
         self._samples = samples
@@ -82,14 +82,14 @@ def _compiles() -> bool:
 
     try:
         torch.compile(lambda x: x + 1)(torch.zeros(2))
-    except Exception:  # of many classes, by what is missing
+    except Exception:  # many classes, depending on what is missing
         return False
     return True
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without llm-compressor's log lines, warnings and bars: ours tell as much."""
+    """Silences llm-compressor's log lines, warnings and bars: ours say the same."""
     # Read when they are imported, where they would take over loguru's configuration for this process.
     for library in ("LLM_COMPRESSOR", "COMPRESSED_TENSORS"):
         os.environ.setdefault(f"{library}_LOG_DISABLED", "true")

@@ -1,4 +1,4 @@
-"""From what a user calls a model to one in memory: a directory, a hub name, or ``smollm2``."""
+"""Finds and loads models: by directory, hub name, or ``smollm2``."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ HUB_NAME = re.compile(r"(?=.{1,200}\Z)\w[\w.-]*(/[\w.-]+)?")
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A model that is known to be one, though nothing of it is loaded yet."""
+    """A model that was found; nothing of it is loaded yet."""
 
-    name: str  # what the user called it
+    name: str  # as the user gave it
     source: str  # what Transformers loads: a directory or a hub name
     config: dict[str, Any]  # its config.json
 
@@ -35,7 +35,7 @@ class Checkpoint:
 
     @property
     def context(self) -> int | None:
-        """How many tokens it reads and writes at most, if its configuration says so."""
+        """The largest number of tokens that it reads and writes, if its configuration says so."""
         for config in (text_config(self.config), self.config):
             tokens = config.get("max_position_embeddings")
             if type(tokens) is int and tokens > 0:
@@ -55,8 +55,8 @@ def find(model: str, say: Callable[[str], None] = lambda message: None) -> Check
     Raises:
         ModelError: there is no such model, or it is quantized already.
     """
-    # os.path's functions, here and elsewhere: pathlib's raise for a name that is too long, or of a
-    # user that there is none of.
+    # os.path's functions, here and elsewhere: pathlib's raise for a name that is too long, or that names
+    # an unknown user.
     directory = smollm2(say) if model == SMOLLM2 else Path(os.path.expanduser(model))
     if model and os.path.isdir(directory):
         source, config_file = str(directory), directory / "config.json"
@@ -96,7 +96,7 @@ def load_tokenizer(checkpoint: Checkpoint) -> Any:
 
     try:
         return AutoTokenizer.from_pretrained(checkpoint.source)
-    except Exception as error:  # what Transformers raises for a broken one is anything
+    except Exception as error:  # Transformers raises any class for a broken one
         raise _cannot_load(checkpoint, "the tokenizer", error) from error
 
 
@@ -129,7 +129,7 @@ def load_model(checkpoint: Checkpoint, dtype: Any = "bfloat16", device: Any = No
     if missing := sorted(
         set(info["missing_keys"]) & {name for name, _ in model.named_parameters()}
     ):
-        # Transformers would go on with random weights.
+        # Transformers would continue with random weights.
         raise ModelError(
             f"cannot load {checkpoint.name}: {len(missing)} weights are missing from its files, "
             f"{missing[0]} first"
@@ -162,10 +162,10 @@ def _on_hub(name: str) -> tuple[str, Path]:
     from huggingface_hub import HfApi, hf_hub_download
 
     try:
-        # Downloads try again for half a minute before they give up; a mistyped path must not.
+        # Downloads retry for half a minute; a mistyped path must fail sooner.
         HfApi().model_info(name, timeout=10)
         return name, Path(hf_hub_download(name, "config.json"))
-    except Exception as error:  # of many classes: no such model, gated, offline, no network
+    except Exception as error:  # many classes: no such model, gated, offline, no network
         try:
             file = Path(hf_hub_download(name, "config.json", local_files_only=True))
         except Exception:

@@ -24,8 +24,8 @@ from mixquant.checkpoints.tensor_files import TensorFiles
 from mixquant.core.layer_names import is_drafter
 from mixquant.files.reading import shown
 
-# What has to agree in the two configurations: what the shapes follow from. A key that either one
-# leaves out is not compared; the shapes of the tensors themselves are.
+# Keys that have to agree in the two configurations, because the shapes follow from them. A key that is
+# missing in one is not compared; the shapes of the tensors are.
 _ARCHITECTURE = (
     "model_type",
     "hidden_size",
@@ -40,12 +40,12 @@ _ARCHITECTURE = (
     "n_routed_experts",
     "moe_intermediate_size",
 )
-# What belongs to a quantized layer besides its weight (and to the KV cache), by the end of the name.
+# Tensors of a quantized layer besides its weight, and of the KV cache, by the end of the name.
 _AUXILIARY = ("_scale", "_zero_point", "_packed", "_g_idx", "_shape")
 _SAMPLED_ROWS = 8
 _WHOLE_UP_TO = 2**16  # elements; larger tensors are compared by a sample of their rows
-# How far, relatively, quantized rows may lie from the main model's. Rounding gives 0.10 and 0.03,
-# methods that move weights (GPTQ) somewhat more; weights of another model or rotated ones, over 1.
+# The largest relative distance of quantized rows from the main model's. Rounding gives 0.10 and 0.03,
+# methods that move weights (GPTQ) a little more; weights of another model, or rotated ones, over 1.
 _LARGEST_ERROR: dict[FormatName, float] = {"nvfp4": 0.25, "fp8": 0.1}
 
 
@@ -90,14 +90,14 @@ class PrefillCheckpoint(CompressedTensors):
             elif not self._may_lack(name):
                 raise self._misfit(f"it lacks {name}")
         for name in sorted(self.files.names - main.names):
-            # A bias, for one, that the quantization has added to make up for its error.
+            # For example a bias that the quantization added to correct its error.
             if not name.endswith((*_AUXILIARY, "lm_head.weight")):
                 raise self._misfit(f"the main model has no {name}")
 
     def _may_lack(self, name: str) -> bool:
         if name.endswith("lm_head.weight"):
             return bool(text_config(self.config).get("tie_word_embeddings", True))
-        # Drafters of multi-token prediction, which writers drop; buffers that old ones stored.
+        # Drafters of multi-token prediction, which writers drop; buffers that old writers stored.
         return is_drafter(name, self.layers) or name.endswith("rotary_emb.inv_freq")
 
     def _check_equal(self, name: str, main: TensorFiles) -> None:
@@ -106,7 +106,7 @@ class PrefillCheckpoint(CompressedTensors):
             raise self._misfit(f"{name} is {shape}, in the main model {main_shape}")
         rows = None if math.prod(shape) <= _WHOLE_UP_TO else _sample(shape[0])
         own, expected = self.files.get(name, rows), main.get(name, rows)
-        if own.dtype != expected.dtype:  # cast when it was saved
+        if own.dtype != expected.dtype:  # the writer changed its type
             expected = expected.to(own.dtype)
         if not torch.equal(_bytes(own), _bytes(expected)):
             raise self._misfit(
@@ -134,10 +134,10 @@ class PrefillCheckpoint(CompressedTensors):
 
 
 def check_is_of(tensors: Fp8Tensors | Nvfp4Tensors, weight: Tensor, what: str) -> None:
-    """Compares some rows of a quantized weight with the weight that it should be of.
+    """Compares some rows of a quantized weight with the BF16 weight that it was made from.
 
-    It is not where weights were loaded anew and the checkpoint is of the old ones, or where an engine
-    lays rows out in another order than the checkpoint does.
+    They differ if other weights were loaded since, or if an engine lays out rows in another order
+    than the checkpoint.
 
     Args:
         tensors: ``[N, K]``.

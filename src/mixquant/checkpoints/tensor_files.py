@@ -21,11 +21,11 @@ from mixquant.files.reading import ReadingError, parse_json, shown
 class _Index(BaseModel):
     model_config = ConfigDict(extra="ignore", frozen=True)
 
-    weight_map: dict[str, str]  # of a tensor, the file
+    weight_map: dict[str, str]  # the file of each tensor
 
 
 class TensorFiles:
-    """The tensors of a directory's safetensors files, by name. A file is opened when it is asked.
+    """The tensors of a directory's safetensors files, by name. Files are opened on first use.
 
     Raises:
         CheckpointError: (here and in `get`) a file is missing or damaged.
@@ -44,11 +44,11 @@ class TensorFiles:
         return list(self._handle(self._files[name]).get_slice(name).get_shape())
 
     def dtype(self, name: str) -> str:
-        """As safetensors calls it: ``BF16``, ``F8_E4M3``, ``U8``, ..."""
+        """The dtype as safetensors names it: ``BF16``, ``F8_E4M3``, ``U8``, ..."""
         return str(self._handle(self._files[name]).get_slice(name).get_dtype())
 
     def get(self, name: str, rows: Sequence[int] | None = None) -> Tensor:
-        """A tensor, or some of its rows, of which only these are read."""
+        """A tensor, or some of its rows; other rows are not read."""
         handle = self._handle(self._files[name])
         try:
             if rows is None:
@@ -61,7 +61,7 @@ class TensorFiles:
     def _list(self, directory: Path) -> list[Path]:
         index = directory / "model.safetensors.index.json"
         if index.is_file():
-            # Only what it names: some repositories hold the same weights a second time.
+            # Only the files that it names: some repositories hold the same weights twice.
             try:
                 names = set(
                     _Index.model_validate(parse_json(index.read_bytes())).weight_map.values()
@@ -104,10 +104,10 @@ def directory_of(source: str, revision: str | None = None) -> Path:
 
     wanted: dict[str, Any] = {"revision": revision, "allow_patterns": ["*.json", "*.safetensors"]}
     try:
-        # Downloads try again for half a minute before they give up; a mistyped path must not.
+        # Downloads retry for half a minute; a mistyped path must fail sooner.
         HfApi().model_info(source, revision=revision, timeout=10)
         return Path(snapshot_download(source, **wanted))
-    except Exception as error:  # of many classes: no such model, gated, offline, no network
+    except Exception as error:  # many classes: no such model, gated, offline, no network
         try:
             return Path(snapshot_download(source, **wanted, local_files_only=True))
         except Exception:

@@ -1,7 +1,7 @@
-"""Writes a quantized checkpoint: a model's weights in NVFP4 or FP8, by llm-compressor.
+"""Writes a quantized checkpoint with llm-compressor: a model's weights in NVFP4 or FP8.
 
-The result is in the compressed-tensors format. vLLM serves it by itself; mixquant takes it as the
-second checkpoint of a recipe (``prefill_model``), from which the prefill copy of the weights comes.
+The result is in the compressed-tensors format. vLLM can serve it alone. mixquant takes it as the
+second checkpoint of a recipe (``prefill_model``), which gives the prefill copy of the weights.
 """
 
 from __future__ import annotations
@@ -90,15 +90,15 @@ def quantize(
     _check_space(loaded, scheme, left_alone, out)
     data = _calibration(tokenizer, samples, checkpoint.context) if scheme == "nvfp4" else None
 
-    # Not tempfile's, which are for the owner alone: another user may be the one who serves it.
+    # Not from tempfile, whose directories are for the owner alone: another user may serve the model.
     partial = out.absolute().parent / f".{out.name}.{uuid.uuid4().hex[:8]}.partial"
     scratch.sweep(partial.parent, f".{glob.escape(out.name)}.*.partial")
     try:
         partial.mkdir()
         scratch.own(partial)
         if checkpoint.config.get("quantization_config"):
-            # llm-compressor reads the model's config.json and would take a recipe of ours in it for
-            # the sign of a quantized model: show it one without.
+            # llm-compressor reads the model's config.json and would take a recipe of mixquant in it
+            # for the sign of a quantized model: give it one without.
             loaded.config.save_pretrained(partial)
             loaded.config.name_or_path = str(partial)
         llm_compressor.run(loaded, tokenizer, scheme, left_alone, data, partial, progress)
@@ -111,7 +111,7 @@ def quantize(
         partial.rename(out)
     except ModelError:
         raise
-    except Exception as error:  # what llm-compressor raises is anything
+    except Exception as error:  # llm-compressor raises any class
         why = "no disk space left" if is_out_of_space(error) else _describe(error)
         raise QuantizeError(f"cannot quantize {model} into {out}: {why}") from error
     finally:
@@ -171,7 +171,7 @@ def _left_alone(model: Any, scheme: Scheme, ignore: Sequence[str]) -> list[str]:
 
 
 def _multiplies(scheme: Scheme, out_features: int, in_features: int) -> bool:
-    """Whether the tensor cores take a weight of this shape."""
+    """Whether the tensor cores accept a weight of this shape."""
     from mixquant.formats import BY_NAME, Kernel, fp8
 
     kernel = fp8.SCALED_MM if scheme == "fp8" else Kernel("the tensor cores", native=True)
@@ -195,12 +195,13 @@ def _check_space(model: Any, scheme: Scheme, left_alone: Sequence[str], out: Pat
 
 
 def _calibration(tokenizer: Any, samples: int, context: int | None) -> list[dict[str, Any]]:
-    """Pieces of the library's own documentation, evenly spaced, as inputs of the model."""
+    """Pieces of Python's own documentation, evenly spaced, as inputs of the model."""
     from pydoc_data.topics import topics
 
     text = "\n\n".join(topics[name] for name in sorted(topics))
     tokens = min(_SAMPLE_TOKENS, context or _SAMPLE_TOKENS)
-    characters = min(8 * tokens, len(text))  # more than any tokenizer needs for so many of English
+    # Eight characters for a token are more than any tokenizer needs for English.
+    characters = min(8 * tokens, len(text))
     step = (len(text) - characters) // samples
     pieces = [text[start * step : start * step + characters] for start in range(samples)]
     return [

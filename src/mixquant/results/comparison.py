@@ -8,13 +8,13 @@ from mixquant.results.base import Count, Environment, Record
 
 
 class ComparedArm(Record):
-    """What one arm of `mixquant compare` cost and gave. Times in seconds.
+    """One arm of `mixquant compare`: its cost and its answer. Times in seconds.
 
     Attributes:
         name: ``bf16``, ``quantized`` or ``mixquant``.
         device: of the model.
         compute_dtype: of precise products: the faster of bfloat16 and float32 for ``bf16``.
-        prefill_tokens: read in all turns; what lies in the KV cache is not read again.
+        prefill_tokens: read in all turns; tokens in the KV cache are not read again.
         quantized_prefill_tokens: of these, multiplied in the prefill format.
         ttft_s: sum over the turns of: prompt given until the logits of the first answer token.
         ttft_s_per_turn: each the median of the rounds.

@@ -34,8 +34,8 @@ class Divergence(Record):
         kl_max: the largest.
         top1: share of positions where the likeliest token is BF16's.
         perplexity: of the texts' own continuations.
-        identical_tokens: mean length of the beginning of the greedy answer that is BF16's.
-        greedy_tokens: of how many.
+        identical_tokens: tokens of the greedy answer before it first differs from BF16's; the mean.
+        greedy_tokens: length of the greedy answers.
         quantized_share: of the prompt tokens that were computed.
         by_position: the same by distance from the prompt's end.
     """
@@ -61,7 +61,7 @@ class Cost(Record):
     Attributes:
         arm: the name of the arm.
         share: by format, of the multiply-adds; sums to 1.
-        bits: mean bits of a multiplied weight: the axis that fidelity stands against.
+        bits: mean bits of a multiplied weight; reports plot fidelity against it.
     """
 
     arm: str

@@ -1,4 +1,4 @@
-"""Results files as text, and read back with every field checked."""
+"""Writes results files as text, and reads them with every field checked."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class ResultsError(MixquantError, ValueError):
     """A results file that cannot be used. The message is one line."""
 
 
-_LARGEST = 1e30  # figure; beyond it a square, a sum or an axis may be infinite
+_LARGEST = 1e30  # a larger figure could make a square, a sum or an axis infinite
 Results = Bench | Fidelity | Evaluation | Comparison
 
 
@@ -32,7 +32,7 @@ def to_json(results: Results) -> str:
 
 
 def read(path: Path) -> Results:
-    """What a results file holds.
+    """The results in a file.
 
     Raises:
         ResultsError: no such file, no JSON, or not what this version writes.
@@ -67,7 +67,7 @@ def read(path: Path) -> Results:
 
 
 def _too_large(value: Any, name: str = "") -> str | None:
-    """The name of a number in it that is too large to compute with, if there is one."""
+    """The name of a number that is too large to compute with, or None."""
     if isinstance(value, (int, float)):
         return name if abs(value) > _LARGEST else None
     pairs = value.items() if isinstance(value, dict) else ()

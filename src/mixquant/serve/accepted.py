@@ -1,8 +1,8 @@
-"""What of a client's request reaches an engine: the parameters that are listed here, and no others.
+"""The parameters of a client's request that reach an engine: those listed here, and no others.
 
-vLLM takes more than OpenAI's API has, and trusts it: where to fetch a KV cache from, say, or arguments
-of its extensions. A parameter that is not listed is left out, as a server does with one that it does
-not know; inside a parameter that is listed, too.
+vLLM takes more parameters than OpenAI's API has, and trusts them: where to fetch a KV cache from,
+for example, or arguments of its extensions. A parameter that is not listed is removed, at every
+depth, as if the server did not know it.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-TOO_DEEP = 100  # levels; the routers take 127
-# Of one request: a prompt of a million token ids, and more. Without a limit, 16 MiB of empty lists take
-# a minute and a gigabyte, and stop all else for seconds.
+TOO_DEEP = 100  # levels; the routers accept 127
+# In one request; a prompt of a million token ids fits. Without a limit, 16 MiB of empty lists take
+# a minute and a gigabyte, and block everything else for seconds.
 MOST_VALUES = 1_200_000
 MOST_LEFT_OUT, LONGEST_PATH = 100, 200  # parameters that an answer can name; characters of each
 _STRING_OR_VALUE = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"?|[\[{,]', re.DOTALL)
@@ -35,11 +35,11 @@ class Refused(Exception):
 
 
 class Data:
-    """Holds whatever the client likes: a schema, the arguments of a tool."""
+    """A parameter that may hold anything: a schema, the arguments of a tool."""
 
 
 class Value:
-    """Text, a number, or a list of them, but no object."""
+    """A parameter that holds text, a number, or a list of these, but no object."""
 
 
 DATA, VALUE = Data(), Value()
@@ -59,7 +59,7 @@ _PART: dict[str, Any] = {
     "input": DATA,  # of a tool
     "cache_control": _values("type ttl"),
 }
-_PART["content"] = dict(_PART)  # what a tool gave back: text or parts
+_PART["content"] = dict(_PART)  # the result of a tool: text or parts
 _CALL = {
     **_values("id type index"),
     "function": {**_values("name arguments"), "arguments": DATA},
@@ -115,8 +115,8 @@ _CHAT = {
     "tool_choice": {**_values("type"), "function": _values("name")},
     "documents": DATA,
 }
-# Of a Responses request: a message, a call, what it gave back, or reasoning, each with what the engine
-# said of it before.
+# In a Responses request: a message, a call, the result of a call, or reasoning, each with the fields
+# that the engine returned before.
 _RESPONSES_PART = {
     **_values("type text refusal detail image_url file_id file_url file_data filename"),
     "annotations": _values(
@@ -186,7 +186,7 @@ _TOKENIZE = {
     "tools": _TOOL,
 }
 
-# By path: what each takes.
+# The parameters of each path.
 KNOWN: dict[str, dict[str, Any]] = {
     "/v1/chat/completions": _CHAT,
     "/v1/completions": _COMPLETION,
@@ -249,7 +249,7 @@ def accepted(path: str, raw: bytes) -> Accepted:
 
 
 def _kept(value: Any, known: Known, where: str, left_out: dict[str, None], depth: int = 1) -> Any:
-    """A value without what is not known of it, which is added to ``left_out``."""
+    """A value without unknown parameters. Adds their paths to ``left_out``."""
     if depth > TOO_DEEP:
         raise Refused(400, f"the request is nested more than {TOO_DEEP} levels deep")
     if isinstance(value, list):

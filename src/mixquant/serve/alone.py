@@ -1,7 +1,7 @@
 """Runs a module of this package as a program, by path: ``python -P alone.py front --host ...``.
 
-The package itself is left out, and with it torch, which a front and a router do not need: they start
-at once. What such a module imports of mixquant has to do without torch, too.
+This does not import the package itself, nor torch, which a front and a router do not need. So they
+start at once. The modules that they import must not need torch, either.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Reads routers' answers: what they say of engines, and what of them a client or the log may see."""
+"""Reads the answers of routers: what they say about engines, and what a client or the log may see."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from mixquant.serve.listener import error_body
 _INNER_ID = re.compile(
     rb'(?<!\\)"([a-z]+[-_])?___prefill_addr_[^"\\]*?_([0-9a-f]{32})', re.IGNORECASE
 )
-# The router's for what a prefill engine answered, when that was an error of its own.
+# The router's message if a prefill engine answered with an error.
 _OF_PREFILL = re.compile(r"Prefill server \S+ returned (\d{3})[^:]*: (.*)", re.DOTALL)
 _NOT_READ = re.compile(r"Failed to (?:deserialize|parse) the (?:JSON|request) body[^:]*: (.*)")
-_SAID_OTHERWISE = (  # Rust's words for JSON's types
+_SAID_OTHERWISE = (  # Rust's names of JSON's types
     (re.compile(r" at line \d+ column \d+$"), ""),
     (
         re.compile(r"data did not match any variant of untagged enum \w+"),
@@ -34,16 +34,16 @@ _SAID_OTHERWISE = (  # Rust's words for JSON's types
     (re.compile(r"expected (?:a map|struct \w+)"), "expected an object"),
 )
 UNREADY = (502, 503, 504)  # statuses that say that no engine answered
-BROKEN = (500, *UNREADY)  # those that may come of a dead engine
-DEAD = "EngineCore encountered an issue"  # vLLM's, when the process that computes has ended
-GAVE_UP = "Internal server error"  # vLLM's, when a KV cache that was to be fetched did not come
+BROKEN = (500, *UNREADY)  # statuses that a dead engine may cause
+DEAD = "EngineCore encountered an issue"  # vLLM's message after the process that computes has ended
+GAVE_UP = "Internal server error"  # vLLM's message if the transfer of a KV cache failed
 FAILED = "an engine failed at this request; its log says how"
 BROKE_OFF = "the engine that was answering crashed; try again"
 _MODEL = ("id", "object", "created", "owned_by", "max_model_len")
 
 
 def own_error(answer: httpx.Response) -> str | None:
-    """What an engine that lived to say so says went wrong there; None for another kind of answer."""
+    """The error message of an engine that is still alive; None for any other answer."""
     if answer.status_code != 500:
         return None
     text = answer.text
@@ -58,7 +58,7 @@ def own_error(answer: httpx.Response) -> str | None:
 
 
 def quotes_prefill(answer: httpx.Response) -> bool:
-    """Whether a router quotes what a prefill engine answered, which can hold parts of a prompt."""
+    """Whether a router quotes the answer of a prefill engine, which can hold parts of a prompt."""
     return _OF_PREFILL.search(answer.text) is not None
 
 
@@ -67,14 +67,15 @@ def is_json(answer: httpx.Response) -> bool:
 
 
 def loggable(answer: httpx.Response) -> str:
-    """What a log may say of an answer: what engines say is JSON, and can hold parts of a prompt."""
+    """The part of an answer that may be logged. Answers of engines are JSON and can hold parts of a
+    prompt."""
     if is_json(answer) or own_error(answer) is not None or quotes_prefill(answer):
         return str(answer.status_code)
     return f"{answer.status_code} {answer.text[:300]}"
 
 
 def refused_by_prefill(answer: httpx.Response) -> httpx.Response | None:
-    """The answer of a prefill engine that refused a request, if a router quotes one."""
+    """The answer of a prefill engine that refused the request, if a router quotes one."""
     found = _OF_PREFILL.search(answer.text)
     if found is None or not 400 <= int(found[1]) < 500:
         return None
@@ -97,7 +98,7 @@ def refusal(answer: httpx.Response) -> dict[str, Any]:
 
 
 def without_addresses(content: bytes) -> bytes:
-    """An answer whose id says nothing of engines."""
+    """An answer whose id does not name the addresses of engines."""
     return _INNER_ID.sub(rb'"\1\2', content)
 
 
@@ -111,7 +112,7 @@ def models(content: bytes) -> bytes:
 
 
 async def pieces(answer: httpx.Response) -> AsyncIterator[bytes]:
-    """A streamed answer, line by line. One that breaks off ends with an error that clients read."""
+    """A streamed answer, line by line. If the stream breaks off, it ends with an error event."""
     rest = b""
     try:
         async for piece in answer.aiter_raw():

@@ -14,12 +14,12 @@ from mixquant.serve import answers
 from mixquant.serve.answers import BROKEN, UNREADY, loggable, own_error
 from mixquant.serve.routes import NEED_TRANSFER, RouteName
 
-LOG = logging.getLogger("uvicorn.error")  # whose handler and level the server sets up
-# s before each attempt on a route: a router takes a second to notice a death, and seconds on a busy
-# machine to find an engine well again that it thought dead.
+LOG = logging.getLogger("uvicorn.error")  # the server sets up its handler and level
+# s before each attempt on a route. A router needs a second to notice that an engine died; on a busy
+# machine it needs seconds to see that an engine it took for dead is alive.
 PAUSES = (0.0, 1.5, 3.0, 6.0)
-MOST_FAULTS = 2  # on a route: the request itself may be what engines die of
-MOST_DEATHS = 2  # of engines that say so themselves, on both routes together
+MOST_FAULTS = 2  # on a route: the request itself may be what crashes engines
+MOST_DEATHS = 2  # crashes that engines report, on both routes together
 
 ROUTED = prometheus.Counter(
     "mixquant_routed",
@@ -30,7 +30,8 @@ ROUTED = prometheus.Counter(
 
 
 class Attempts:
-    """The attempts of one front. An engine that dies may die of any request that it works on.
+    """The attempts of one front. Any request that an engine works on may be the one that crashes
+    it.
 
     Args:
         upstream: connections to the routers.
@@ -59,7 +60,8 @@ class Attempts:
     async def first_answer(
         self, path: str, content: bytes, headers: dict[str, str], route: RouteName, reason: str
     ) -> httpx.Response:
-        """The first answer that is no sign of a dead engine, or else the last one."""
+        """The first answer that is not a sign of a dead engine, or the last answer if there is
+        none."""
         last: httpx.Response | None = None
         attempt = faults = deaths = 0
         found: list[str] = []
@@ -91,14 +93,14 @@ class Attempts:
                 last = answer
                 error_of_its_own = own_error(answer)
                 if error_of_its_own is not None:
-                    # The next engine would meet the same request with the same error.
+                    # The next engine would answer the same request with the same error.
                     dead = answers.DEAD in error_of_its_own
                     deaths += dead
                     final = not self._may_be_tried_again(error_of_its_own) or deaths == MOST_DEATHS
                     alone = not others and self._started == started_before
                     final = final or (dead and alone)
             attempt += 1
-            # A connection that broke off had the request, which an engine or a router may have died of.
+            # A request whose connection broke off was sent, and may have crashed an engine or a router.
             faults += status not in UNREADY or broke_off
             if final:
                 LOG.warning("an engine failed at a request; attempts: %s", "; ".join(found))
@@ -110,7 +112,7 @@ class Attempts:
                 and path not in NEED_TRANSFER
                 and (status in UNREADY or attempt > 1)
             ):
-                # No prefill engine is there, or two attempts found one that died.
+                # There is no prefill engine, or two attempts met a dead one.
                 route, reason = "direct", "fallback"
                 attempt = faults = 0
             elif attempt == len(PAUSES) or faults == MOST_FAULTS:
@@ -118,6 +120,6 @@ class Attempts:
                 return last or httpx.Response(503)
 
     def _may_be_tried_again(self, message: str) -> bool:
-        """Whether an engine's own error need not be about the request that met it."""
+        """Whether an engine's error may have another cause than this request."""
         lost = message == answers.GAVE_UP and not self._decode_fallback
         return lost or answers.DEAD in message

@@ -1,4 +1,5 @@
-"""Reads the bodies of clients' requests within limits, and parses them beside the event loop."""
+"""Reads the bodies of clients' requests within limits, and parses large ones outside the event
+loop."""
 
 from __future__ import annotations
 
@@ -14,16 +15,15 @@ from mixquant.serve.accepted import Refused
 from mixquant.serve.listener import Limits
 
 CLIENT_GONE = 499
-PARSED_AT_ONCE = (
-    64 * 2**10
-)  # bytes: what takes milliseconds need not wait behind what takes seconds
-PARSERS = 2  # threads: what one body is parsed to can take fifty times its size
+# bytes: a body that takes milliseconds does not wait behind one that takes seconds
+PARSED_AT_ONCE = 64 * 2**10
+PARSERS = 2  # threads: a parsed body can take fifty times the memory of its text
 
 T = TypeVar("T")
 
 
 class Bodies:
-    """All bodies that one server holds at a time."""
+    """All bodies that one server holds at the same time."""
 
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
@@ -53,7 +53,7 @@ class Bodies:
                 async for piece in request.stream():
                     size += len(piece)
                     if refused is not None:
-                        continue  # read to its end all the same, or the client would not see why
+                        continue  # read to the end nevertheless, or the client would not see the reason
                     if size > limits.body_bytes:
                         refused = too_large
                     elif not share.grow(len(piece)):
@@ -76,7 +76,7 @@ class Bodies:
         return b"".join(pieces)
 
     async def parsed(self, raw: bytes, parse: Callable[[bytes], T]) -> T:
-        """What ``parse`` makes of a body. A large one does not keep the server from answering others."""
+        """The result of ``parse`` for a body. A large body does not block other requests."""
         if len(raw) <= PARSED_AT_ONCE:
             return parse(raw)
         return await asyncio.get_running_loop().run_in_executor(self._parsers, parse, raw)
@@ -90,7 +90,7 @@ class _Share:
         self._bytes = 0
 
     def grow(self, more: int) -> bool:
-        """Whether there was room for as many bytes more."""
+        """Counts more bytes; returns whether there was room for them."""
         if self._bodies._held + more > self._bodies._limits.total_body_bytes:
             return False
         self._bodies._held += more

@@ -1,4 +1,4 @@
-"""What this machine has to have for a deployment: asked before anything starts."""
+"""Checks, before anything starts, that this machine has what a deployment needs."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from pathlib import Path
 
 from mixquant.serve.description import Deployment, ServeError
 
-# The least of a model's BF16 size that an engine of a role takes: NVFP4 is a little more than a
-# quarter of it, and a colocated engine holds both.
+# The smallest share of a model's BF16 size that an engine of a role needs: NVFP4 is a little more than a
+# quarter, and a colocated engine holds both.
 LEAST_SHARE = {"prefill": 0.28, "decode": 1.0, "colocated": 1.28}
 GIB = 2**30
 
@@ -28,7 +28,7 @@ class Gpu:
 
 
 def visible_gpus() -> list[Gpu]:
-    """NVIDIA's GPUs that processes of this one see; none where there is no driver."""
+    """The NVIDIA GPUs that processes of this one see; none without a driver."""
     if shutil.which("nvidia-smi") is None:
         return []
     query = ["nvidia-smi", "--query-gpu=index,uuid,memory.total", "--format=csv,noheader,nounits"]
@@ -47,7 +47,7 @@ def visible_gpus() -> list[Gpu]:
 
 
 def check_packages(deployment: Deployment) -> None:
-    """Raises ServeError where something is not installed, and says how to install it."""
+    """Raises ServeError if a package is not installed, with the command that installs it."""
     if importlib.util.find_spec("vllm") is None:
         raise ServeError("vLLM is not installed: pip install 'mixquant[vllm]', or '[cpu]' on a CPU")
     if not deployment.disaggregated:
@@ -69,7 +69,7 @@ def check_packages(deployment: Deployment) -> None:
 
 
 def check_gpus(deployment: Deployment, gpus: list[Gpu]) -> None:
-    """Raises ServeError where GPUs are named or needed that are not there."""
+    """Raises ServeError if the description names or needs GPUs that this machine does not have."""
     named = [*(deployment.prefill_gpus or ()), *(deployment.decode_gpus or ())]
     if named and not gpus:
         raise ServeError("GPUs are named, and this machine has none that can be seen")
@@ -87,7 +87,7 @@ def check_gpus(deployment: Deployment, gpus: list[Gpu]) -> None:
 
 
 def check_memory(deployment: Deployment, weights: int, gpus: list[Gpu]) -> None:
-    """Raises ServeError where weights cannot fit. What they leave for the KV cache, vLLM checks.
+    """Raises ServeError if the weights cannot fit. vLLM checks what they leave for the KV cache.
 
     Args:
         weights: bytes of the BF16 checkpoint; 0 if unknown.
@@ -124,12 +124,12 @@ def check_memory(deployment: Deployment, weights: int, gpus: list[Gpu]) -> None:
 
 
 def reserve_port(deployment: Deployment) -> list[socket.socket]:
-    """Keeps the public address from others until the sockets that come back are closed.
+    """Reserves the public address until the returned sockets are closed.
 
-    The first of them is of the address itself. A set's front takes it over; it listens already, so
-    clients that come while engines load wait for it. A single engine binds the address on its own, and
-    vLLM listens late, so others could until then: another `mixquant serve` is kept off by the second
-    one, which is a name.
+    The first socket is bound to the address. A set's front takes it over. It listens already, so
+    clients that connect while engines load wait. A single engine binds the address itself, and vLLM
+    listens late, so another process could take the address until then. The second socket, a name,
+    keeps off another `mixquant serve`.
 
     Raises:
         ServeError: another one has the address.
@@ -145,7 +145,7 @@ def reserve_port(deployment: Deployment) -> list[socket.socket]:
             held[0].listen(128)
         if sys.platform == "linux":
             held.append(socket.socket(socket.AF_UNIX))
-            # A name that begins so is no file, and is gone with the process.
+            # A name that begins with a NUL is not a file, and ends with the process.
             host, port = held[0].getsockname()[:2]
             held[1].bind(f"\0mixquant serve {host} {port}")
     except OSError as error:

@@ -1,6 +1,7 @@
 """From a description to processes: their command lines and environments.
 
-The one source for the dry run, the supervisor and the manifests, so that all three run the same.
+The dry run, the supervisor and the manifests all use this module, so all three run the same
+commands.
 """
 
 from __future__ import annotations
@@ -17,9 +18,9 @@ from mixquant.serve.addresses import LOOPBACK, Address, bracketed
 from mixquant.serve.description import Deployment
 
 Role = Literal["colocated", "prefill", "decode", "router", "front"]
-Secret = Literal["api-key", "engine-key"]  # what clients show; what engines ask of the router
+Secret = Literal["api-key", "engine-key"]  # the key of clients; the key of engines and routers
 
-UNSET = ("auto", "none")  # of parsers, where there is none to name
+UNSET = ("auto", "none")  # values that name no parser
 
 ENGINE_ROLES: tuple[Role, ...] = ("colocated", "prefill", "decode")
 TRANSFER_ROUTER = "router-transfer"  # prefill on one engine, decode on another
@@ -167,7 +168,7 @@ def _engine(
         "VLLM_NIXL_SIDE_CHANNEL_PORT": str(address.side_channel),
     }
     if address.listen == LOOPBACK:
-        # Left to themselves, these listen on every interface.
+        # By default these listen on every interface.
         environment |= {"VLLM_HOST_IP": LOOPBACK, "UCX_NET_DEVICES": "lo"}
         environment |= dict.fromkeys(("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"), "lo")
     environment |= deployment.environment
@@ -207,7 +208,8 @@ def _vllm(
 
 
 def _for_agents(deployment: Deployment) -> list[str]:
-    """What agents' clients expect of a server, and vLLM does only if told. The user's come later."""
+    """Options that agents' clients need and vLLM does not set by default. The user's options
+    follow."""
     given = ["--enable-prompt-tokens-details"]
     if deployment.tool_parser not in UNSET:
         given += ["--enable-auto-tool-choice", "--tool-call-parser", deployment.tool_parser]
@@ -238,7 +240,7 @@ def _router(
             *("--host", address.listen, "--port", str(address.port)),
             *arguments,
             *("--policy", deployment.routing),
-            # The front knows what may be tried again, and where.
+            # The front decides which requests are tried again, and where.
             *health,
             *waiting,
             *metrics,
@@ -284,7 +286,7 @@ def _front(
 
 
 def _own(python: str, module: str) -> tuple[str, ...]:
-    """A module of this package as a program."""
+    """The command that runs a module of this package as a program."""
     if python == sys.executable:
         # By path: a package's module would import the package, hence torch, for nothing.
         return (python, "-P", str(Path(__file__).with_name("alone.py")), module)

@@ -1,4 +1,4 @@
-"""What the manifests share: each process of a deployment runs in a container of its own."""
+"""What both manifests share: each process of a deployment runs in a container of its own."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from mixquant.serve.commands import Process, processes
 from mixquant.serve.description import Deployment, ServeError
 
 PYTHON = "python3"  # of the image
-CACHE = "/cache"  # the hub's files, and what vLLM compiled, whoever the image runs as
+CACHE = "/cache"  # files of the hub, and compiled code of vLLM, whatever user the image runs as
 PORT, SIDE_CHANNEL, METRICS = 8000, 5600, 29000
 PROBE_SECONDS = 10
 
-# vLLM's own image, whose NIXL and CUDA go together, and what it lacks. `uv` is in that image.
+# vLLM's own image, in which NIXL and CUDA fit together, and the packages that it lacks. It has `uv`.
 DOCKERFILE = f"""\
 FROM vllm/vllm-openai:v0.32.0
 RUN uv pip install --system 'mixquant[serve]=={__version__}' vllm==0.32.0 \\
@@ -44,12 +44,12 @@ def in_containers(deployment: Deployment, address: Callable[[str], Address]) -> 
 
 
 def alone(host: str) -> Address:
-    """In a container that the others reach by this name."""
+    """The address of a process in its own container, which the others reach by this name."""
     return Address("0.0.0.0", host, PORT, SIDE_CHANNEL, METRICS)
 
 
 def folders(deployment: Deployment) -> list[str]:
-    """Directories of checkpoints, which engines see at the same paths."""
+    """Directories of checkpoints; engines see them at the same paths."""
     return [name for name in _checkpoints(deployment) if os.path.isabs(name)]
 
 
@@ -62,23 +62,23 @@ def is_engine(process: Process) -> bool:
 
 
 def health_command(process: Process) -> list[str]:
-    """Fails unless the process, in the same container, says that it can serve."""
+    """A command that fails unless the process in the same container can serve."""
     url = f"http://127.0.0.1:{process.health_port}{process.health}"
     return [PYTHON, "-c", f"import urllib.request as u; u.urlopen({url!r}, timeout=5)"]
 
 
 def start_probes(deployment: Deployment) -> int:
-    """How many probes, `PROBE_SECONDS` apart, an engine that starts may fail."""
+    """How many probes, `PROBE_SECONDS` apart, may fail while an engine starts."""
     return math.ceil(deployment.start_timeout / PROBE_SECONDS)
 
 
 def grace_seconds(deployment: Deployment) -> int:
-    """From SIGTERM until SIGKILL."""
+    """Seconds from SIGTERM to SIGKILL."""
     return math.ceil(deployment.drain_timeout) + 30
 
 
 def as_yaml(documents: list[dict[str, Any]], introduction: str) -> str:
-    """YAML documents, below the introduction as comments."""
+    """YAML documents, with the introduction above them as comments."""
     import yaml
 
     lines = [f"Written by mixquant {__version__} (mixquant serve --render).", ""]

@@ -1,4 +1,4 @@
-"""What is to be served, and how: read from the command line or a YAML file, checked as a whole."""
+"""What to serve, and how: read from the command line or a YAML file, and checked as a whole."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from mixquant.errors import MixquantError
 from mixquant.files.reading import ReadingError, parse_yaml, shown
 from mixquant.servers.process import stands_for
 
-# Options of vLLM that the description itself decides.
+# Options of vLLM that the description sets.
 OWN_OPTIONS = (
     "--additional-config",
     "--api-key",
-    "--config",  # a file of options, these among them
+    "--config",  # a file, which may hold any of these options
     "--host",
     "--kv-transfer-config",
     "--model",
@@ -40,7 +40,7 @@ OWN_OPTIONS = (
     "--uds",
 )
 
-# Variables of engines that the description decides, and by which of its keys.
+# Variables of engines that the description sets, and the key that sets each.
 _OWN_VARIABLES = {
     "VLLM_API_KEY": "api_key_variable or api_key_file",
     "CUDA_VISIBLE_DEVICES": "prefill_gpus and decode_gpus",
@@ -191,7 +191,7 @@ class Deployment(BaseModel):
     def _as_text(cls, value: Any) -> Any:
         if not isinstance(value, dict):
             return value
-        numbers = (int, float)  # which YAML makes of NAME: 4; but of NAME: yes it makes True
+        numbers = (int, float)  # YAML reads NAME: 4 as a number, and NAME: yes as True
         return {
             k: str(v) if isinstance(v, numbers) and not isinstance(v, bool) else v
             for k, v in value.items()

@@ -1,10 +1,10 @@
-"""The address of a disaggregated set: asks for the key, and sends each request where it belongs.
+"""The public address of a disaggregated set: checks the key, and sends each request to a router.
 
-vllm-router does the routing. This stands before it for what it cannot do: it has no key for clients, it
-sends every prompt through both engines however short, it does not try again what an engine that died
-was working on, without a prefill engine it serves nothing, and it passes on whatever a client sends.
+vllm-router does the routing. The front adds what the router lacks: the router has no key for
+clients, sends every prompt through both engines however short it is, does not retry the requests of
+an engine that died, serves nothing without a prefill engine, and passes on whatever a client sends.
 
-Run through ``alone.py`` or with ``-m``. It imports nothing that needs torch, so that it starts at once.
+Run through ``alone.py`` or with ``-m``. It imports nothing that needs torch, so it starts at once.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ REQUESTS = prometheus.Counter(
 
 @dataclass(frozen=True)
 class Settings:
-    """What the front is started with.
+    """The settings of a front.
 
     Attributes:
         transfer: address of the router that knows the prefill and decode engines.
@@ -82,8 +82,8 @@ Endpoint = Callable[[Request, ExitStack], Awaitable[Response]]
 
 
 def application(settings: Settings, client: httpx.AsyncClient | None = None) -> Starlette:
-    """The server, as an ASGI application."""
-    # An answer may take as long as it wants; a dead peer is noticed by its connection.
+    """The server for clients, as an ASGI application."""
+    # No time limit for an answer: a dead peer closes its connection.
     upstream = client or httpx.AsyncClient(
         trust_env=False,
         timeout=httpx.Timeout(None, connect=5),
@@ -191,12 +191,14 @@ def application(settings: Settings, client: httpx.AsyncClient | None = None) -> 
         lifespan=lifespan,
         exception_handlers={404: unknown, 405: unknown, Exception: own_fault},
     )
-    app.router.redirect_slashes = False  # to wherever the client's Host header says
+    app.router.redirect_slashes = (
+        False  # a redirect would go wherever the client's Host header says
+    )
     return app
 
 
 def inner_application(engine_key: str) -> Starlette:
-    """What is not for clients: metrics, and the address that the routers ask about their key."""
+    """The server for this set: metrics, and the address at which routers check their key."""
 
     async def metrics(request: Request) -> Response:
         return Response(prometheus.generate_latest(), media_type=prometheus.CONTENT_TYPE_LATEST)
@@ -218,7 +220,7 @@ async def disconnected(request: Request) -> None:
 
 
 def shows(request: Request, key: str) -> bool:
-    """Whether a request shows the key, as clients of OpenAI's API do, or as those of Anthropic's."""
+    """Whether a request has the key, as clients of OpenAI's or of Anthropic's API send it."""
     scheme, _, token = request.headers.get("authorization", "").partition(" ")
     if scheme.lower() != "bearer":
         token = request.headers.get("x-api-key", "")
@@ -226,9 +228,9 @@ def shows(request: Request, key: str) -> bool:
 
 
 class Guarded:
-    """An endpoint that asks for the key, and whose answers are counted.
+    """An endpoint that requires the key, and whose answers are counted.
 
-    The endpoint is given a stack of what it holds until its answer is sent.
+    The endpoint gets an exit stack that is closed after its answer is sent.
     """
 
     def __init__(self, key: str | None, endpoint: Endpoint) -> None:

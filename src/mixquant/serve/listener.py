@@ -1,7 +1,8 @@
-"""uvicorn with what it has no options for: a limit of connections, and a deadline for each request.
+"""uvicorn with two limits that it has no options for: connections, and a deadline for each request.
 
-A client that sends half of a request and waits, or reads half of an answer, costs memory and a file
-descriptor for as long as it likes; uvicorn's own timeout is for connections that send nothing at all.
+A client that sends half of a request and waits, or reads half of an answer, takes memory and a file
+descriptor for as long as it likes. uvicorn's own timeout is for connections that send nothing at
+all.
 """
 
 from __future__ import annotations
@@ -29,12 +30,12 @@ KINDS = {
     429: "rate_limit_error",
 }
 
-LARGEST_BODIES = 64  # as many of the largest size are held at a time
+LARGEST_BODIES = 64  # so many bodies of the largest size are held at a time
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What one client may take.
+    """The limits of one client.
 
     Attributes:
         body_bytes: of one request's body; a larger one is answered with status 413.
@@ -64,7 +65,7 @@ def error_body(status: int, message: str) -> dict[str, Any]:
 def protocol(limits: Limits) -> type[H11Protocol]:
     """uvicorn's protocol for HTTP with these limits."""
 
-    # Connections without a request that is answered, the one that waits longest first.
+    # Connections without a request in progress; the one that has waited longest comes first.
     idle: dict[Limited, None] = {}
 
     def cut_longest_idle() -> bool:
@@ -81,8 +82,8 @@ def protocol(limits: Limits) -> type[H11Protocol]:
 
         def connection_made(self, transport: Any) -> None:
             super().connection_made(transport)
-            # Writing pauses as soon as a client does not take all, and goes on once it took all: so the
-            # time that it has for it also ends connections that are to be closed.
+            # Writing pauses as soon as a client does not read everything, and resumes once it has. So
+            # the deadline for reading also ends connections that are to be closed.
             transport.set_write_buffer_limits(high=0)
             if len(self.connections) > limits.connections and not cut_longest_idle():
                 self._refuse(503, "the server has as many connections as it takes; try again later")
@@ -158,7 +159,7 @@ def protocol(limits: Limits) -> type[H11Protocol]:
             if self.transport.is_closing():
                 return
             if self.conn.their_state is h11.SEND_BODY and self._answering():
-                # Who reads the body answers that it took too long, and has the same time for it.
+                # The code that reads the body answers with 408, and has the same time for that.
                 self._wait()
             elif self.conn.their_state is h11.IDLE and self.received:
                 seconds = limits.request_seconds
@@ -193,7 +194,8 @@ async def serve(
         inner: the other application, for this set's own processes and for metrics.
         address: ``host:port`` that the inner application listens on.
     """
-    with contextlib.suppress(OSError, ValueError):  # each client takes two: its own and a router's
+    # Each client takes two descriptors: its own, and one to a router.
+    with contextlib.suppress(OSError, ValueError):
         _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     public = uvicorn.Server(
@@ -226,7 +228,7 @@ async def serve(
 
 
 class _WithoutSignals(uvicorn.Server):
-    """A server that leaves signals to another one."""
+    """A server that leaves signals to the other one."""
 
     @contextlib.contextmanager
     def capture_signals(self) -> Any:

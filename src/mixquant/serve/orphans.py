@@ -1,4 +1,4 @@
-"""What processes that are killed leave behind: their children, and named shared memory."""
+"""What killed processes leave behind: children, and named shared memory."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ _SHARED = "/dev/shm/"
 
 
 def members(session: int) -> list[int]:
-    """The processes of a session that live. Empty where there is no /proc, so outside Linux."""
+    """The living processes of a session. Empty where there is no /proc, that is, outside Linux."""
     found = []
     for entry in _directory("/proc"):
         if entry.isdigit():
             try:
                 if os.getsid(int(entry)) == session and not _is_zombie(entry):
                     found.append(int(entry))
-            except OSError:  # it ended meanwhile
+            except OSError:  # the process ended in the meantime
                 continue
     return found
 
 
 def shared_memory(processes: Iterable[int]) -> set[str]:
-    """Files under /dev/shm that processes have mapped, and that exist by name."""
+    """The files under /dev/shm that processes have mapped and that still have a name."""
     mapped = set()
     for process in processes:
         try:

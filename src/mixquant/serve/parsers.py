@@ -1,7 +1,7 @@
-"""Which of vLLM's parsers reads a model's tool calls and its reasoning: told by its chat template.
+"""Chooses vLLM's parsers for a model's tool calls and reasoning, by the model's chat template.
 
-A template writes earlier tool calls as the model does, so it shows their form. What a checkpoint is
-called does not: models of one architecture differ in it.
+A template writes earlier tool calls in the form in which the model writes them. The name of a
+checkpoint does not tell the form: models of one architecture differ.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ class _Family:
         )
 
 
-# The first one that fits. The last ones are for templates that show no tools: the form that models
-# with such a template are taught.
+# The first that fits is taken. The last ones are for templates that show no tools; models with such a
+# template are trained on this form.
 _FAMILIES: dict[Kind, tuple[_Family, ...]] = {
     "tool": (
         _Family("openai", (r"<\|channel\|>",), "gpt_oss"),
@@ -99,13 +99,13 @@ def parser_for(kind: Kind, source: str, model_type: str) -> str | None:
 
 
 def is_known(kind: Kind, name: str) -> bool:
-    """Whether the vLLM that is installed has a parser of this name; True where that cannot be told."""
+    """Whether the installed vLLM has a parser of this name; True if that cannot be found out."""
     available = _available(kind)
     return available is None or name in available
 
 
 def _template(source: str) -> str:
-    """A checkpoint's chat templates, where it has several one after the other."""
+    """A checkpoint's chat templates, one after the other if it has several."""
     if text := _text(source, "chat_template.jinja"):
         return text
     for name in ("chat_template.json", "tokenizer_config.json"):
@@ -123,20 +123,21 @@ def _template(source: str) -> str:
 
 
 def _text(source: str, name: str) -> str:
-    """A file of a checkpoint; empty where it has none, or the hub gives none."""
+    """A file of a checkpoint; empty if the checkpoint has none, or the hub does not give it."""
     path = Path(source) / name
     if not Path(source).is_dir():
         from huggingface_hub import hf_hub_download
 
         try:
             path = Path(hf_hub_download(source, name))
-        except Exception:  # of many classes, as for a model's configuration
+        except Exception:  # many classes, as for a model's configuration
             return ""
     return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
 
 
 def _available(kind: Kind) -> set[str] | None:
-    """Names in vLLM's registry, which is read, as importing it takes seconds; None: not known."""
+    """The names in vLLM's registry, read from its source, because the import takes seconds. None:
+    unknown."""
     spec = importlib.util.find_spec("vllm")
     if spec is None or not spec.submodule_search_locations:
         return None

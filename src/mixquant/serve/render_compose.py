@@ -1,4 +1,4 @@
-"""A deployment as a file for Docker Compose: the whole set on one machine.
+"""Renders a deployment as a Docker Compose file: the whole set on one machine.
 
 Keys are those of the Compose Specification.
 """
@@ -30,7 +30,7 @@ from mixquant.serve.description import Deployment, ServeError
 
 _OWN_IMAGE = f"mixquant-vllm:{__version__}"
 
-# The engines share the machine's IPC namespace: NVLink between containers needs a common one.
+# The engines share the machine's IPC namespace, which NVLink between containers needs.
 _IPC = "host"
 
 
@@ -115,7 +115,7 @@ def _add_engine(service: dict[str, Any], deployment: Deployment, process: Proces
         ),
     ]
     if needs_hub(deployment):
-        service.setdefault("environment", {})["HF_TOKEN"] = None  # as it is where Compose runs
+        service.setdefault("environment", {})["HF_TOKEN"] = None  # the value where Compose runs
     device: dict[str, Any] = {"driver": "nvidia", "capabilities": ["gpu"]}
     if process.role in ("prefill", "decode"):
         gpus = deployment.gpus_of(process.role, int(process.name.rpartition("-")[2]))
@@ -126,7 +126,7 @@ def _add_engine(service: dict[str, Any], deployment: Deployment, process: Proces
 
 
 def _entrypoint(process: Process) -> list[str]:
-    """Puts the secrets into the environment of the command, so that neither file nor argv holds them."""
+    """Puts the secrets into the environment of the command, so no manifest and no argv holds them."""
     steps = ["set -e"]
     for variable, secret in process.secrets.items():
         file = f"/run/secrets/{secret}"
@@ -152,7 +152,7 @@ def _address(deployment: Deployment) -> str:
 
 
 def _escaped(value: Any) -> Any:
-    """With every dollar sign doubled: Compose would take what follows it for a variable."""
+    """The text with every dollar sign doubled: Compose would read a variable after a single one."""
     if isinstance(value, str):
         return value.replace("$", "$$")
     if isinstance(value, dict):

@@ -1,7 +1,8 @@
-"""A deployment as Kubernetes objects: a StatefulSet for each role, front and routers in one pod.
+"""Renders a deployment as Kubernetes objects: a StatefulSet for each role, front and routers in one
+pod.
 
-An engine's pod has a name of its own, by which the routers find it. The routers listen on the
-loopback address of the front's pod, because they ask nobody for a key.
+Each pod of an engine has its own name, by which the routers find it. The routers listen on the
+loopback address of the front's pod, because they check no key.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from mixquant.serve.description import Deployment, ServeError
 
 NAME = "mixquant"
 _KEYS = "mixquant-keys"  # the Secret that the user creates
-_SHARED_MEMORY = "16Gi"  # at most: what vLLM's processes of one engine hand each other
+_SHARED_MEMORY = "16Gi"  # at most: the data that the processes of one engine hand each other
 _MODEL_CACHE = "200Gi"
 
 _IN_THE_FRONTS_POD = {
@@ -106,7 +107,8 @@ def _labels(role: str) -> dict[str, str]:
 
 
 def _engines(deployment: Deployment, engines: list[Process], image: str) -> list[dict[str, Any]]:
-    """A StatefulSet of engines that differ by their pods' names alone, and its names' Service."""
+    """A StatefulSet of engines that differ only by the names of their pods, and the Service of
+    these names."""
     first, name = engines[0], f"{NAME}-{engines[0].role}"
     gpus = {"nvidia.com/gpu": deployment.tensor_parallel_size}
     container = _container(first, image) | {"resources": {"limits": gpus}}
@@ -177,7 +179,7 @@ def _front(deployment: Deployment, others: list[Process], image: str) -> dict[st
     labels = _labels("front")
     return _object("apps/v1", "Deployment", f"{NAME}-front", labels) | {
         "spec": {
-            # One: two would not know of each other's load and sessions.
+            # One: two would not know each other's load and sessions.
             "replicas": 1,
             "strategy": {"type": "Recreate"},
             "selector": {"matchLabels": labels},
@@ -190,7 +192,7 @@ def _container(process: Process, image: str) -> dict[str, Any]:
     env: list[dict[str, Any]] = []
     for variable, value in process.environment.items():
         if variable == "VLLM_NIXL_SIDE_CHANNEL_HOST":
-            # It is listened on, too, which wants an address of the pod.
+            # The engine also listens on it, so it has to be an address of the pod.
             address = {"fieldRef": {"fieldPath": "status.podIP"}}
             env.append({"name": variable, "valueFrom": address})
         else:
@@ -216,7 +218,7 @@ def _pod(
 ) -> dict[str, Any]:
     spec: dict[str, Any] = {
         "automountServiceAccountToken": False,
-        # Or vLLM, which reads VLLM_*, could take a Service's address for a setting.
+        # Otherwise vLLM, which reads VLLM_*, could take the address of a Service for a setting.
         "enableServiceLinks": False,
         "terminationGracePeriodSeconds": grace_seconds(deployment),
         "securityContext": {"seccompProfile": {"type": "RuntimeDefault"}},
@@ -228,7 +230,7 @@ def _pod(
 
 
 def _network_policy() -> dict[str, Any]:
-    """Engines take connections from this set's pods alone: NIXL's have no key, and any port."""
+    """Lets only the pods of this set connect to engines: NIXL checks no key and uses any port."""
     engines = {
         "matchLabels": {"app.kubernetes.io/name": NAME},
         "matchExpressions": [
@@ -267,5 +269,5 @@ def _object(version: str, kind: str, name: str, labels: dict[str, str]) -> dict[
 
 
 def _escaped(text: str) -> str:
-    """With ``$(`` doubled, which Kubernetes would take for a variable's name."""
+    """The text with ``$(`` doubled: Kubernetes would read a variable's name after a single one."""
     return text.replace("$(", "$$(")

@@ -1,4 +1,4 @@
-"""The responses of the front: what a client gets for each answer of a router, and for none."""
+"""The responses of the front to its clients."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from mixquant.serve.answers import BROKEN, UNREADY, own_error
 from mixquant.serve.listener import error_body
 from mixquant.serve.routes import RoutedRequest
 
-MOST_OF_A_HEADER = 1000  # characters: of names of parameters
+MOST_OF_A_HEADER = 1000  # characters; for the names of parameters
 
 
 async def relayed(answer: httpx.Response, streams: bool) -> Response:
@@ -37,17 +37,17 @@ async def relayed(answer: httpx.Response, streams: bool) -> Response:
 def failure(status: int, message: str) -> Response:
     headers = {"retry-after": "5"} if status in UNREADY else {}
     if status in (408, 413):
-        headers["connection"] = "close"  # what is left of the request is not wanted
+        headers["connection"] = "close"  # the rest of the request is not read
     return JSONResponse(error_body(status, message), status, headers)
 
 
 def refused(answer: httpx.Response) -> Response:
-    """An answer that says what is wrong with a request, whoever gave it."""
+    """The response to a request with a mistake, whether a router or an engine found it."""
     return JSONResponse(answers.refusal(answer), answer.status_code)
 
 
 def with_left_out(response: Response, request: RoutedRequest) -> Response:
-    """A response that names the parameters which were not passed on."""
+    """The response with a header that names the parameters that were not passed on."""
     names = [
         path
         for path in request.left_out
@@ -61,12 +61,13 @@ def with_left_out(response: Response, request: RoutedRequest) -> Response:
 
 
 def unready(answer: httpx.Response | None) -> Response:
-    """One message for whatever a router says when engines are gone; a real fault keeps its own."""
+    """The response if engines are gone: one message for all that routers say. A real error keeps
+    its own."""
     message = own_error(answer) if answer is not None else None
     if message is not None:
         if answers.DEAD in message:
             message = "the engine crashed while it worked on this request; it restarts"
-        # Or OpenAI's client would show it to the next engine.
+        # Otherwise OpenAI's client would send it to the next engine.
         return JSONResponse(error_body(500, message), 500, {"x-should-retry": "false"})
     if answer is not None and answer.status_code == 500 and answers.is_json(answer):
         return failure(500, answers.FAILED)

@@ -1,6 +1,6 @@
-"""vllm-router as a process of a set: its own launcher, and a check of the key that it has no option for.
+"""Runs vllm-router as a process of a set: its own launcher, with a check of the key added.
 
-Run through ``alone.py`` or with ``-m``. It imports nothing of mixquant, so that it starts at once.
+Run through ``alone.py`` or with ``-m``. It imports nothing of mixquant, so it starts at once.
 """
 
 from __future__ import annotations
@@ -10,10 +10,11 @@ import sys
 
 
 def main(arguments: list[str]) -> None:
-    """vllm-router with its own arguments, after ``--key-check URL`` and ``--``.
+    """Runs vllm-router with its own arguments, after ``--key-check URL`` and ``--``.
 
-    The router asks that address whether a bearer token that it was shown is right. Its option
-    ``--api-key`` is something else: what it shows to engines, and for all to see in the process list.
+    The router asks that address whether a bearer token that it got is right; no option of its own
+    sets the address. Its option ``--api-key`` is something else: the key that it sends to engines,
+    which anyone can see in the process list.
     """
     from vllm_router.launch_router import launch_router, parse_router_args
 

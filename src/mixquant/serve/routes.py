@@ -16,8 +16,8 @@ RouteName = Literal["transfer", "direct"]
 GENERATES = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages")
 # On the direct route the router, 0.1.17, does not show the engines of these paths the key.
 NEED_TRANSFER = ("/v1/responses", "/v1/messages")
-BYTES_PER_TOKEN = 4  # of English text and code; a rough measure is enough to decide the route
-# The headers of a client that reach the router: sessions, for its policies, and the trace.
+BYTES_PER_TOKEN = 4  # of English text and code; an estimate is enough to choose the route
+# The headers of a client that the router gets: sessions, for its policies, and the trace.
 PASSED_ON = ("x-session-id", "x-user-id", "x-tenant-id", "x-correlation-id", "traceparent")
 
 
@@ -85,7 +85,7 @@ def route_of(body: dict[str, Any], least: int) -> tuple[RouteName, str]:
         or body.get("use_beam_search")
         or any(isinstance(body.get(key), int) and body[key] > 1 for key in ("n", "best_of"))
     ):
-        # The KV cache that a prefill engine keeps is given up when it was read once.
+        # The prefill engine releases a KV cache after it was read once.
         return "direct", "several_sequences"
     if body.get("prompt_logprobs") is not None or body.get("echo"):
         return "direct", "prompt_logprobs"  # these need the prompt's hidden states, not its cache

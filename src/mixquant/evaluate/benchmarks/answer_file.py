@@ -1,8 +1,8 @@
-"""The answers of one arm to one benchmark: a file that only grows, so that a killed run loses nothing.
+"""The answers of one arm to one benchmark: a file that only grows, so a killed run loses nothing.
 
-The first line holds the configuration that the answers belong to. Each further one is an answer,
-or what became of a question that got none; a verdict stands with its answer, or, where a judge gave
-it later, in a line of its own. The last line of an (item, seed) counts.
+The first line holds the configuration that the answers belong to. Each other line is an answer, or
+the error of a question without one. A verdict is in the line of its answer, or, if a judge gave it
+later, in a line of its own. The last line of an (item, seed) counts.
 """
 
 from __future__ import annotations
@@ -33,17 +33,17 @@ class AnswerFileError(MixquantError, ValueError):
 
 @dataclass(frozen=True)
 class Entry:
-    """What is known of one (item, seed)."""
+    """What the file knows about one (item, seed)."""
 
-    answer: Answer | None  # None: it failed
+    answer: Answer | None  # None: the request failed
     usage: Usage
     error: str | None = None  # why there is no answer, or no verdict
     verdict: Verdict | None = None
-    judge: str | None = None  # who gave the verdict, if a model did
+    judge: str | None = None  # the model that gave the verdict, if one did
 
 
 class _Line(BaseModel):
-    """One line after the first; without ``usage``, what it says is of the answer before."""
+    """One line after the first. Without ``usage``, the line is about the answer before it."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
@@ -74,11 +74,11 @@ class AnswerFile:
         self.entries: dict[Key, Entry] = {}
         self._configuration = json.loads(json.dumps(configuration))
         self._file: RawIOBase | None = None
-        self._length = 0  # of its whole lines, in bytes
+        self._length = 0  # bytes of complete lines
         self._read()
 
     def add(self, key: Key, entry: Entry) -> None:
-        """Appends what became of an (item, seed), and keeps it even if the process is killed next."""
+        """Appends the outcome of an (item, seed), and keeps it even if the process is killed next."""
         known = self.entries.get(key)
         line: dict[str, Any] = {"item": key[0], "seed": key[1]}
         if known is None or known.answer is None or known.answer != entry.answer:
@@ -110,7 +110,7 @@ class AnswerFile:
             ) from None
 
     def _write(self, file: RawIOBase, values: Mapping[str, Any]) -> None:
-        # ASCII: no character that something takes for the end of a line.
+        # ASCII, so that no character can be taken for the end of a line.
         line = json.dumps(values).encode() + b"\n"
         rest = memoryview(line)
         try:
@@ -151,7 +151,7 @@ class AnswerFile:
     def _whole_lines(self, data: bytes) -> Iterator[dict[str, Any]]:
         self._length = data.rfind(b"\n") + 1
         for number, line in enumerate(data[: self._length].split(b"\n")[:-1], 1):
-            try:  # not `parse_json`, which refuses what a model may have written: half a character
+            try:  # not `parse_json`, which refuses lone surrogates, and a model may have written one
                 values = json.loads(line)
             except (ValueError, RecursionError):
                 values = None
@@ -169,7 +169,7 @@ class AnswerFile:
 
 
 def first_difference(before: Any, now: Any, name: str = "") -> str | None:
-    """What differs first between two JSON values, in words; None if nothing does."""
+    """The first difference between two JSON values, in words; None if there is none."""
     if isinstance(before, dict) and isinstance(now, dict):
         for key in [*now, *(key for key in before if key not in now)]:
             path = f"{name}.{key}" if name else key

@@ -32,7 +32,7 @@ class ChatError(RuntimeError):
 
 @dataclass
 class Usage:
-    """What one item took, over all its requests."""
+    """What the requests of one item took."""
 
     attempts: int = 0  # requests made, retries among them
     prompt_tokens: int = 0
@@ -65,7 +65,7 @@ class Endpoint:
         import openai
 
         self.url = f"{url}/v1"
-        self.key = key or "none"  # the client wants one
+        self.key = key or "none"  # the client requires a key
         self.model = model
         self.options: Mapping[str, Any] = options or {}
         self.client = openai.AsyncOpenAI(
@@ -86,7 +86,7 @@ class Endpoint:
         return CountingChat(self, self.options if options is None else options)
 
     async def answers(self) -> bool:
-        """Whether the server is there at all."""
+        """Whether the server answers at all."""
         import openai
 
         try:
@@ -144,7 +144,7 @@ class CountingChat:
             attempts = 1 + (client.max_retries if _retried(error) else 0)
             self._count(attempts, start)
             raise ChatError(_reason(error), attempts, _unreachable(error)) from error
-        except ValueError as error:  # what should be JSON is not
+        except ValueError as error:  # the body is not JSON
             self._count(1, start)
             raise ChatError(f"the server's answer cannot be read: {error}") from error
         self._count(retries + 1, start)
@@ -162,7 +162,7 @@ class CountingChat:
             self.usage.prompt_tokens += usage.prompt_tokens
             self.usage.completion_tokens += usage.completion_tokens
         message = choices[0].message
-        # vLLM's name for it, and the one that it had before.
+        # vLLM's name of the field, and its earlier name.
         reasoning = getattr(message, "reasoning", None) or getattr(
             message, "reasoning_content", None
         )

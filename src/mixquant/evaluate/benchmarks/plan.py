@@ -1,4 +1,5 @@
-"""What `mixquant evaluate` is asked for, checked and loaded before anything long begins."""
+"""The options of `mixquant evaluate`, checked, and the benchmarks, loaded before anything long
+begins."""
 
 from __future__ import annotations
 
@@ -36,14 +37,16 @@ class Judge:
 
 @dataclass(frozen=True)
 class Options:
-    """What the user asked for."""
+    """The user's options."""
 
     model: str
     benchmarks: Sequence[str]
     arms: Sequence[Arm]
     out: Path
     data: Mapping[str, Path] = field(default_factory=dict)  # by benchmark
-    settings: Mapping[str, Any] = field(default_factory=dict)  # those of `Settings` that were given
+    settings: Mapping[str, Any] = field(
+        default_factory=dict
+    )  # fields of `Settings` that were given
     judge: Judge | None = None
     served_name: str | None = None  # what servers call the model; None: as ``model``
     key: str | None = field(default=None, repr=False)  # of the arms' servers
@@ -57,12 +60,12 @@ class Options:
 
 @dataclass(frozen=True)
 class Benchmark:
-    """One that is loaded."""
+    """A benchmark that is loaded."""
 
     task: Task
     settings: Settings
-    items: Sequence[Item]  # those to ask
-    digest: str  # of all that it has
+    items: Sequence[Item]  # the items to ask
+    digest: str  # the number of all its items
 
 
 def chosen_tasks(options: Options) -> list[Task]:
@@ -91,7 +94,7 @@ def chosen_tasks(options: Options) -> list[Task]:
 
 
 def context_of(options: Options) -> int | None:
-    """How long a prompt and its answer may be in every arm."""
+    """The number of tokens that a prompt and its answer may have together in every arm."""
     known = [options.context]
     for arm in options.arms:
         if arm.url is not None:
@@ -104,10 +107,10 @@ def context_of(options: Options) -> int | None:
 
 
 def on_cpu(arm: Arm, context: int | None) -> Arm:
-    """The arm for a machine without GPU: it reads each prompt in one chunk.
+    """The arm for a machine without a GPU: it reads each prompt in one chunk.
 
     vLLM's runner on CPUs (0.32) ends with "CPU Generator does not use offset" when a request with a
-    seed is read in several.
+    seed is read in several chunks.
     """
     given = {argument.partition("=")[0].replace("_", "-") for argument in arm.arguments}
     chunks = {"--enable-chunked-prefill", "--no-enable-chunked-prefill", "--max-num-batched-tokens"}
@@ -120,7 +123,7 @@ def on_cpu(arm: Arm, context: int | None) -> Arm:
 
 
 def _max_model_len(arguments: Sequence[str]) -> int | None:
-    """What ``--max-model-len`` says, if it is a plain number."""
+    """The value of ``--max-model-len``, if it is a plain number."""
     for place, argument in enumerate(arguments):
         option, _, value = argument.partition("=")
         if option.replace("_", "-") == "--max-model-len":
@@ -154,9 +157,9 @@ def load(
 
 
 def some_items(items: Sequence[Item], limit: int | None, *, in_turns: bool) -> Sequence[Item]:
-    """So many of the items, drawn by chance but always the same, in their order.
+    """A random but always equal choice of so many items, in their order.
 
-    A smaller number draws some of what a larger one draws, so that a run can be enlarged.
+    A smaller number draws a part of what a larger one draws, so that a run can be enlarged.
 
     Args:
         in_turns: draw from one group after the other, so that every group is there.
@@ -180,7 +183,7 @@ def work_of(benchmark: Benchmark, arm: Arm, options: Options, context: int | Non
     configuration = {
         "model": options.model,
         "benchmark": benchmark.task.name,
-        # Not its address, which may change between runs.
+        # Not the address, which may change between runs.
         "arm": {**arm.to_result().model_dump(exclude={"url"}), "started": arm.url is None},
         # More seeds or items continue a file.
         "settings": {key: value for key, value in settings.items() if key != "seeds"},

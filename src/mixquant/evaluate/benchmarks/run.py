@@ -34,23 +34,23 @@ from mixquant.servers.arms import Arm, ArmError, running, served_models
 
 
 class Progress(Protocol):
-    """Where a run says what it does."""
+    """Is told what a run does."""
 
     def note(self, message: str) -> None:
-        """One line that stays."""
+        """A line that stays."""
 
     def doing(self, what: str) -> None:
-        """What goes on now."""
+        """What is being done now."""
 
     def total(self, answers: int) -> None:
-        """How many are missing in all arms together."""
+        """The number of answers that are missing in all arms together."""
 
     def advance(self) -> None:
-        """One of them is finished, or failed."""
+        """One answer is finished, or failed."""
 
 
 def evaluate(options: Options, progress: Progress) -> tuple[results.Evaluation, list[str]]:
-    """Asks whatever is missing in all arms, and computes the results.
+    """Asks for all missing answers in all arms, and computes the results.
 
     Returns:
         The results; and what failed in the end, a line for each benchmark and arm.
@@ -100,7 +100,7 @@ def evaluate(options: Options, progress: Progress) -> tuple[results.Evaluation, 
 
 
 def _with_tool_parsers(options: Options, tasks: Sequence[Task], progress: Progress) -> Options:
-    """The options, if a task needs tools with a parser of their calls in each arm that is started."""
+    """The options; if a task needs tools, each arm that is started gets a parser of calls."""
     needing = next((task.name for task in tasks if task.needs_tools), None)
     if needing is None or all(arm.url is not None for arm in options.arms):
         return options
@@ -162,7 +162,7 @@ async def _ask(
 
 @contextlib.contextmanager
 def _alone_in(out: Path) -> Iterator[None]:
-    """Keeps other processes from writing the same files; a kill frees it, too."""
+    """Keeps other processes from writing the same files. A killed process releases them, too."""
     import filelock
 
     lock = filelock.FileLock(out / ".lock")

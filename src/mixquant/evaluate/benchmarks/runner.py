@@ -1,8 +1,8 @@
-"""Asks an arm the items of benchmarks: several at a time, each until there is an answer and a verdict.
+"""Asks an arm the items of benchmarks: several at a time, each until there is an answer and a
+verdict.
 
-What is finished stands in the answer file at once, so the process may be killed at any moment; the
-next run asks only what is missing: answers that there are none of, and verdicts of answers that are
-there.
+Finished answers are written to the answer file at once, so the process may be killed at any moment.
+The next run asks only for what is missing: answers, and verdicts of existing answers.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from mixquant.evaluate.benchmarks.answer_file import AnswerFile, Entry, Key
 from mixquant.evaluate.benchmarks.chat import ChatError, Endpoint
 from mixquant.evaluate.tasks import Item, JudgeError, Task, Verdict
 
-# So many failures at the very beginning, and nothing else, and the rest would fail as well.
+# After so many failures at the very beginning, without a success, the rest would fail as well.
 HOPELESS = 20
 
 
@@ -36,8 +36,10 @@ class Work:
     file: AnswerFile
 
     def missing(self, judge: str | None) -> list[tuple[Item, int]]:
-        """What has no answer, or no verdict of this judge. Seeds of an item follow one another: its
-        prompt is then in the server's prefix cache."""
+        """The items and seeds without an answer, or without a verdict of this judge.
+
+        Seeds of an item follow one another: its prompt is then in the server's prefix cache.
+        """
         return [
             (item, seed)
             for item in self.items
@@ -60,9 +62,10 @@ async def run(
     concurrency: int = 16,
     tell: Callable[[Work, Entry], None] = lambda work, entry: None,
 ) -> None:
-    """Does the work that is missing, one benchmark after the other.
+    """Does the missing work, one benchmark after the other.
 
-    What fails is written down and not asked again in this run, as requests have been retried already.
+    Failures are written down and not asked again in this run, because requests have been retried
+    already.
 
     Args:
         concurrency: how many items are in work at a time; each makes one request at a time.
@@ -124,7 +127,8 @@ class _Run:
             return entry
         self._answered = True
         entry = Entry(answer, chat.usage)
-        if self._work.task.needs_judge:  # which may take long, or fail: the answer is safe first
+        # A verdict may take long, or fail: the answer is saved first.
+        if self._work.task.needs_judge:
             self._work.file.add((item.id, seed), entry)
         return entry
 
@@ -132,7 +136,8 @@ class _Run:
         assert entry.answer is not None
         judge = self._judge.chat() if self._judge and self._work.task.needs_judge else None
         try:
-            if judge and self._judge_is_gone:  # the next run asks it; waiting again would not help
+            # Waiting again would not help; the next run asks again.
+            if judge and self._judge_is_gone:
                 raise JudgeError(f"the judge at {judge.url} does not answer any more")
             verdict = await self._work.task.score(item, entry.answer, judge)
             _check(verdict)

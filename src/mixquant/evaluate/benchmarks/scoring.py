@@ -1,4 +1,4 @@
-"""From the answers of all arms to scores, differences and recoveries."""
+"""Computes scores, differences and recoveries from the answers of all arms."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ NAN = float("nan")
 
 @dataclass(frozen=True)
 class Answered:
-    """One benchmark, answered by all arms."""
+    """One benchmark with the answers of all arms."""
 
     task: Task
     items: Sequence[Item]
@@ -88,7 +88,7 @@ def scores_of(benchmark: Answered, arm: str) -> tuple[results.Score | None, list
 
 
 def differences_of(benchmark: Answered, arms: Sequence[str]) -> list[results.Difference]:
-    """Between each two arms, the later minus the earlier."""
+    """The differences between each two arms, the later one minus the earlier one."""
     groups = [item.group for item in benchmark.items]
     weights = statistics.item_weights(groups, benchmark.task.weights)
     scores = {arm: benchmark.scores(arm) for arm in arms}
@@ -112,7 +112,8 @@ def differences_of(benchmark: Answered, arms: Sequence[str]) -> list[results.Dif
 
 
 def recoveries_of(scores: Sequence[results.Score]) -> list[results.Recovery]:
-    """Per benchmark, and of the means over those that all arms have scores of, if there are several."""
+    """The recovery for each benchmark, and for the means of several benchmarks that all arms have
+    scores of."""
     arms = list(dict.fromkeys(score.arm for score in scores))
     others = [arm for arm in arms if arm not in ("bf16", "quantized")]
     if not {"bf16", "quantized"} <= set(arms):

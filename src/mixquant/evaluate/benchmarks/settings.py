@@ -17,15 +17,15 @@ _AROUND = 512
 
 @dataclass(frozen=True)
 class Settings:
-    """The paper's (arXiv 2605.20315), where a benchmark or the user says nothing else."""
+    """The settings of the paper (arXiv 2605.20315), unless a benchmark or the user sets others."""
 
     temperature: float = 0.6
     top_p: float = 0.95
     top_k: int = 20
-    max_tokens: int = 32768  # of an answer, reasoning and all
+    max_tokens: int = 32768  # of an answer with its reasoning
     thinking: bool = True
     seeds: int = 1
-    context_tokens: int | None = None  # prompts are cut in the middle to this; None: they are not
+    context_tokens: int | None = None  # prompts are cut to this in the middle; None: no cut
 
     @classmethod
     def of(cls, task: Task, given: Mapping[str, Any], context: int | None) -> Settings:

@@ -1,8 +1,8 @@
 """Intervals of benchmark scores, and of differences between arms that answered the same items.
 
-The sampling unit is the item: a benchmark's items stand for those that might have been in it, and the
-seeds of one item tell more about that item, not about others. Taking all answers as independent
-would make intervals too narrow, by as much as the square root of the number of seeds.
+The sampling unit is the item. A benchmark's items are a sample of the items that it could have. The
+seeds of one item say more about that item, not about others. To treat all answers as independent
+would make intervals too narrow, by up to the square root of the number of seeds.
 """
 
 from __future__ import annotations
@@ -71,9 +71,9 @@ def score(scores: Scores, weights: Scores | None = None) -> Estimate:
     if spread > 0 and len(means) > 1:
         correction = len(means) / (len(means) - 1)
         variance = correction * float(weights**2 @ (means - value) ** 2)
-        most = items * float(weights @ counts)  # were all answers independent
+        most = items * float(weights @ counts)  # if all answers were independent
         effective = min(spread / variance, most) if variance > 0 else most
-        # A variance that is estimated from few items is itself uncertain.
+        # A variance that is estimated from few items is uncertain.
         freedom = max(items - 1, 1)
         effective *= (_normal_quantile() / float(stats.t.ppf(_upper(), freedom))) ** 2
     low, high = _wilson(value, effective)

@@ -20,8 +20,8 @@ def with_tool_parser(
 ) -> Arm:
     """The arm with a parser of tool calls: the one that its arguments name, or the one that fits.
 
-    Without one, vLLM refuses requests with tools, or passes calls on as text, minutes after it began
-    to load the model.
+    Without a parser, vLLM refuses requests with tools, or passes calls on as text, minutes after
+    the start.
 
     Args:
         arm: one whose server is started for this.
@@ -53,7 +53,7 @@ def with_tool_parser(
 
 
 def _spelled(argument: str) -> str:
-    """An option as vLLM knows it, which takes underscores for dashes."""
+    """An option as vLLM reads it: underscores are dashes."""
     return argument.partition("=")[0].replace("_", "-")
 
 

@@ -1,4 +1,4 @@
-"""What an arm answers to passages: the data that engines give and that fidelity is computed from."""
+"""The answers of an arm to passages: the data that engines give and that fidelity is computed from."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ class EngineError(MixquantError, ValueError):
 
 @dataclass(frozen=True)
 class Answers:
-    """One arm's, to the passages of one prompt length.
+    """The answers of one arm to the passages of one prompt length.
 
     Attributes:
         logits: per text ``[answer tokens, V]``, in the type that the model computes them in, on the
-            CPU: what it expects at each position of the continuation, having read all before it.
+            CPU: the prediction at each position of the continuation, given everything before it.
         greedy: per text, its own answer, the likeliest token each time; no token ends it early.
         quantized_share: of the prompt tokens that were computed, those with a quantized row.
     """
@@ -40,11 +40,11 @@ class Answers:
 
 @dataclass(frozen=True)
 class Run:
-    """All of one arm."""
+    """All results of one arm."""
 
     answers: tuple[Answers, ...]  # in the order of the passages
     recipe: dict[str, Any] | None  # with everything decided; None without mixquant
-    layers: tuple[Layer, ...]  # what became of them; none without mixquant
+    layers: tuple[Layer, ...]  # the summary's layers; empty without mixquant
     head: str | None  # the name of the output head, if it may be among them
 
 

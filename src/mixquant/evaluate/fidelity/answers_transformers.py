@@ -1,4 +1,4 @@
-"""Answers from a model in this process, on Transformers."""
+"""Runs arms on Transformers, in this process."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from mixquant.engines.transformers.counting import quantized_rows
 from mixquant.evaluate.fidelity.answers import Answers, Progress, Run
 from mixquant.evaluate.fidelity.passages import Passages
 
-# Texts are read side by side as long as their prompts are no longer than this together.
+# Texts are read in one batch while their prompts together have no more tokens than this.
 ROWS_AT_ONCE = 8192
 
 
@@ -27,7 +27,7 @@ def run(
     passages: Sequence[Passages],
     progress: Progress = lambda doing, share: None,
 ) -> Run:
-    """Loads the model in BF16, prepares it, and lets it answer. Only one model is in memory.
+    """Loads the model in BF16, prepares it, and computes its answers. Only one model is in memory.
 
     Raises:
         ModelError: the model cannot be loaded.
@@ -63,7 +63,7 @@ def run(
 
 
 def _groups(one: Passages) -> list[range]:
-    """The numbers of the texts that are read side by side."""
+    """The numbers of the texts that are read in one batch."""
     size = max(1, ROWS_AT_ONCE // one.prompt_tokens)
     texts = len(one.prompts)
     return [range(first, min(first + size, texts)) for first in range(0, texts, size)]

@@ -1,4 +1,4 @@
-"""Answers from vLLM: one engine after the other, each in a process of its own (`vllm_worker`)."""
+"""Runs arms on vLLM: one engine after the other, each in a process of its own (`vllm_worker`)."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from mixquant.servers.arms import terminated_like_interrupted
 from mixquant.servers.process import end, reason
 
 COMMAND = (sys.executable, "-m", "mixquant.evaluate.fidelity.vllm_worker")
-# Options of vLLM that are decided for every arm.
+# Options of vLLM that every arm sets.
 DECIDED = (
     "--additional-config",
     "--config",
@@ -38,7 +38,7 @@ DECIDED = (
     "--worker-extension-cls",
     "-q",
 )
-_LONGEST_START = 0.3  # of an arm's time, as the bar shows it
+_LONGEST_START = 0.3  # share of an arm's time that the progress bar gives to the start
 
 
 @dataclass(frozen=True)
@@ -105,13 +105,13 @@ class VLLM:
             "model": checkpoint.source,
             "dtype": "bfloat16",
             "max_model_len": longest,
-            # The continuation and the own answer have the prompt in common; each reads it.
+            # The continuation and the arm's own answer share the prompt; both have to read it.
             "enable_prefix_caching": False,
             "skip_tokenizer_init": True,
             "worker_extension_cls": "mixquant.evaluate.fidelity.vllm_worker.Recorder",
         }
         if not torch.cuda.is_available():
-            options["enforce_eager"] = True  # compiling takes longer than these few answers
+            options["enforce_eager"] = True  # compilation takes longer than these few answers
         if recipe is not None:
             options["quantization"] = "mixquant"
             options["additional_config"] = {"mixquant": recipe.to_dict()}
@@ -120,7 +120,8 @@ class VLLM:
 
 @contextmanager
 def _process(folder: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """The process that runs the engine, in a session of its own; none of it outlives the block."""
+    """The process that runs the engine, in its own session; the block ends it with all its
+    children."""
     with (folder / "log.txt").open("wb") as log:
         process = subprocess.Popen(
             [*COMMAND, str(folder)],
@@ -138,7 +139,7 @@ def _process(folder: Path) -> Iterator[subprocess.Popen[bytes]]:
 def _wait(
     process: subprocess.Popen[bytes], folder: Path, lengths: Sequence[int], progress: Progress
 ) -> None:
-    """Until the process has ended. Raises EngineError if it ended without all answers."""
+    """Waits until the process has ended. Raises EngineError if it ended without all answers."""
     while True:
         ended = process.poll() is not None
         written = sum(1 for number in range(len(lengths)) if _answer_file(folder, number).exists())

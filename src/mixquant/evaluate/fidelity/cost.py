@@ -1,4 +1,4 @@
-"""What a recipe leaves to pay: the arithmetic of prefill's linear layers, by format."""
+"""The cost of a recipe: the arithmetic of prefill's linear layers, by format."""
 
 from __future__ import annotations
 

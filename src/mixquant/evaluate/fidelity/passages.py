@@ -1,4 +1,4 @@
-"""Texts cut in two: a prompt to read, and the continuation that follows it in the text itself."""
+"""Texts cut in two: a prompt, and its continuation in the text."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class PassageError(MixquantError, ValueError):
 
 @dataclass(frozen=True)
 class Passages:
-    """The beginnings of some texts, all cut at the same place. In tokens."""
+    """The beginnings of some texts, all cut at the same position. In tokens."""
 
     prompt_tokens: int
     prompts: tuple[tuple[int, ...], ...]  # [texts][prompt_tokens]
@@ -24,9 +24,9 @@ class Passages:
 
 
 def documentation(count: int) -> dict[str, str]:
-    """Python's own documentation as so many texts, by the name of their first topic.
+    """Python's own documentation as so many texts, named after their first topic.
 
-    The topics are dealt out, the longest first, so no two texts share one.
+    The topics are distributed, the longest first, so no two texts share one.
 
     Raises:
         PassageError: there are not as many topics.
@@ -51,7 +51,7 @@ def cut(
 
     Args:
         texts: by name.
-        tokenizer: of the model that is to read them. What it puts in front of a text stays.
+        tokenizer: of the model. Tokens that it puts in front of a text are kept.
         lengths: of the prompts, in tokens.
         answer_tokens: of each continuation.
 

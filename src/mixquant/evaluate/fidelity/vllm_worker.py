@@ -34,14 +34,14 @@ class Recorder:
     model_runner: Any
 
     def mixquant_record(self, answer: list[int]) -> None:
-        """Makes the next request, the only one, write this answer; takes down its logits."""
+        """Forces the next request, the only one, to write this answer, and records its logits."""
         state = self.__dict__.get("mixquant_answers")
         if state is None:
             state = self.__dict__["mixquant_answers"] = _Answer(self.model_runner)
         state.begin(answer)
 
     def mixquant_recorded(self, file: str) -> None:
-        """Writes the logits that were taken down, and lets requests answer by themselves again."""
+        """Writes the recorded logits to a file, and lets requests answer by themselves again."""
         self.__dict__["mixquant_answers"].end(file)
 
     def mixquant_layers(self) -> list[dict[str, Any]]:
@@ -50,12 +50,12 @@ class Recorder:
 
 
 class _Answer:
-    """The answer that a runner's only request is made to write."""
+    """The answer that the runner's only request is forced to write."""
 
     def __init__(self, runner: Any) -> None:
         self._wanted: list[int] | None = None
         self._logits: list[Tensor] = []
-        self._position = -1  # in the answer, of the token that the pass will give; negative: none
+        self._position = -1  # in the answer, of the token that the pass computes; negative: none
         self._follow(runner)
         model = runner.get_model()
         self._compute = model.compute_logits
@@ -94,7 +94,7 @@ class _Answer:
 
     def _compute_logits(self, *args: Any, **kwargs: Any) -> Any:
         logits = self._compute(*args, **kwargs)
-        # A piece of a prompt has logits, too, which vLLM throws away. Other ranks have none.
+        # A chunk of a prompt has logits, too, which vLLM discards. Other ranks have none.
         if self._wanted is None or logits is None or not 0 <= self._position < len(self._wanted):
             return logits
         self._logits.append(logits[0].cpu())
