@@ -1,4 +1,4 @@
-"""What the plots have in common: series of points, axes, the labels of values, legends."""
+"""What the plots share: series of points, axes, labels of values, legends."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from mixquant.report.style import Look, color
 from mixquant.report.svg import plot_settings
 from mixquant.report.text import plain, short, tick
 
-_WIDTH = 5.0  # inches; half of the page, or all of a telephone's
+_WIDTH = 5.0  # inches; half of the page, or the width of a phone
 _MOST_LABELS = 6  # of values, beside the points of a line
 LEAST = 1e-9  # a divergence below it is rounding; logarithmic axes begin there
 
@@ -76,10 +76,9 @@ def spaced(xs: Sequence[float]) -> list[float]:
     return kept
 
 
-def hold_off_spread(
-    axes: Axes, points: Sequence[Point], reference: tuple[float, str] | None
-) -> None:
-    """Cuts error bars that would dwarf the values: one slow token among thousands is enough."""
+def clip_spread(axes: Axes, points: Sequence[Point], reference: tuple[float, str] | None) -> None:
+    """Clips error bars that would dwarf the values: one slow token among thousands is enough for
+    that."""
     ys = [p.y for p in points] + ([] if reference is None else [reference[0]])
     margin = max(max(ys) - min(ys), 0.3 * max(map(abs, ys)))
     least, most = axes.get_ylim()

@@ -24,7 +24,7 @@ _MAIN = (("length", "ttft"), ("batch", "tpot"), ("concurrency", "output"), ("age
 
 
 def section(bench: Bench) -> Section:
-    """What a speed file shows: a panel for each metric and workload, turn grid and profile."""
+    """The section of a speed file: a panel for each metric and workload, turn grid and profile."""
     looked = looks(
         arms_of(
             [arm.name for arm in bench.arms]

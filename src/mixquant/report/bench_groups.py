@@ -1,4 +1,4 @@
-"""Speed measurements in groups: what one plot shows."""
+"""Groups of speed measurements: each group is one plot."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from mixquant.report.text import count, metric_name
 from mixquant.results import Measurement
 
 _ORDER = ("length", "batch", "concurrency", "agent")
-# What follows from the others, or varies little: as tables, without plots.
+# Metrics that follow from others, or vary little, are shown as tables only.
 _TABLES_ONLY = ("itl", "e2e", "total", "cached")
 _AXES = {"length": ("Prompt tokens", "prompt length"), "batch": ("Batch size", "batch size")}
 _CLIENTS = ("Concurrent requests", "concurrency")

@@ -1,4 +1,4 @@
-"""What `mixquant compare` found, as plots."""
+"""The results of `mixquant compare` as plots."""
 
 from __future__ import annotations
 

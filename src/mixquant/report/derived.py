@@ -1,4 +1,4 @@
-"""What a page shows beyond the figures in a file: ratios to the baseline, and the Pareto front."""
+"""Figures that a page adds to those of a file: ratios to the baseline, and the Pareto front."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from mixquant.results import Measurement
 
 BASELINE = "bf16"
 _LARGEST_RATIO = 1e9
-_NOTICEABLE = 0.02  # a smaller difference is none that a reader should act on
+_NOTICEABLE = 0.02  # a smaller difference does not count as faster or slower
 # Workloads that repeat the same requests. Elsewhere lowest and highest are of different requests.
 _REPEATED = ("length", "batch")
 

@@ -1,4 +1,4 @@
-"""What models, devices and arms are called on the page, and what each arm is."""
+"""The names of models, devices and arms on the page, and a description of each arm."""
 
 from __future__ import annotations
 

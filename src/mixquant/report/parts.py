@@ -1,4 +1,4 @@
-"""What a page is made of: sections, one for each file, of panels and tables."""
+"""The parts of a page: sections, one for each file, with panels and tables."""
 
 from __future__ import annotations
 

@@ -16,11 +16,11 @@ from mixquant.report.axes import (
     Point,
     Series,
     add_legend,
+    clip_spread,
     distances,
     draw_spread,
     figure_and_axes,
     from_zero_by_decades,
-    hold_off_spread,
     key,
     label_outermost,
     name_rows,
@@ -104,7 +104,7 @@ def lines(
             axes.yaxis.set_minor_locator(NullLocator())
         axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: tick(y)))
         axes.margins(x=0.08, y=0.16)
-        hold_off_spread(axes, [p for one in series for p in one.points], reference)
+        clip_spread(axes, [p for one in series for p in one.points], reference)
         if reference is not None:
             axes.axhline(reference[0], color=color("muted"), linestyle=(0, (4, 3)), linewidth=1.4)
         label_outermost(axes, series)
@@ -120,7 +120,7 @@ def lines(
 
 def bars(alt: Alt, rows: Sequence[Bar], x_label: str, *, reference: float | None = None) -> Markup:
     """Horizontal bars from zero, the first on top, each with its value."""
-    cut = 2 * max(row.value for row in rows)  # of spreads, for `hold_off_spread`'s reason
+    cut = 2 * max(row.value for row in rows)  # of spreads, for `clip_spread`'s reason
     with figure_and_axes(0.75 + 0.36 * len(rows)) as (figure, axes):
         for y, row in enumerate(rows):
             high = None if row.high is None else min(row.high, cut)

@@ -1,8 +1,8 @@
-"""How arms and kinds of work look: a colour, a marker and a hatch each, so that no colour is needed.
+"""The look of arms and kinds of work: a colour, a marker and a hatch each, so colour is never
+needed.
 
-Colours are names of CSS variables, which the page gives a value for light and one for dark.
-Matplotlib wants real colours: it is given those of ``STAND_INS``, and svg.py puts the variables in
-their place.
+Colours are names of CSS variables, which the page sets for light and for dark. Matplotlib needs
+real colours: it gets those of ``STAND_INS``, and svg.py puts the variables in their place.
 """
 
 from __future__ import annotations

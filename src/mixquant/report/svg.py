@@ -1,4 +1,4 @@
-"""A matplotlib figure as SVG that stands in the middle of an HTML page."""
+"""A matplotlib figure as SVG inside an HTML page."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from mixquant.report.style import STAND_INS
 _SETTINGS: dict[Any, Any] = {
     "svg.fonttype": "none",  # text stays text
     "svg.hashsalt": "mixquant",  # the same figure gives the same SVG
-    "text.parse_math": False,  # a dollar sign in an arm's name is one
+    "text.parse_math": False,  # a dollar sign in an arm's name is not mathematics
     "font.size": 11,
     "axes.labelsize": 11,
     "axes.spines.top": False,
@@ -49,7 +49,7 @@ _REFERENCE = re.compile(r"url\(#([^)]+)\)")
 
 @contextmanager
 def plot_settings() -> Iterator[None]:
-    """Figures must be made and written under it, whatever the user's own matplotlibrc says."""
+    """Settings under which figures are made and written, whatever the user's matplotlibrc says."""
     with warnings.catch_warnings(), matplotlib.rc_context():
         # Letters that matplotlib's font lacks are measured wrongly; the browser has them.
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")

@@ -1,4 +1,4 @@
-"""Figures and names as a reader wants them."""
+"""Figures and names in the form in which readers expect them."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def metric_name(metric: str) -> str:
 
 
 def plain(text: str) -> str:
-    """Without what XML cannot hold (control characters) and what would break a line."""
+    """The text without characters that XML cannot hold (control characters), in one line."""
     return "".join(letter if letter.isprintable() else " " for letter in text)
 
 

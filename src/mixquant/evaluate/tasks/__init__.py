@@ -1,4 +1,4 @@
-"""What a benchmark is to the runner: items to ask, and how an answer to one is scored."""
+"""The interface of a benchmark: items to ask, and the score of an answer to one."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Item:
 
 @dataclass(frozen=True)
 class Reply:
-    """What a model answered to one request."""
+    """The answer of a model to one request."""
 
     text: str  # without reasoning
     reasoning: str = ""
@@ -49,10 +49,10 @@ class Reply:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What an answer is worth."""
+    """The score of an answer."""
 
     score: float  # 0 to 1
-    detail: str = ""  # why, for who reads the answers' file
+    detail: str = ""  # the reason, for readers of the answer file
     extracted: bool = True  # False: nothing was found in the answer that could be right or wrong
 
 
@@ -126,7 +126,7 @@ class Task:
         raise NotImplementedError
 
     async def run(self, item: Item, chat: Chat, seed: int, judge: Chat | None = None) -> Answer:
-        """The answer to an item, as JSON: that of one request, unless a subclass makes several.
+        """The answer to an item, as JSON: of one request, unless a subclass makes several.
 
         Args:
             judge: plays the user where a benchmark simulates one.
@@ -140,8 +140,10 @@ class Task:
         }
 
     async def score(self, item: Item, answer: Answer, judge: Chat | None = None) -> Verdict:
-        """What an answer is worth. Runs in the event loop: what takes longer than some ten
-        milliseconds belongs in `asyncio.to_thread`.
+        """The score of an answer.
+
+        Runs in the event loop: work that takes more than about ten milliseconds belongs in
+        `asyncio.to_thread`.
 
         Raises:
             JudgeError: the judge said neither yes nor no.

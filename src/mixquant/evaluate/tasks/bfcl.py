@@ -96,7 +96,7 @@ class BfclV4(Task):
             )
         source = data or Path(found.submodule_search_locations[0]) / "data"
         by_category = [_entries(path, category) for category, path in _files(source)]
-        # In turns, so that the first items of a limited run are of every category.
+        # One category after the other, so that a limited run has items of every category.
         entries = [
             entry
             for some in itertools.zip_longest(*by_category)
@@ -135,7 +135,8 @@ class BfclV4(Task):
 
 
 def decoded(tool_calls: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]] | None:
-    """Calls with their arguments as objects; None if one's are not, as then none counts."""
+    """Calls with their arguments as objects; None if the arguments of one are not, because then
+    none counts."""
     calls = []
     for call in tool_calls:
         try:

@@ -1,7 +1,8 @@
-"""BFCL's own checkers and simulated backends, out of the package `bfcl-eval`: what the workers do.
+"""BFCL's own checkers and simulated backends, from the package `bfcl-eval`, as worker processes run
+them.
 
-The package evaluates calls as Python text. Names that a model made up go no further than here: a call
-whose function is not a backend's or whose arguments are not names is replaced by one that fails.
+The package evaluates calls as Python text. Names that a model made up stop here: a call whose
+function is not a backend's, or whose arguments are not names, is replaced by one that fails.
 """
 
 from __future__ import annotations
@@ -55,10 +56,10 @@ def _tools(functions: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def executed(entry: Mapping[str, Any], steps: Sequence[Sequence[Call]]) -> list[str]:
-    """What the backends return to the calls of the last step, after all those before it.
+    """The results of the calls of the last step, after all calls before it.
 
-    Everything is executed again from the beginning, on new backends: their random numbers are seeded,
-    so it comes out alike, and no state has to outlive a worker.
+    All calls are executed again on new backends. Their random numbers are seeded, so the results
+    are the same, and no state has to survive a worker.
     """
     results: list[str] = []
     with _quiet(), _backends(entry) as (execute, methods):

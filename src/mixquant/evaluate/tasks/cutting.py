@@ -1,4 +1,4 @@
-"""Texts cut in their middle, by a model's tokenizer."""
+"""Cuts texts in their middle, by a model's tokenizer."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Whether two mathematical answers are the same: what the worker processes do.
+"""Whether two mathematical answers are equal, as worker processes compute it.
 
-The comparison is Math-Verify's, which evalscope and lm-eval use as well. Before it stand only
-spellings that it does not know.
+The comparison is Math-Verify's, which evalscope and lm-eval also use. Before it, spellings that it
+does not know are rewritten.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 from mixquant.evaluate.tasks.extraction import ascii_forms
 
-# From here on an answer is not one: AIME's, MATH's and GSM8K's have tens of characters.
+# A longer text is not an answer: those of AIME, MATH and GSM8K have tens of characters.
 LONGEST_ANSWER = 1000
 _PATIENCE = 3  # seconds of one step, where an alarm can interrupt it
 _TAIL = 3000  # characters of prose that are searched for an answer without a box
@@ -22,7 +22,7 @@ _TEXT = re.compile(
     r"\\(?:text|textbf|textit|textrm|mathrm|mbox|mathbf|operatorname)\s*\{([^{}]*)\}"
 )
 _MIXED = re.compile(r"(?<![\d.,/])(\d{1,6}) (\d{1,6})/(\d{1,6})(?![\d.,/])")
-# A dash that a sign was meant with: nothing before it that could be subtracted from.
+# A dash that stands for a minus sign: nothing before it to subtract from.
 _SIGN = re.compile(r"(?<![\w.)}\]])[–—](?=[$€£]?\\?\$?\.?\d)")
 _SCIENTIFIC = re.compile(
     r"(?<![\w.])(\d{1,30}(?:\.\d{1,30})?)"

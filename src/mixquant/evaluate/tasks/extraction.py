@@ -1,6 +1,6 @@
-"""What an answer says in the end: without its thinking, the last box, the chosen letter.
+"""What an answer says at its end: without its thinking, the last box, or the chosen letter.
 
-Everything here takes time in proportion to the text's length, whatever the text.
+Every function takes time in proportion to the length of the text, for any text.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _WORD = r"(?i:option|choice|选项)"
 _BARE = r"([A-D])(?![\w'’-])"
 _LETTER = rf"{_SETTING}(?:{_WORD}(?![a-z]){_SETTING})?(?:{_BARE}|(?<=[(\[])([a-d])[)\]])"
 _CHOICES = [
-    # The format that was asked for, then what else announces an answer.
+    # The requested format, then other phrases that announce an answer.
     re.compile(rf"(?i:correct\s+answer\s+is)\s*:?{_LETTER}"),
     re.compile(
         r"(?i:\banswer|\bcorrect\s+(?:option|choice)|\b(?:my|final)\s+choice|答案)[*_]*\s*"

@@ -1,8 +1,8 @@
-"""Work on what a model wrote, in processes that may hang, crash or eat memory without harm.
+"""Processes for code that a model's text may make hang, crash, or take all memory.
 
-Deciding whether two formulas are equal, or executing the calls that a model made, can take forever
-on input that nobody foresaw, in C code that no exception reaches. So it happens in worker
-processes, which are killed when their time is up.
+To decide whether two formulas are equal, or to execute calls that a model made, can take forever on
+unforeseen input, in C code that no exception reaches. So it happens in worker processes, which are
+killed when their time is up.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from typing import Any
 
 from mixquant.evaluate.tasks import TaskError
 
-SECONDS = 10.0  # a call's, when nothing else is said
-_GIBIBYTES = 4  # that a worker may allocate beyond what it starts with
+SECONDS = 10.0  # of one call, by default
+_GIBIBYTES = 4  # that a worker may allocate in addition to what it starts with
 
 
 class IsolationError(RuntimeError):

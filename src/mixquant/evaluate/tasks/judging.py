@@ -1,4 +1,4 @@
-"""A second model that says whether an answer is right."""
+"""A second model that decides whether an answer is right."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _TRIES = 3
 async def judged(
     judge: Chat | None, prompt: str, words: Mapping[str, float], *, max_tokens: int
 ) -> Verdict:
-    """What a judge says, asked until it says one of the words.
+    """The verdict of a judge, who is asked until the reply is one of the words.
 
     Args:
         words: what it may say, lower case, and what an answer is worth then.

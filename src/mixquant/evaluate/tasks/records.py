@@ -1,4 +1,4 @@
-"""Benchmarks' data: from a file of the user's or from the Hub, each record checked."""
+"""The data of benchmarks: from a user's file or from the Hub, each record checked."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def records_from_hub(repository: str, split: str, schema: type[R], subset: str =
         ) from None
     try:
         rows = list(load_dataset(repository, subset or None, split=split))
-    except Exception as error:  # as many kinds as ways to be offline
+    except Exception as error:  # many classes: there are many ways to be offline
         raise _unreachable(repository, error) from None
     return [
         _checked(row, schema, f"{repository}, split {split}, row {number}")
@@ -73,7 +73,7 @@ def file_from_hub(repository: str, name: str) -> Path:
 
 
 def unique(ids: list[str], source: Path | None) -> None:
-    """Refuses ids that are there twice: a resumed run would take one item's answer for another's.
+    """Refuses ids that appear twice: a resumed run would take one item's answer for another's.
 
     Raises:
         TaskError: which one.

@@ -1,4 +1,4 @@
-"""The benchmarks by name. Their modules are imported when they are asked for."""
+"""The benchmarks by name. Their modules are imported on first use."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
-"""Empty modules in the place of libraries that an import would need but nothing that follows does.
+"""Empty modules in place of libraries that an import needs and later code does not.
 
-Benchmarks' packages import the clients of every vendor whose models they list, in versions that clash
-with vLLM's. Here models are asked by one client of ours, so those need not be installed.
+The packages of benchmarks import the clients of every vendor whose models they list, in versions
+that clash with vLLM's. Here one client of ours asks the models, so the others need not be
+installed.
 """
 
 from __future__ import annotations

@@ -127,7 +127,7 @@ def _tool_call(classes: ModuleType, call: Mapping[str, Any]) -> Any:
     except (ValueError, RecursionError):
         arguments = None
     if not isinstance(arguments, dict):
-        arguments = {"not_json": str(raw)}  # which the tool refuses, and the model reads why
+        arguments = {"not_json": str(raw)}  # the tool refuses it, and the model reads the reason
     if "**" in str(arguments.get("expression", "")):
         # Tools that calculate promise + - * / but evaluate powers, too, which may take for ever.
         arguments["expression"] = str(arguments["expression"]).replace("**", "^")
