@@ -12,7 +12,7 @@ are measured one at a time, the others idle. TTFT is the time of a request for o
 of a longer one's. Medians; ratios hold within one run only.
 
 Without --turns the prefix cache is off. With it, an agent's turns are measured: so many new tokens
-behind so many that the prefix cache holds, in engines that capture CUDA graphs as far as vLLM's defaults do.
+behind so many that the prefix cache holds, in engines that capture CUDA graphs as vLLM does by default.
 """
 
 from __future__ import annotations

@@ -44,7 +44,7 @@ class Follower:
         self.first_prompts = FirstPrompts()
         self.profiling = False
         self._fp8_attention: PrefillAttention | None = None
-        self._graphs: graphs.QuantizedGraphs | None = None
+        self.graphs: graphs.QuantizedGraphs | None = None
         self._workspace: Any = None
         self._longest = runner.vllm_config.model_config.max_model_len
         self._entered: in_force | None = None
@@ -52,8 +52,8 @@ class Follower:
         self._trace = os.environ.get(TRACE) if self._counters is not None else None
 
     def capture_quantized(self, runner: Any, model: Any) -> Outcome:
-        """Has the runner capture quantized CUDA graphs, too, if the model can have them."""
-        self._graphs, outcome = graphs.prepare(
+        """Decides which quantized CUDA graphs the runner captures, if the model can have them."""
+        self.graphs, outcome = graphs.prepare(
             runner, model, self.recipe, self.thresholds.min_prefill_tokens
         )
         return outcome
@@ -96,8 +96,8 @@ class Follower:
             plan = plan_pass(Thresholds(), [0], [rows], [rows])  # what the largest pass may be
         elif batch is not None:
             plan = self._plan_of_real_pass(batch, rows)
-        elif self._graphs is not None and self._graphs.holds(rows) and not _captures():
-            plan = self._graphs.plan_to_capture(rows)
+        elif self.graphs is not None and self.graphs.holds(rows) and not _captures():
+            plan = self.graphs.plan_to_capture(rows)
         if self.profiling and self._fp8_attention is not None:
             # vLLM leaves attention out as it measures what memory a pass may need.
             self._workspace = self._fp8_attention.workspace(
@@ -114,13 +114,13 @@ class Follower:
 
     def _plan_of_real_pass(self, batch: Batch, rows: int) -> PhasePlan | None:
         kind = "graph" if _may_replay_graph() else None
-        quantized_graph = kind and self._graphs is not None and self._graphs.holds(rows)
+        quantized_graph = kind and self.graphs is not None and self.graphs.holds(rows)
         plan = self._plan(batch, rows, bool(kind and not quantized_graph))
         if plan is not None:
             state_of(plan).batch = batch
         if quantized_graph:
-            assert self._graphs is not None
-            kind = "quantized_graph" if self._graphs.serve(plan) else None
+            assert self.graphs is not None
+            kind = "quantized_graph" if self.graphs.serve(plan) else None
             if kind is None:
                 graphs.leave()
         self._count(batch, plan, kind)

@@ -12,6 +12,8 @@ follows its plan.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -52,7 +54,10 @@ def sizes(own: list[int], least: int, most: int) -> tuple[list[int], list[int]]:
 class QuantizedGraphs:
     """The graphs of one model runner that are captured quantized, and what their kernels read."""
 
-    def __init__(self, precise_until: int, largest: int, device: torch.device) -> None:
+    def __init__(
+        self, sizes: list[int], precise_until: int, largest: int, device: torch.device
+    ) -> None:
+        self.sizes = sizes  # of all graphs, precise ones and vLLM's own, too
         self._precise_until = precise_until
         self._largest = largest
         # The numbers of the precise rows, as int64, and for each row which of those it is, as int32.
@@ -100,12 +105,10 @@ def leave() -> None:
 def prepare(
     runner: Any, model: torch.nn.Module, recipe: Recipe, least: int
 ) -> tuple[QuantizedGraphs | None, Outcome]:
-    """Adds quantized graphs to those that a model runner will capture, if its model can have them.
-
-    vLLM's own largest size stays as it is: attention's workspace and graphs of decode alone go by it.
+    """The quantized graphs that a model runner should capture, if its model can have them.
 
     Args:
-        runner: of vLLM's, which has loaded its model and captured nothing yet.
+        runner: of vLLM's, which has loaded its model.
         least: quantizable rows of a quantized pass.
 
     Returns:
@@ -120,9 +123,26 @@ def prepare(
     precise, quantized = sizes(own, least, most)
     if not quantized:
         return None, Outcome.nowhere(what, 1, f"no pass has more than {most} rows")
-    compilation.cudagraph_capture_sizes = sorted({*own, *precise, *quantized})
-    graphs = QuantizedGraphs(max([*own, *precise]), quantized[-1], runner.device)
+    every = sorted({*own, *precise, *quantized})
+    graphs = QuantizedGraphs(every, max([*own, *precise]), quantized[-1], runner.device)
     return graphs, Outcome(what, (None,) * len(quantized))
+
+
+@contextmanager
+def configured(graphs: QuantizedGraphs | None, compilation: Any) -> Iterator[None]:
+    """Inside, vLLM plans to capture these graphs.
+
+    Its configuration is as it was afterwards, for vLLM checks it again. And the largest size stays as it
+    is all the time: attention's workspace, and graphs of decode alone, go by it.
+    """
+    if graphs is None:
+        yield
+        return
+    own, compilation.cudagraph_capture_sizes = compilation.cudagraph_capture_sizes, graphs.sizes
+    try:
+        yield
+    finally:
+        compilation.cudagraph_capture_sizes = own
 
 
 def why_none(vllm_config: Any, model: torch.nn.Module, recipe: Recipe) -> str | None:

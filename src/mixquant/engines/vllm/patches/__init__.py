@@ -54,15 +54,17 @@ LEDGER = (
             "vllm.v1.worker.gpu_model_runner.GPUModelRunner.execute_model",
             "vllm.v1.worker.gpu_model_runner.GPUModelRunner.profile_run",
             "vllm.v1.worker.gpu_model_runner.GPUModelRunner.reload_weights",
+            "vllm.v1.worker.gpu.model_runner.GPUModelRunner.initialize_kv_cache",
             "vllm.v1.worker.gpu.model_runner.GPUModelRunner.prepare_inputs",
             "vllm.v1.worker.gpu.model_runner.GPUModelRunner.execute_model",
             "vllm.v1.worker.gpu.model_runner.GPUModelRunner.profile_run",
         ),
-        does="Notes the sequences of each pass: positions, rows, prompt lengths.",
+        does="Notes the sequences of each pass: positions, rows, prompt lengths. Has model runner V2 "
+        "capture quantized CUDA graphs beside its own.",
         why="A layer is given rows. Nothing tells it which sequence a row belongs to, or where its "
-        "prompt ends.",
+        "prompt ends. And vLLM captures each size once, for all passes.",
         guard="Versions are refused outside the supported range. A pass whose rows are not the ones "
-        "that were noted is precise.",
+        "that were noted is precise. A pass that a quantized graph does not serve runs without one.",
         read="0.25.1 to 0.33.0",
         run="0.25.1 and 0.33.0 on an H100; 0.32.0 on CPUs",
         until="Prompt lengths and positions by request in vLLM's forward context.",

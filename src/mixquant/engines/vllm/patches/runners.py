@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from mixquant.engines.vllm import graphs
 from mixquant.engines.vllm.context import Batch
 from mixquant.engines.vllm.follower import Follower
 from mixquant.engines.vllm.patches.loading import refuse_kernel_format
@@ -70,6 +71,18 @@ def _wrap(runner_class: Any, prepare: str, note: Any, config_class: type) -> Non
             return profiling(self, *args, **kwargs)
         finally:
             follower.profiling = False
+
+    initializing = getattr(runner_class, "initialize_kv_cache", None)
+    if initializing is not None:
+
+        @functools.wraps(initializing)
+        def initialize_kv_cache(self: Any, *args: Any, **kwargs: Any) -> Any:
+            follower = _follower(self, config_class)
+            planned = None if follower is None else follower.graphs
+            with graphs.configured(planned, self.vllm_config.compilation_config):
+                return initializing(self, *args, **kwargs)
+
+        runner_class.initialize_kv_cache = initialize_kv_cache
 
     reloading = getattr(runner_class, "reload_weights", None)
     if reloading is not None:
