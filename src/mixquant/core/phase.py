@@ -6,7 +6,7 @@ A row is quantized if and only if all of this holds:
 2. it is neither among the first ``precise_head`` tokens of its prompt nor among the last
    ``precise_tail``;
 3. its pass holds at least ``min_prefill_tokens`` rows that 1 and 2 allow;
-4. its pass cannot replay a captured CUDA graph.
+4. its pass does not replay a CUDA graph that was captured precise.
 
 Everything else is precise, and so is any product whose row count is not the plan's, and any pass
 without a plan. Padding rows carry no token: they count toward nothing, and nobody reads their
@@ -94,7 +94,7 @@ def plan_pass(
             the sequence begins with padding: the row at position 0 is its first token.
         row_counts: ``[sequences]``, how many rows each sequence has in this pass.
         prompt_lengths: ``[sequences]``, in tokens, padding left out, as given at submission.
-        may_replay_graph: the pass may replay a captured CUDA graph, which holds precise products.
+        may_replay_graph: the pass may replay a CUDA graph that was captured precise.
 
     Raises:
         ValueError: the three do not have the same length, or a count or length is negative.
