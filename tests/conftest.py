@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 
 # Before anything imports huggingface_hub, which reads it once: tests never go to the network.
@@ -11,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from example_counts import FAST, THOROUGH
 from hypothesis import HealthCheck, settings
 
-from mixquant.checkpoints import models
-from mixquant.checkpoints.errors import ModelError
+# Neither torch nor mixquant here: the process that only hands out tests needs none.
+
+# Until all is imported: it stays, and a third of the time went into looking through it for garbage.
+gc.disable()
 
 # Which tests a folder holds. A test may be marked besides: `slow`, say.
 MARKERS = {"engines": "engine", "servers": "server", "gpu": "gpu"}
@@ -37,8 +39,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(MARKERS[folder])
 
 
+def pytest_collection_finish() -> None:
+    gc.freeze()
+    gc.enable()
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _threads() -> None:
+    import torch
+
     workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
     torch.set_num_threads(max(1, min(4, (os.cpu_count() or 1) // workers)))
 
@@ -46,6 +59,9 @@ def _threads() -> None:
 @pytest.fixture(scope="session")
 def smollm2_path() -> str:
     """The directory of SmolLM2-135M-Instruct in BF16, converted once into the user's cache."""
+    from mixquant.checkpoints import models
+    from mixquant.checkpoints.errors import ModelError
+
     try:
         return models.find("smollm2").source
     except ModelError as error:
@@ -55,4 +71,6 @@ def smollm2_path() -> str:
 @pytest.fixture(scope="session")
 def smollm2(smollm2_path: str) -> tuple[Any, Any]:
     """SmolLM2 in BF16, not prepared, and its tokenizer. Tests must not change either."""
+    from mixquant.checkpoints import models
+
     return models.load(smollm2_path)

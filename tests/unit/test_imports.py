@@ -126,23 +126,21 @@ def test_importing_mixquant_loads_no_library() -> None:
     }
 
 
-@pytest.mark.parametrize(
-    "code",
-    [
-        "import mixquant.core.recipe, mixquant.core.summary, mixquant.core.layer_names",
-        "import mixquant.core.phase",
-        "import mixquant.checkpoints.models",
-        "import mixquant.conversation, mixquant.results",
-        "import mixquant.serve.supervisor, mixquant.serve.front, mixquant.report.page",
-    ],
-)
-def test_no_heavy_library_is_loaded_before_it_is_used(code: str) -> None:
+def test_no_heavy_library_is_loaded_before_it_is_used() -> None:
+    code = """
+import mixquant.core.recipe, mixquant.core.summary, mixquant.core.layer_names
+import mixquant.core.phase
+import mixquant.checkpoints.models
+import mixquant.conversation, mixquant.results
+import mixquant.serve.supervisor, mixquant.serve.front, mixquant.report.page
+"""
     assert not loaded_after(code) & set(HEAVY)
 
 
-@pytest.mark.parametrize("option", ["--help", "--version", "serve --help", "evaluate --help"])
-def test_help_imports_no_torch(option: str) -> None:
-    code = f"from mixquant.cli import main\nassert main({option.split()}) == 0"
+def test_help_imports_no_torch() -> None:
+    code = "from mixquant.cli import main"
+    for option in ("--help", "--version", "serve --help", "evaluate --help"):
+        code += f"\nassert main({option.split()}) == 0"
     assert not loaded_after(code) & set(HEAVY)
 
 
@@ -157,6 +155,7 @@ def test_the_plugin_does_not_reach_the_transformers_engine() -> None:
     assert not [name for name in reached if name.startswith("mixquant.engines.transformers")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "module", ["transformers.quantizers.auto", "mixquant.engines.vllm.settings"]
 )

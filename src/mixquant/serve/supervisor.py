@@ -20,6 +20,7 @@ from mixquant.serve.supervised import Supervised
 from mixquant.servers.process import reason
 
 POLL = 1.0  # s between looks at a process
+READY_POLL = 0.5  # s between looks at whether all are ready
 MEMORY_POLL = 10.0  # s between looks at its shared memory
 UNRESPONSIVE = 60.0  # s without an answer after which a live process counts as hung
 PROBE = 10.0  # s; the time limit of one answer
@@ -136,14 +137,14 @@ class Supervisor:
         try:
             while not all(one.has_been_ready for one in self.supervised) and not stop.done():
                 self.progress(f"{self._stage()} ({time.monotonic() - begun:.0f} s)")
-                await asyncio.wait((stop,), timeout=0.5)
+                await asyncio.wait((stop,), timeout=READY_POLL)
             while (
                 self.deployment.disaggregated and not stop.done() and await status_of(whole) != 200
             ):
                 self.progress(
                     f"waiting for the routers to find all engines ({time.monotonic() - begun:.0f} s)"
                 )
-                await asyncio.wait((stop,), timeout=0.5)
+                await asyncio.wait((stop,), timeout=READY_POLL)
             return not self.stopping.is_set()
         finally:
             stop.cancel()

@@ -250,7 +250,7 @@ def test_a_connection_whose_request_is_answered_is_not_cut_for_a_new_one() -> No
 @pytest.mark.parametrize("closes", [b"", b"Connection: close\r\n"])
 @pytest.mark.parametrize("streams", [False, True])
 def test_a_client_that_does_not_read_is_cut(streams: bool, closes: bytes) -> None:
-    large = b"a" * 40_000_000  # more than any buffer of the system's
+    large = b"a" * 20_000_000  # more than any buffer of the system's
     ended = threading.Event()
 
     class Stream(httpx.AsyncByteStream):
@@ -288,7 +288,7 @@ def test_a_client_that_does_not_read_is_cut(streams: bool, closes: bytes) -> Non
 
 
 def test_a_client_that_reads_slowly_is_waited_for() -> None:
-    large, seconds = 40_000_000, 3.0
+    large, seconds = 40_000_000, 1.5
 
     def router(request: Any) -> Any:
         return httpx.Response(200, content=b"a" * large)

@@ -89,7 +89,8 @@ issue. See stack trace (above) for the root cause.
 
 @pytest.fixture(autouse=True)
 def soon(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(supervisor, "POLL", 0.05)
+    monkeypatch.setattr(supervisor, "POLL", 0.1)
+    monkeypatch.setattr(supervisor, "READY_POLL", 0.05)
     monkeypatch.setattr(supervisor, "MEMORY_POLL", 0.05)
     monkeypatch.setattr(supervisor, "FIRST_PAUSE", 0.05)
     monkeypatch.setattr(supervised, "CHILDREN_ENDING", 0.2)
@@ -204,7 +205,8 @@ ALL: dict[str, list[str]] = {"prefill-0": [], "decode-0": [], "router-direct": [
 def test_a_set_starts_and_ends_in_order_and_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(supervisor, "ENDING", 5.0)  # s, to say goodbye in on a busy machine
+    # s, to say goodbye in on a busy machine; what is deaf takes all of them
+    monkeypatch.setattr(supervisor, "ENDING", 2.0)
     whole = Set(tmp_path, {**ALL, "prefill-0": ["child"], "router-direct": ["deaf"]})
     whole.run(nothing)
     assert whole.ready
@@ -358,10 +360,13 @@ def test_the_exit_code_says_whether_it_was_ready(
     whole = Set(tmp_path, ALL, {"STUCK": str(tmp_path / "stuck")})
 
     async def main() -> int:
-        running = asyncio.ensure_future(whole.supervisor.run(lambda: None))
-        one = whole["decode-0" if starting else "front"]
-        await until(lambda: one.starts > 0 and (starting or one.ready.is_set()))
-        await asyncio.sleep(1)
+        ready = asyncio.Event()
+        running = asyncio.ensure_future(whole.supervisor.run(ready.set))
+        one = whole["decode-0"]
+        if starting:
+            await until(lambda: one.starts > 0 and "are set" in whole.log("decode-0"))
+        else:
+            await ready.wait()
         os.kill(os.getpid(), number)
         return await asyncio.wait_for(running, PATIENCE)
 
@@ -516,12 +521,12 @@ def test_one_that_says_it_is_not_well_is_left_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As the front does while engines are missing."""
-    monkeypatch.setattr(supervisor, "UNRESPONSIVE", 3)
+    monkeypatch.setattr(supervisor, "UNRESPONSIVE", 1)
     whole = Set(tmp_path, ALL, {"UNWELL": str(tmp_path / "unwell")})
 
     async def wait() -> None:
         (tmp_path / "unwell").touch()
-        await asyncio.sleep(supervisor.UNRESPONSIVE + 1)
+        await asyncio.sleep(supervisor.UNRESPONSIVE + 0.5)
 
     whole.run(wait)
     assert [line.split(":")[0] for line in whole.said] == ["stopping"]
@@ -632,8 +637,8 @@ def test_shared_memory_made_while_it_is_asked_to_end_is_removed(
 ) -> None:
     """As vLLM's while it starts, which SIGTERM does not end."""
     # s, to make it in on a busy machine
-    monkeypatch.setattr(supervisor, "ENDING", 4.0)
-    monkeypatch.setattr(supervised, "ENDING_EARLY", 4.0)
+    monkeypatch.setattr(supervisor, "ENDING", 2.0)
+    monkeypatch.setattr(supervised, "ENDING_EARLY", 2.0)
     name = f"mixquant-test-{uuid.uuid4().hex}"
     environment = {"MEMORY": name}
     if starting:

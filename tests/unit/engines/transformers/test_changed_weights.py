@@ -364,6 +364,7 @@ def test_layers_in_peft_adapters_are_known_by_their_names() -> None:
     assert layers["model.layers.0.self_attn.q_proj"].format == "bf16"
 
 
+@pytest.mark.slow
 def test_the_cost_of_looking_is_far_below_a_prefill(smollm2_path: Path) -> None:
     """The bound is loose, for a machine that is shared."""
     import time

@@ -527,6 +527,7 @@ def test_continuous_batching_is_refused(recorder: Recorder) -> None:
     assert all(each.quantized == [] for each in recorder.take())
 
 
+@pytest.mark.slow
 def test_smollm2(recorder: Recorder, smollm2_path: Path) -> None:
     plain = AutoModelForCausalLM.from_pretrained(smollm2_path, dtype=torch.bfloat16)
     order = torch.randperm(40000, generator=torch.Generator().manual_seed(0)) + 100

@@ -55,7 +55,9 @@ def test_seeds_that_vary_by_chance_tell_more_but_never_more_than_that_many_items
     assert width < 0.6 * (score(coins[:, :1]).high - score(coins[:, :1]).low)
 
 
-@pytest.mark.parametrize("items", [10, 30, 200])
+@pytest.mark.parametrize(
+    "items", [10, *(pytest.param(n, marks=pytest.mark.slow) for n in (30, 200))]
+)
 @pytest.mark.parametrize(("seeds", "alike"), [(1, 1.0), (8, 0.0), (8, 0.3), (8, 0.7)])
 def test_score_intervals_cover(items: int, seeds: int, alike: float) -> None:
     """``alike``: the correlation of an item's seeds. 95 % are meant on the average over true scores."""

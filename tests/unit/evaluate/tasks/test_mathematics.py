@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from example_counts import up_to
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mixquant.evaluate.tasks import Item, TaskError
+from mixquant.evaluate.tasks import Item, TaskError, mathematics
 from mixquant.evaluate.tasks.isolation import IsolationError, isolated
 from mixquant.evaluate.tasks.registry import task
 
@@ -264,7 +265,9 @@ def test_hostile_answers_are_wrong_and_right_ones_after_them_right(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert _scores([("42", text) for text in HOSTILE]) == [0.0] * len(HOSTILE)
+    with monkeypatch.context() as sooner:  # than after ten seconds
+        sooner.setattr(mathematics, "isolated", partial(isolated, seconds=1))
+        assert _scores([("42", text) for text in HOSTILE]) == [0.0] * len(HOSTILE)
     assert _scores([("42", "{" * 200_000 + r"\boxed{42}")]) == [1.0]
     assert not (tmp_path / "hacked").exists()
 
