@@ -1,237 +1,28 @@
-"""Fidelity: its figures against direct computation, a real model by hand, and both engines."""
+"""Fidelity on both engines, and a real model by hand. Its parts: tests/unit/evaluate/fidelity."""
 
 from __future__ import annotations
 
 import json
 import math
-import re
-from collections.abc import Callable
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
 
-import numpy as np
 import pytest
 import this_machine
-import tiny_models
 import torch
 import transformers
-from hypothesis import given
-from hypothesis import strategies as st
+from refusals import refusal
 from vllm_engines import ON_GPU, require_vllm
 
 import mixquant
 from mixquant import cli
-from mixquant.core.summary import Layer
 from mixquant.evaluate.fidelity import run as fidelity
 from mixquant.evaluate.fidelity.answers import Answers
-from mixquant.evaluate.fidelity.cost import cost
-from mixquant.evaluate.fidelity.passages import PassageError, Passages, cut, documentation
+from mixquant.evaluate.fidelity.passages import Passages
 from mixquant.results import Divergence, Fidelity, read
 
 LENGTH, ANSWER = 300, 32
-
-
-class TestFigures:
-    @pytest.fixture
-    def example(self) -> tuple[Passages, Answers, Answers]:
-        """Two texts, three places each, a vocabulary of eleven."""
-        generator = torch.Generator().manual_seed(0)
-
-        def logits() -> tuple[torch.Tensor, ...]:
-            return tuple(torch.randn(2, 3, 11, generator=generator) * 3)
-
-        passages = Passages(5, ((1,) * 5, (2,) * 5), ((3, 1, 4), (1, 5, 9)))
-        return (
-            passages,
-            Answers(logits(), ((7, 7, 7), (1, 2, 3)), 0.0),
-            Answers(logits(), ((7, 7, 1), (0, 2, 3)), 0.8),
-        )
-
-    def test_against_torch(self, example: tuple[Passages, Answers, Answers]) -> None:
-        passages, reference, own = example
-        figures = fidelity.figures("arm", passages, reference, own)
-        p, q = torch.cat(reference.logits), torch.cat(own.logits)
-        kl = torch.nn.functional.kl_div(
-            q.log_softmax(-1), p.log_softmax(-1), reduction="none", log_target=True
-        ).sum(-1)
-        assert figures.kl_mean == pytest.approx(kl.mean().item(), rel=1e-5)
-        assert figures.kl_max == pytest.approx(kl.max().item(), rel=1e-5)
-        assert figures.kl_p99 == pytest.approx(kl.quantile(0.99).item(), rel=1e-5)
-        assert figures.top1 == pytest.approx((p.argmax(-1) == q.argmax(-1)).double().mean().item())
-        wanted = torch.tensor(passages.continuations).flatten()
-        nll = torch.nn.functional.cross_entropy(q, wanted)
-        assert figures.perplexity == pytest.approx(math.exp(nll.item()), rel=1e-5)
-        assert (figures.answers, figures.answer_tokens, figures.prompt_tokens) == (2, 6, 5)
-
-    def test_greedy_answers_count_up_to_the_first_other_token(
-        self, example: tuple[Passages, Answers, Answers]
-    ) -> None:
-        figures = fidelity.figures("arm", *example)
-        assert figures.identical_tokens == (2 + 0) / 2  # what is the same later does not count
-        assert figures.greedy_tokens == 3
-        assert figures.quantized_share == 0.8
-
-    def test_the_reference_itself(self, example: tuple[Passages, Answers, Answers]) -> None:
-        passages, reference, _ = example
-        figures = fidelity.figures("bf16", passages, reference, reference)
-        assert figures.kl_mean == figures.kl_p99 == figures.kl_max == 0
-        assert (figures.top1, figures.identical_tokens) == (1, 3)
-
-
-@given(texts=st.integers(1, 3), places=st.integers(1, 300), seed=st.integers(0, 9))
-def test_groups_of_places(texts: int, places: int, seed: int) -> None:
-    generator = np.random.default_rng(seed)
-    kl = generator.random((texts, places))
-    agrees = generator.random((texts, places)) < 0.5
-    groups = fidelity.by_position(kl, agrees)
-    firsts = [group.first for group in groups]
-    assert firsts == [2**power for power in range(len(firsts))]
-    assert firsts[-1] <= places < 2 * firsts[-1]
-    ends = [*(first - 1 for first in firsts[1:]), places]
-    sizes = [end - first + 1 for first, end in zip(firsts, ends, strict=True)]
-    assert sum(sizes) == places  # every place is in one group, so the groups' means make the mean
-    mean = sum(size * group.kl_mean for size, group in zip(sizes, groups, strict=True)) / places
-    assert mean == pytest.approx(kl.mean())
-    share = sum(size * group.top1 for size, group in zip(sizes, groups, strict=True)) / places
-    assert share == pytest.approx(agrees.mean())
-    for size, group in zip(sizes, groups, strict=True):
-        inside = [
-            kl[text, group.first - 1 + place] for text in range(texts) for place in range(size)
-        ]
-        assert group.kl_mean == pytest.approx(sum(inside) / len(inside))
-
-
-def _layer(name: str, shape: tuple[int, ...], fmt: str) -> Layer:
-    return Layer(name, shape, fmt, "kernel", True, 0, None)
-
-
-class TestCost:
-    def test_by_hand(self) -> None:
-        layers = [
-            _layer("model.layers.0.self_attn.q_proj", (30, 10), "nvfp4"),
-            _layer("model.layers.0.self_attn.k_proj", (10, 10), "fp8"),
-            _layer("model.layers.0.mlp.down_proj", (10, 60), "bf16"),
-            _layer("lm_head", (5000, 10), "bf16"),  # one row of a prompt goes through it
-        ]
-        result = cost("arm", layers, {}, "lm_head")
-        assert result.share == {"bf16": 0.6, "fp8": 0.1, "nvfp4": 0.3}
-        assert result.bits == pytest.approx(0.6 * 16 + 0.1 * 8 + 0.3 * 4.5)
-
-    def test_a_token_meets_some_of_the_experts(self) -> None:
-        def layers(*experts: Layer) -> list[Layer]:
-            return [_layer("model.layers.0.mlp.shared_expert.up_proj", (10, 10), "bf16"), *experts]
-
-        config = {"text_config": {"num_experts_per_tok": 2}}
-        name = "model.layers.0.mlp.experts"
-        stacked = layers(_layer(f"{name}.up_proj", (8, 10, 10), "int8"))
-        apart = layers(*(_layer(f"{name}.{i}.up_proj", (10, 10), "int8") for i in range(8)))
-        for these in (stacked, apart):
-            assert cost("arm", these, config, None).share == pytest.approx(
-                {"bf16": 1 / 3, "int8": 2 / 3}
-            )
-
-    def test_of_a_prepared_model(self) -> None:
-        model = tiny_models.build("llama")
-        formats = {"default": "int8", "k_proj": "fp8", "down_proj": "bf16"}
-        mixquant.prepare(model, {"format": formats})
-        made = mixquant.summary(model)
-        result = cost("arm", made.layers, model.config.to_dict(), "lm_head")
-        # Hidden 64, four heads and two for keys of 16, intermediate 96; both layers are alike.
-        work = {"bf16": 64 * 96, "fp8": 32 * 64, "int8": 64 * 64 * 2 + 32 * 64 + 2 * 96 * 64}
-        assert result.share == pytest.approx({k: v / sum(work.values()) for k, v in work.items()})
-
-    def test_of_a_prepared_mixture(self) -> None:
-        model = tiny_models.build("qwen3_moe")
-        mixquant.prepare(model, {"format": "int8"})
-        made = mixquant.summary(model)
-        result = cost("arm", made.layers, model.config.to_dict(), "lm_head")
-        # Two of four experts with an intermediate size of 32, and the router, stay BF16 here.
-        precise = 2 * 3 * 32 * 64 + 4 * 64
-        attention = 64 * 64 * 2 + 2 * 32 * 64
-        assert result.share["int8"] == pytest.approx(attention / (attention + precise))
-
-
-class TestPassages:
-    def test_built_in_texts_are_distinct_and_long(self) -> None:
-        texts = documentation(4)
-        assert len(texts) == len({text[:500] for text in texts.values()}) == 4
-        assert sum(len(text) for text in texts.values()) >= sum(map(len, topics.values()))
-        assert min(map(len, texts.values())) > 80_000
-        with pytest.raises(PassageError, match=f"has {len(topics)} texts, not 1000"):
-            documentation(1000)
-
-    def test_what_follows_in_the_text(self, smollm2: tuple[Any, Any]) -> None:
-        texts = documentation(2)
-        short, long = cut(texts, smollm2[1], [50, 100], 20)
-        for number, text in enumerate(texts.values()):
-            tokens = smollm2[1](text)["input_ids"]
-            assert list(short.prompts[number] + short.continuations[number]) == tokens[:70]
-            assert list(long.prompts[number] + long.continuations[number]) == tokens[:120]
-            assert len(long.prompts[number]) == long.prompt_tokens == 100
-
-
-@pytest.fixture
-def refused(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    def run(*arguments: str) -> str:
-        assert cli.main(["fidelity", *arguments]) == 2
-        printed = capsys.readouterr()
-        assert printed.out == ""
-        *progress, line = printed.err.splitlines(keepends=True)
-        assert all(re.fullmatch(r"\w+: .*\(\d+%\), \d+ s so far\n", told) for told in progress)
-        assert line.startswith("error: ") and line.endswith("\n")
-        return line
-
-    return run
-
-
-class TestBadInput:
-    @pytest.mark.parametrize(
-        ("arguments", "says"),
-        [
-            (["--recipe", "quick"], "unknown recipe 'quick'"),
-            (["--format", "fp3"], "unknown format 'fp3'"),
-            (["--length", "0"], "'--length'"),
-            (["--text", "nowhere.txt"], "cannot read nowhere.txt: No such file"),
-            (["--json", "nowhere/x.json"], "cannot write nowhere/x.json"),
-            (["--length", "9000"], "9000 tokens and a continuation of 96 exceed the context"),
-            (["--vllm-args", "--seed 1"], "--vllm-args goes with --engine vllm"),
-            (["--engine=vllm", "--vllm-args=--dtype=half"], "'--dtype=half' is --dtype, which is"),
-            (["--engine=vllm", "--vllm-args=-qfp8"], "'-qfp8' is -q, which this command sets"),
-            (["--engine=vllm", "--vllm-args=--max-model-l 9"], "is --max-model-len, which is"),
-            (["--texts", "500"], "texts, not 500"),
-            (["--recipe", '{"format": {"k_proj": "fp8"}}'], "a mapping needs 'default'"),
-        ],
-    )
-    def test_before_anything_is_loaded(
-        self,
-        refused: Callable[..., str],
-        smollm2_path: str,
-        monkeypatch: pytest.MonkeyPatch,
-        arguments: list[str],
-        says: str,
-    ) -> None:
-        monkeypatch.setattr("mixquant.evaluate.fidelity.answers_transformers.load_model", None)
-        assert says in refused(smollm2_path, *arguments)
-
-    def test_short_text(
-        self, refused: Callable[..., str], smollm2_path: str, tmp_path: Path
-    ) -> None:
-        file = tmp_path / "short.txt"
-        file.write_text("The harvest was poor.")
-        line = refused(smollm2_path, "--text", str(file), "--length", "8")
-        assert "short.txt is too short: it has 5 tokens; a prompt of 8" in line
-        line = refused(smollm2_path, "--text", str(file), "--texts", "2")
-        assert "leave it out with --text" in line
-
-    def test_a_format_that_vllm_would_emulate(
-        self, refused: Callable[..., str], smollm2_path: str
-    ) -> None:
-        require_vllm()
-        if ON_GPU:
-            pytest.skip("a GPU may have it")
-        line = refused(smollm2_path, "--engine", "vllm", "--format", "nvfp4")
-        assert "does not multiply nvfp4 natively" in line
 
 
 @pytest.fixture(scope="module")
@@ -371,55 +162,6 @@ def test_long_prompts_are_read_one_by_one(model: str, monkeypatch: Any) -> None:
         assert figures.kl_max < 0.02
 
 
-def test_what_a_worker_takes_down_with_the_v2_runner(tmp_path: Path) -> None:
-    """vLLM has it on GPUs only. A prompt of 10 in pieces of 8 and 2, then three answer tokens."""
-    from types import SimpleNamespace
-
-    from safetensors.torch import load_file
-
-    pytest.importorskip("vllm", reason="the recorder asks vLLM for its rank")
-    from mixquant.evaluate.fidelity.vllm_worker import Recorder
-
-    class Runner:
-        def __init__(self) -> None:
-            self.model = torch.nn.Linear(4, 6)
-            self.model.compute_logits = lambda hidden: hidden  # type: ignore[assignment]
-            prompts = np.array([0, 10])
-            self.req_states = SimpleNamespace(prompt_len=SimpleNamespace(np=prompts))
-
-        def get_model(self) -> Any:
-            return self.model
-
-        def prepare_inputs(self, scheduler_output: Any, description: Any) -> Any:
-            first, count = scheduler_output
-            return SimpleNamespace(
-                num_reqs=1,
-                req_ids=["a"],
-                idx_mapping_np=np.array([1]),
-                num_computed_tokens_np=np.array([first]),
-                num_scheduled_tokens=np.array([count]),
-            )
-
-    runner, worker = Runner(), Recorder()
-    worker.model_runner = runner
-    passes = [(0, 8), (8, 2), (10, 1), (11, 1)]
-    logits = torch.randn(4, 1, 6)
-    written = []
-    worker.mixquant_record([5, 0, 3])
-    for one, its in zip(passes, logits, strict=True):
-        assert runner.prepare_inputs(one, None).num_reqs == 1
-        written.append(runner.model.compute_logits(its).argmax().item())
-    monkey = pytest.MonkeyPatch()
-    monkey.setattr("vllm.distributed.get_tensor_model_parallel_rank", lambda: 0)
-    worker.mixquant_recorded(str(tmp_path / "0.safetensors"))
-    monkey.undo()
-    assert written == [logits[0].argmax().item(), 5, 0, 3]
-    assert torch.equal(load_file(tmp_path / "0.safetensors")["logits"], logits[1:, 0])
-    # Afterwards the model answers by itself.
-    runner.prepare_inputs((10, 1), None)
-    assert torch.equal(runner.model.compute_logits(logits[2]), logits[2])
-
-
 @pytest.mark.slow
 @this_machine.needs_patience
 class TestOnVLLM:
@@ -460,11 +202,12 @@ class TestOnVLLM:
         assert result.costs[1] == measured.costs[1]
 
     def test_an_engine_that_does_not_start(
-        self, refused: Callable[..., str], model: str, texts: list[Path], tmp_path: Path
+        self, capsys: pytest.CaptureFixture[str], model: str, texts: list[Path], tmp_path: Path
     ) -> None:
         require_vllm()
         options = _arguments(texts, tmp_path / "fidelity.json")
-        line = refused(model, *options, "--engine", "vllm", "--vllm-args", "--no-such-thing")
+        options += ["--engine", "vllm", "--vllm-args", "--no-such-thing"]
+        line = refusal(capsys, "fidelity", model, *options)
         assert "vLLM ended: " in line
         assert "unrecognized arguments: --no-such-thing" in line
         log = Path(line.split("(full log: ")[1].rstrip(")\n"))
