@@ -1,23 +1,26 @@
 # Two commands do everything, set-up included: `make demo` and `make test`.
 #
 #   make check      linters and the fast unit tests: two minutes, and no vLLM
-#   make test       all unit tests, an engine, a set of servers and the browser: ten minutes
-#   make test-all   everything: half an hour
+#   make test       those tests, an engine, a set of servers and the browser: ten minutes
+#   make test-all   everything, which is `make test` and `make rest`: half an hour
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 DOCS := .venv-docs
 PYTEST := $(BIN)/python -m pytest --durations=20
-# Unit tests are independent of each other, and each file's stay in one process. The others start
-# processes that use every core, so they take turns.
-UNIT := $(PYTEST) tests/unit --numprocesses 2 --dist loadfile
+# Unit tests are independent of each other, and each file's stay in one process: one more than there
+# are cores, because some tests only wait. The others start processes that use every core, so they
+# take turns.
+UNIT := $(PYTEST) tests/unit --numprocesses 3 --dist loadfile
 REAL := $(PYTEST) tests/engines tests/servers tests/gpu
+# Tests start many processes, each of which would compile our sources anew.
+unexport PYTHONDONTWRITEBYTECODE
 
-# `make -k test-all` goes on with one part where the other fails. Never both at once.
+# `make --keep-going test-all` goes on with one part where another fails. Never two at once.
 .NOTPARALLEL:
-.PHONY: demo check test test-all coverage versions lint format docs benchmark clean
-.PHONY: unit real real-all
+.PHONY: demo check test rest test-all coverage versions lint format docs benchmark clean
+.PHONY: unit real slow-unit slow-real
 
 demo: $(VENV)/.ready
 	@mkdir -p build/demo
@@ -28,18 +31,24 @@ check: lint $(VENV)/.ready-check
 
 test: unit real
 
+# What `make test` leaves out.
+rest: slow-unit slow-real
+
+# With all examples of property tests (tests/conftest.py).
+test-all: export HYPOTHESIS_PROFILE ?= thorough
+test-all: test rest
+
 unit: $(VENV)/.ready-dev
-	$(UNIT)
+	$(UNIT) -m "not slow"
 
 real: $(VENV)/.ready-dev
 	$(REAL) -m "not slow"
 
-# With all examples of property tests (tests/conftest.py).
-test-all: export HYPOTHESIS_PROFILE ?= thorough
-test-all: unit real-all
+slow-unit: $(VENV)/.ready-dev
+	$(UNIT) -m slow
 
-real-all: $(VENV)/.ready-dev
-	$(REAL)
+slow-real: $(VENV)/.ready-dev
+	$(REAL) -m slow
 
 coverage: $(VENV)/.ready-dev
 	$(UNIT) --cov=mixquant --cov-report=term:skip-covered
