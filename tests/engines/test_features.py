@@ -29,7 +29,6 @@ from vllm_engines import (
 from mixquant.checkpoints.write import quantize
 
 require_vllm()
-pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")

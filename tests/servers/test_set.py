@@ -461,6 +461,7 @@ def test_openais_agents(served: Served) -> None:
     assert result.context_wrapper.usage.output_tokens > 0
 
 
+@pytest.mark.slow
 def test_guidellm(served: Served, model: str, tmp_path: Path) -> None:
     python = Path(sys.prefix) / "guidellm" / "bin" / "python"
     if not python.exists():
