@@ -30,6 +30,7 @@ class TestCommand:
         assert out.read_text() == page([("h200.json", results.read(H200))])
         assert [entry.name for entry in tmp_path.iterdir()] == ["page.html"]
 
+    @pytest.mark.slow
     def test_several_files_make_one_page(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:

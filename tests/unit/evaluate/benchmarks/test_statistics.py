@@ -124,7 +124,7 @@ def test_a_pair_counts_only_where_both_have_a_score() -> None:
     assert difference(first, second).value == 0.5
 
 
-@pytest.mark.parametrize("items", [30, 150])
+@pytest.mark.parametrize("items", [30, pytest.param(150, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("flips", [0.03, 0.15])
 @pytest.mark.parametrize("one_sided", [False, True])
 def test_difference_intervals_cover(

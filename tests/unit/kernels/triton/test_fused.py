@@ -25,12 +25,13 @@ from mixquant.formats.base import EMULATION
 from mixquant.formats.nvfp4 import NVFP4, NVFP4Rows
 
 
+@pytest.mark.slow  # of each kind test_few_rows.py has one that takes less
 @needs_triton
 def test_compiles_for_each_gpu() -> None:
     child(__file__, "compile")
 
 
-@pytest.mark.slow  # tests/unit/kernels/triton/test_few_rows.py has one that takes less
+@pytest.mark.slow
 @needs_triton
 def test_the_interpreted_kernels_numbers() -> None:
     child(__file__, "interpret", TRITON_INTERPRET="1")

@@ -32,17 +32,14 @@ from mixquant.formats.nvfp4 import NVFP4
 CUBINS = Path(os.environ.get("MIXQUANT_CUBINS") or REPOSITORY / "build" / "nvfp4_sm90")
 
 
+@pytest.mark.slow  # of each kind test_few_rows.py has one that takes less
 @needs_triton
 @pytest.mark.parametrize(
     ("capability", "instruction"),
     [
         (100, r"tcgen05\.mma\S*\.kind::mxf4nvf4\.block_scale\.block16"),
-        pytest.param(
-            120,
-            r"mma\.sync\S*\.kind::mxf4nvf4\.block_scale\.scale_vec::4X\.f32\.e2m1\.e2m1\S*ue4m3",
-            marks=pytest.mark.slow,
-        ),
-        pytest.param(90, r"wgmma\.mma_async\S*\.f32\.bf16\.bf16", marks=pytest.mark.slow),
+        (120, r"mma\.sync\S*\.kind::mxf4nvf4\.block_scale\.scale_vec::4X\.f32\.e2m1\.e2m1\S*ue4m3"),
+        (90, r"wgmma\.mma_async\S*\.f32\.bf16\.bf16"),
     ],
 )
 def test_the_tensor_cores_instruction(capability, instruction, tmp_path):
@@ -138,7 +135,7 @@ def check_refusals(linear: Any) -> None:
         call(codes=torch.zeros(32, 48, dtype=torch.uint8).T)
 
 
-@pytest.mark.slow  # tests/unit/kernels/triton/test_few_rows.py has one that takes less
+@pytest.mark.slow
 @needs_triton
 def test_the_interpreted_kernels_numbers():
     child(__file__, "interpret", TRITON_INTERPRET="1")
