@@ -1,8 +1,10 @@
-"""Makes the quantization method `mixquant` known to Transformers, which has no entry points.
+"""Makes what mixquant adds to Transformers known to it, which has no entry points.
+
+That is the quantization method `mixquant` and the attention implementation `mixquant_sdpa`.
 
 `import mixquant` must be enough for `from_pretrained`, and must load neither Transformers nor our
 engine for it: every vLLM worker imports this package, too. So Transformers is given stand-ins as soon
-as its registry exists, and they load the engine when a model asks for the method.
+as its registries exist, and they load the engine when a model asks for one of them.
 """
 
 from __future__ import annotations
@@ -13,11 +15,13 @@ from typing import Any
 from mixquant._after_import import after_import
 
 NAME = "mixquant"
+ATTENTION = "mixquant_sdpa"
 
 
 def register() -> None:
-    """Registers the method now if Transformers' registry is loaded, else as soon as it is."""
+    """Registers both now if Transformers' registries are loaded, else as soon as they are."""
     after_import("transformers.quantizers.auto", _register)
+    after_import("transformers.modeling_utils", _register_attention)
 
 
 def _register(auto: ModuleType) -> None:
@@ -39,3 +43,15 @@ def _register(auto: ModuleType) -> None:
 
     auto.register_quantization_config(NAME)(Config)
     auto.register_quantizer(NAME)(Quantizer)
+
+
+def _register_attention(modeling: ModuleType) -> None:
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+
+    def attend(*args: Any, **kwargs: Any) -> Any:
+        from mixquant.engines.transformers import decode_attention
+
+        return decode_attention.attend(*args, **kwargs)
+
+    modeling.ALL_ATTENTION_FUNCTIONS.register(ATTENTION, attend)
+    ALL_MASK_ATTENTION_FUNCTIONS.register(ATTENTION, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
