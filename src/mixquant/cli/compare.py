@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -71,11 +72,12 @@ def compare(
     for file in (json_file, report_file):
         if file is not None:
             check_writable(file)
+    _wait_briefly()
     checkpoint = find(model, say)
 
     from transformers.utils import logging
 
-    from mixquant.cli.tables.compare import answers, table
+    from mixquant.cli.tables.compare import answers, reading, table
     from mixquant.evaluate.compare.run import compare as run
     from mixquant.evaluate.compare.workload import agent_workload
     from mixquant.results import to_json
@@ -99,8 +101,20 @@ def compare(
             then.callback(_write_report, report_file, result)
         if json_file is not None:
             then.callback(write_results, json_file, to_json(result))
-        out.print(table(result))
         out.print(answers(result))
+        out.print(table(result))
+        if (sentence := reading(result)) is not None:
+            out.print(sentence, highlight=False)
+
+
+def _wait_briefly() -> None:
+    """Makes the threads of GNU OpenMP, in PyTorch, sleep after waiting some 0.1 ms for each other.
+
+    By default they spin for milliseconds. Where anything else runs on the machine, that keeps a core
+    from the thread that is waited for. The variable is read when PyTorch is loaded, which comes later.
+    """
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "5000")
 
 
 def _write_report(file: Path, result: Comparison) -> None:

@@ -237,7 +237,7 @@ def _tables(comparison: Comparison) -> tuple[Table, ...]:
                 ("Answer tokens by turn", _counts(comparison.answer_tokens_per_turn)),
                 ("Format and kernel", f"{comparison.format}, {comparison.kernel}"),
                 *(
-                    (f"First prompt in {name}", f"{number(took)} s")
+                    (f"Start of the first prompt in {name}", f"{number(took)} s")
                     for name, took in comparison.probed_prefill_s.items()
                 ),
             ),

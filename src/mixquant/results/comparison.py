@@ -60,7 +60,7 @@ class Comparison(Record):
         prompt_tokens_per_turn: tokens that are new in each turn.
         answer_tokens_per_turn: of the reference.
         prefill_rounds: how often each arm read a prompt.
-        probed_prefill_s: by dtype: how ``bf16`` came to compute in what it does.
+        probed_prefill_s: by dtype, of the first prompt's start: why ``bf16`` computes in what it does.
         answers: the reference's.
         arms: in the order of the table.
     """

@@ -57,6 +57,24 @@ def table(result: Comparison) -> Table:
     return table
 
 
+def reading(result: Comparison) -> str | None:
+    """The table in one sentence, or None if it lacks the arms for that."""
+    arms = {arm.name: arm for arm in result.arms}
+    bf16, mixquant, quantized = map(arms.get, ("bf16", "mixquant", "quantized"))
+    if bf16 is None or mixquant is None or _quantized_nothing(mixquant):
+        return None
+    gain = mixquant.prefill_tokens_per_s / bf16.prefill_tokens_per_s
+    parts = [f"mixquant reads prompts {gain:.2f} times as fast as bf16"]
+    if bf16.tpot_s and mixquant.tpot_s:
+        parts.append(
+            f"takes {mixquant.tpot_s / bf16.tpot_s:.2f} times as long for a token of an answer"
+        )
+    divergence = f"diverges from bf16 by {mixquant.kl_mean:.4f} nats a token"
+    if quantized is not None:
+        divergence += f", where quantizing both phases costs {quantized.kl_mean:.4f}"
+    return f"{', '.join(parts)} and {divergence}."
+
+
 def answers(result: Comparison) -> Table:
     """What each arm itself answers to the last question."""
     table = Table(
@@ -76,7 +94,7 @@ def _baseline(result: Comparison) -> str:
         return ""
     probes = ", ".join(f"{name} {took:.2f} s" for name, took in result.probed_prefill_s.items())
     fastest = min(result.probed_prefill_s, key=result.probed_prefill_s.__getitem__)
-    return f" The bf16 arm computes in {fastest}, the faster here (first prompt: {probes})."
+    return f" The bf16 arm computes in {fastest}, the faster here (start of the first prompt: {probes})."
 
 
 def _quantized_nothing(arm: ComparedArm) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -37,35 +36,46 @@ class TimedArm:
     def read(self, tokens: list[int]) -> tuple[float, Tensor]:
         """Prefills a prompt in one pass; returns seconds and the next token's logits ``[V]``."""
         with quantized_rows(self.model) as rows, phase("prefill"):
-            read = self._forward(tokens)
+            took, logits = self._forward(tokens)
         self.quantized_rows = sum(rows)
-        return read
+        return took, logits[-1]
 
     def step(self, token: int) -> tuple[float, Tensor]:
         """Decodes one token; returns seconds and the next token's logits ``[V]``."""
-        return self._forward([token])
+        took, logits = self._forward([token])
+        return took, logits[-1]
 
-    def answer(self, first: Tensor, limit: int, ends: frozenset[int]) -> tuple[list[int], Tensor]:
-        """Answers greedily, and then stands where it stood before.
+    def read_answer(self, tokens: list[int]) -> list[Tensor]:
+        """Reads a piece of an answer in one pass, as decode; the logits ``[V]`` behind each token."""
+        return list(self._forward(tokens, len(tokens))[1]) if tokens else []
+
+    def own(
+        self,
+        before: Any,
+        written: list[int],
+        choices: list[int],
+        limit: int,
+        ends: frozenset[int],
+    ) -> list[int]:
+        """This arm's own greedy answer; the cache is the one behind it afterwards.
 
         Args:
-            first: ``[V]``, the logits of the first token.
+            before: the cache behind the prompt.
+            written: the answer that the arm was made to write.
+            choices: what it would have written in place of each token of that.
             limit: of the answer, in tokens.
             ends: the tokens that end an answer.
-
-        Returns:
-            The answer, and the logits ``[len(answer), V]`` that its tokens were taken from.
         """
-        before = self.cache
-        self.cache = copy.deepcopy(before)
-        logits = [first]
-        written = [int(first.argmax())]
-        while len(written) < limit and written[-1] not in ends:
-            _, following = self.step(written[-1])
-            logits.append(following)
-            written.append(int(following.argmax()))
+        pairs = zip(written, choices, strict=True)
+        same = next((i for i, (one, other) in enumerate(pairs) if one != other), None)
+        if same is None:
+            return written
+        own = [*written[:same], choices[same]]
         self.cache = before
-        return written, torch.stack(logits).cpu()
+        self.read_answer(own[:-1])
+        while len(own) < limit and own[-1] not in ends:
+            own.append(int(self.step(own[-1])[1].argmax()))
+        return own
 
     def warm_up(self, tokens: list[int]) -> None:
         """Compiles, allocates and fills caches: what only the first passes pay."""
@@ -74,7 +84,7 @@ class TimedArm:
             self.step(token)
         self.cache = None
 
-    def _forward(self, tokens: list[int]) -> tuple[float, Tensor]:
+    def _forward(self, tokens: list[int], keep: int = 1) -> tuple[float, Tensor]:
         ids = torch.tensor([tokens], device=self.model.device)
         with ExitStack() as stack:
             stack.enter_context(torch.no_grad())
@@ -82,11 +92,11 @@ class TimedArm:
                 stack.enter_context(everything_in_prefill_format())
             start = _now(ids.device)
             output = self.model(
-                input_ids=ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1
+                input_ids=ids, past_key_values=self.cache, use_cache=True, logits_to_keep=keep
             )
             seconds = _now(ids.device) - start
         self.cache = output.past_key_values
-        return seconds, output.logits[0, -1]
+        return seconds, output.logits[0]
 
 
 def type_name(dtype: torch.dtype) -> str:

@@ -1,0 +1,105 @@
+"""Arms that write together: the same answer, each position's logits, and each arm's own answer."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from sample_results import comparison
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from mixquant.cli.tables.compare import reading
+from mixquant.evaluate.compare.run import TIMED_STEPS, _write
+from mixquant.evaluate.compare.timed_arm import TimedArm
+
+PROMPT = list(range(3, 43))
+LIMIT = 12
+
+
+def _model() -> Any:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        initializer_range=0.3,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+def _greedy(model: Any) -> list[int]:
+    ids = torch.tensor([PROMPT])
+    out = model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=LIMIT,
+        do_sample=False,
+        pad_token_id=0,
+        eos_token_id=None,
+    )
+    tokens: list[int] = out[0, len(PROMPT) :].tolist()
+    return tokens
+
+
+def _arms() -> list[TimedArm]:
+    model = _model()
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        other.lm_head.weight.add_(torch.randn_like(other.lm_head.weight) * 0.1)
+    return [
+        TimedArm(name, one, quantize_all=False)
+        for name, one in (("bf16", model), ("same", copy.deepcopy(model)), ("other", other))
+    ]
+
+
+def test_arms_write_the_reference_s_answer_and_their_own() -> None:
+    arms = _arms()
+    first = [arm.read(PROMPT)[1] for arm in arms]
+    answer = _write(arms, first, LIMIT, frozenset(), own=True)
+    assert answer == _greedy(arms[0].model)
+    assert [arm.own_answer for arm in arms] == [_greedy(arm.model) for arm in arms]
+    assert arms[2].own_answer != answer
+    for arm in arms:
+        ids = torch.tensor([[*PROMPT, *answer[:-1]]])
+        with torch.no_grad():
+            whole = arm.model(ids).logits[0, len(PROMPT) - 1 :]
+        (logits,) = arm.logits
+        torch.testing.assert_close(logits, whole, rtol=1e-3, atol=1e-3)
+        assert len(arm.steps) == TIMED_STEPS
+
+
+@pytest.mark.parametrize("limit", [1, 2, TIMED_STEPS + 1, LIMIT])
+def test_the_last_token_of_an_answer_is_in_no_cache(limit: int) -> None:
+    arms = _arms()
+    first = [arm.read(PROMPT)[1] for arm in arms]
+    answer = _write(arms, first, limit, frozenset(), own=False)
+    assert len(answer) == limit
+    for arm in arms:
+        assert arm.cache.get_seq_length() == len(PROMPT) + limit - 1
+        assert len(arm.logits[0]) == limit
+        assert len(arm.steps) == min(limit - 1, TIMED_STEPS)
+
+
+def test_an_answer_ends_with_an_ending_token() -> None:
+    arms = _arms()
+    whole = _greedy(arms[0].model)
+    end = next(i for i, token in enumerate(whole) if i and token not in whole[:i])
+    first = [arm.read(PROMPT)[1] for arm in arms]
+    assert _write(arms, first, LIMIT, frozenset({whole[end]}), own=False) == whole[: end + 1]
+
+
+def test_the_table_in_one_sentence() -> None:
+    result = comparison()
+    sentence = reading(result)
+    assert sentence is not None
+    bf16, mixquant = (next(a for a in result.arms if a.name == n) for n in ("bf16", "mixquant"))
+    gain = mixquant.prefill_tokens_per_s / bf16.prefill_tokens_per_s
+    assert sentence.startswith(f"mixquant reads prompts {gain:.2f} times as fast as bf16")
+    assert f"{mixquant.kl_mean:.4f}" in sentence
+    alone = result.model_copy(update={"arms": (mixquant,)})
+    assert reading(alone) is None
