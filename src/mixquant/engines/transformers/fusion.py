@@ -33,6 +33,9 @@ _FEEDS = (
     ("pre_feedforward_layernorm", ("mlp.gate_proj", "mlp.gate_up_proj")),
     ("post_attention_layernorm", ("mlp.gate_proj", "mlp.gate_up_proj")),
 )
+# An MLP takes its rows in blocks of about so many: what lies between its products then stays in the
+# cache, and is not allocated anew. Much smaller blocks only cost calls.
+_ROWS_AT_ONCE = 1024
 # The whole body of forward, as ast.unparse writes it.
 _PRODUCT = "self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))"
 _MLPS = ((f"return {_PRODUCT}",), (f"down_proj = {_PRODUCT}", "return down_proj"))
@@ -158,14 +161,13 @@ def _phase_gated_mlp(original: Callable[..., Tensor], mlp: Any, x: Tensor) -> Te
     def quantized(out: Tensor) -> None:
         rows = quantize_once(x, plan, "int8", ONEDNN, {})
         wide = out.dtype if out.dtype == torch.bfloat16 else torch.float32
-        inner = Int8Rows(
-            *activate(
-                onednn_product(rows.codes_plus_128, gate, wide),
-                onednn_product(rows.codes_plus_128, up, wide),
-                rows.scale,
+        blocks = max(1, round(len(out) / _ROWS_AT_ONCE))
+        split = (some.tensor_split(blocks) for some in (rows.codes_plus_128, rows.scale, out))
+        for codes, scale, block in zip(*split, strict=True):
+            inner = activate(
+                onednn_product(codes, gate, wide), onednn_product(codes, up, wide), scale
             )
-        )
-        INT8.linear(inner, down, None, out)
+            INT8.linear(Int8Rows(*inner), down, None, block)
 
     with torch.no_grad():
         out = by_phase(x, down.shape[0], plan, precise, quantized)

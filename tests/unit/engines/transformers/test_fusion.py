@@ -6,6 +6,7 @@ from tiny_models import build, distance, tokens
 
 import mixquant
 from mixquant.core.phase import PhasePlan, in_force
+from mixquant.engines.transformers import fusion
 from mixquant.engines.transformers.methods import Method
 from mixquant.formats.int8 import INT8, ONEDNN
 
@@ -95,6 +96,20 @@ def test_a_row_is_the_same_whatever_its_batch(layer):
         with in_force(PhasePlan(stop - start, ((0, stop - start),), ())):
             part = layer.mlp(layer.input_layernorm(x[:, start:stop]))
         assert torch.equal(whole[:, start:stop], part)
+
+
+@pytest.mark.parametrize("rows", [2, 40, 161])
+def test_an_mlp_in_blocks_of_rows_is_the_mlp(layer, rows, monkeypatch):
+    torch.manual_seed(2)
+    x = torch.randn(1, rows, 64).bfloat16()
+
+    def run():
+        with in_force(PhasePlan(rows, ((0, rows - 1),), ((rows - 1, rows),))):
+            return layer.mlp(x)
+
+    whole = run()
+    monkeypatch.setattr(fusion, "_ROWS_AT_ONCE", 16)
+    assert torch.equal(whole, run())
 
 
 @pytest.mark.parametrize(
