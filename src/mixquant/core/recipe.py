@@ -89,9 +89,10 @@ class Recipe:
         ignore: names or glob patterns of layers that stay BF16.
         emulate: serve formats that the device does not multiply natively, slower than BF16; without
             it the vLLM engine refuses them. The Transformers engine does as ``format`` says.
-        prefill_attention: ``fp8`` multiplies the attention of quantized rows in FP8, over the BF16 KV
-            cache, where vLLM runs on a GPU that has it (Hopper, with the package fa3-fwd), and else in
-            BF16; ``auto`` does so where it pays, unless nothing is quantized; ``bf16`` never.
+        prefill_attention: what quantized rows attend in, over the BF16 KV cache. ``fp8``: FP8, where
+            vLLM runs on a GPU that has it (Hopper, with the package fa3-fwd). ``int8``: INT8, where
+            Transformers runs on a CPU with AVX-512 VNNI. ``bf16``: BF16. ``auto``: what is
+            fastest, unless nothing is quantized. Where a precision is not to be had, BF16.
         everywhere: quantize every row of both phases, whatever the thresholds: what mixquant is compared
             with, not what it is for.
         prefill_model: a checkpoint in NVFP4 or FP8 (compressed-tensors) from which the vLLM engine
@@ -114,7 +115,7 @@ class Recipe:
     block_scale: Literal["6", "4/6"] = "6"
     ignore: tuple[str, ...] = ("lm_head",)
     emulate: Annotated[bool, Field(strict=True)] = False
-    prefill_attention: Literal["auto", "bf16", "fp8"] = "auto"
+    prefill_attention: Literal["auto", "bf16", "fp8", "int8"] = "auto"
     everywhere: Annotated[bool, Field(strict=True)] = False
     prefill_model: Annotated[str, Field(min_length=1, strict=True)] | None = None
     role: RoleName = "both"

@@ -13,6 +13,7 @@ from mixquant.core.phase import Thresholds
 from mixquant.core.recipe import Recipe
 from mixquant.core.rows import Part
 from mixquant.core.summary import Layer, Summary
+from mixquant.engines.transformers import attention
 from mixquant.engines.transformers.description import (
     describe,
     layer_line,
@@ -60,7 +61,10 @@ def convert(model: PreTrainedModel, recipe: Recipe) -> None:
     chosen: list[tuple[str, nn.Linear, Layout, tuple[Part, ...], str | None]] = []
     layers: list[Layer] = []
     candidates = list(linears(model, decoder))
-    strange = why_not_its_rows(model, candidates) if _quantizes(resolved) else {}
+    strange: dict[str, str] = {}
+    with attention.modules_that_attend() as attending:
+        if _quantizes(resolved) or attention.wants_kernel(model, resolved):
+            strange = why_not_its_rows(model, candidates)
     progress = f"Quantizing the prefill copy ({', '.join(_formats_used(resolved))})"
     for name, linear in hf_logging.tqdm(candidates, desc=progress, leave=False):
         layout, why = layout_of(name, linear, resolved, model)
@@ -79,7 +83,8 @@ def convert(model: PreTrainedModel, recipe: Recipe) -> None:
             f"the linear layers of {type(model).__name__} are not given one row for each token of a "
             "pass, so no row's phase is known; use the model without mixquant"
         )
-    made = Summary(resolved, tuple(layers))
+    attends = attention.choose(model, resolved, attending)
+    made = Summary(resolved, tuple(layers), (attends,) if attends else ())
     warn_of_no_effect(model, recipe, made)
 
     for name, linear, layout, parts, why in chosen:

@@ -22,6 +22,7 @@ from torch import nn
 from transformers.generation.configuration_utils import GenerationMode
 
 from mixquant.core.phase import PhasePlan, Thresholds, everything_quantized, in_force, plan_pass
+from mixquant.engines.transformers import attention
 from mixquant.engines.transformers.methods import put_in_front
 from mixquant.engines.transformers.module import PrepareError, renew
 
@@ -63,6 +64,7 @@ class _Said(_Generation):
 
 _current: ContextVar[_Generation | None] = ContextVar("mixquant_generation", default=None)
 _quantize_everything: ContextVar[bool] = ContextVar("mixquant_quantize_everything", default=False)
+_only_attention: ContextVar[bool] = ContextVar("mixquant_only_attention", default=False)
 
 
 @contextmanager
@@ -108,6 +110,20 @@ def everything_in_prefill_format() -> Iterator[None]:
         yield
     finally:
         _quantize_everything.reset(token)
+
+
+@contextmanager
+def only_attention() -> Iterator[None]:
+    """Quantizes nothing inside the block: the rows that would be attend in our kernel, in BF16.
+
+    So a comparison tells what the kernel gains from what quantizing does. It counts where `prepare`
+    chose the kernel.
+    """
+    token = _only_attention.set(True)
+    try:
+        yield
+    finally:
+        _only_attention.reset(token)
 
 
 def watch(model: nn.Module, thresholds: Thresholds, everywhere: bool) -> None:
@@ -216,6 +232,7 @@ def _untraced_plan(
         kwargs = {**dict(zip(signature.parameters, args, strict=False)), **kwargs}
     plan = _plan(model, kwargs)
     if plan is not None:
+        attention.install()
         checkpointing = model.training and getattr(model, "is_gradient_checkpointing", False)
         if checkpointing and torch.is_grad_enabled():
             raise PrepareError(
@@ -284,6 +301,8 @@ def _plan(model: nn.Module, kwargs: dict[str, Any]) -> PhasePlan | None:
     thresholds = model.mixquant_thresholds
     assert isinstance(thresholds, Thresholds)
     plan = plan_pass(thresholds, cached - padding, np.full(sequences, columns), lengths)
+    if plan.quantized and _only_attention.get():
+        return attention.only_attention(plan)
     return plan if plan.quantized else None
 
 
