@@ -1,13 +1,14 @@
 // Causal attention of prompt rows on a CPU with AVX-512 VNNI, in INT8 or in BF16.
 //
-// Keys and values are packed once into blocks of 256 keys. A thread takes some rows of one head and goes
+// Keys and values are packed once into blocks of 128 keys. A thread takes some rows of one head and goes
 // through the blocks that they see: scores of six rows and up to 64 keys at a time, softmax relative to
 // the block's largest score, products with the values, and the sums so far rescaled (online softmax,
 // arXiv 2205.14135). What lies above the diagonal is not computed.
 //
 // INT8: queries and keys are rotated by a Hadamard matrix along the head, which leaves scores as they
 // are and spreads outliers (arXiv 2404.00456). Each row has a scale of its own. Probabilities are codes
-// from 0 to 255 of the largest in their block. Values have a mean and a scale for each block and channel;
+// from 0 to 255 of the largest in their block. The first keys, often attention sinks far above all
+// others, are a block of their own, whose probabilities and values stay FP32. Other values have a mean and a scale for each block and channel;
 // the mean is subtracted before they are coded, and added to the result times the sum of the codes, so
 // it is exact. Sums over a block are INT32, over blocks FP32.
 
@@ -26,12 +27,13 @@
 
 namespace {
 
-constexpr int BLOCK = 256;  // keys whose probabilities share a scale
+constexpr int BLOCK = 128;  // keys whose probabilities share a scale
+constexpr int FIRST = 16;   // in the first block, in INT8
 constexpr int TILE = 6;     // rows that are multiplied at once: 6 x 4 accumulators, of 32 registers
 constexpr int ROWS = 48;    // of one task
 constexpr int MAX_SIZE = 256;
 constexpr float MASKED = -1e30f;  // a score that nothing is left of; infinity would make NaN
-constexpr float LOG2E = 1.44269504f;
+constexpr float LOG2E = 1.44269504f, LOG2_255 = 7.99435344f;
 
 using bf16 = at::BFloat16;
 
@@ -124,30 +126,35 @@ struct Strides {
 Strides strides(const at::Tensor& x) { return {x.stride(0), x.stride(1), x.stride(2)}; }
 
 // How one block of keys and values lies in memory. Keys: groups of 16, each [size / n][16][n], n values
-// of 4 bytes together. Values: [256 / n][size][n].
+// of 4 bytes together. Values: [128 / n][size][n].
 template <bool INT8>
 struct Packed {
   using Code = std::conditional_t<INT8, int8_t, bf16>;
   static constexpr int N = 4 / sizeof(Code);
+  static constexpr int LEAD = INT8 ? BLOCK - FIRST : 0;  // keys that the first block lacks
 
   uint8_t* start;
   int size;
 
   explicit Packed(uint8_t* start, int size) : start(start), size(size) {}
+  static int64_t blocks(int64_t keys) { return (keys + LEAD + BLOCK - 1) / BLOCK; }
+  static int64_t first_key(int64_t block) { return std::max<int64_t>(block * BLOCK - LEAD, 0); }
+  static int most_keys(int64_t block) { return block ? BLOCK : BLOCK - LEAD; }
   static int64_t bytes(int size) {
     return 2 * BLOCK * size * sizeof(Code) + (INT8 ? (BLOCK + 2 * size) * sizeof(float) : 0);
   }
   Code* keys() const { return reinterpret_cast<Code*>(start); }
   Code* values() const { return keys() + BLOCK * size; }
+  float* first_values() const { return reinterpret_cast<float*>(values()); }  // [FIRST][size]
   float* key_scales() const { return reinterpret_cast<float*>(values() + BLOCK * size); }
   float* value_scales() const { return key_scales() + BLOCK; }
   float* value_means() const { return value_scales() + size; }
 };
 
-// Packs keys and values [count] of a block; those beside them weigh nothing and are zero.
+// Packs the keys and values of a block; those that it lacks weigh nothing and are zero.
 template <bool INT8>
-void pack(Packed<INT8> to, const bf16* k, int64_t k_row, const bf16* v, int64_t v_row, int first,
-          int last) {
+void pack(Packed<INT8> to, bool is_first, const bf16* k, int64_t k_row, const bf16* v, int64_t v_row,
+          int count) {
   constexpr int N = Packed<INT8>::N;
   const int size = to.size, columns = size / N;
   alignas(64) int32_t rows[16][MAX_SIZE / 2];
@@ -155,7 +162,7 @@ void pack(Packed<INT8> to, const bf16* k, int64_t k_row, const bf16* v, int64_t 
     std::memset(rows, 0, sizeof rows);
     for (int i = 0; i < 16; ++i) {
       const int key = group * 16 + i;
-      const bool there = first <= key && key < last;
+      const bool there = key < count;
       if constexpr (INT8) {
         int32_t sum;
         auto* codes = reinterpret_cast<int8_t*>(rows[i]);
@@ -169,13 +176,20 @@ void pack(Packed<INT8> to, const bf16* k, int64_t k_row, const bf16* v, int64_t 
     for (int j = 0; j < columns; ++j)
       for (int i = 0; i < 16; ++i) out[j * 16 + i] = rows[i][j];
   }
+  if (INT8 && is_first) {
+    std::memset(to.first_values(), 0, FIRST * size * sizeof(float));
+    for (int key = 0; key < count; ++key)
+      for (int c = 0; c < size; c += 16)
+        _mm512_storeu_ps(to.first_values() + key * size + c, wide(v + key * v_row + c));
+    return;
+  }
   for (int c = 0; c < size; c += 16) {
     __m512 mean = _mm512_setzero_ps(), inverse = mean;
     if constexpr (INT8) {
-      for (int key = first; key < last; ++key) mean = _mm512_add_ps(mean, wide(v + key * v_row + c));
-      mean = _mm512_mul_ps(mean, _mm512_set1_ps(1.f / std::max(last - first, 1)));
+      for (int key = 0; key < count; ++key) mean = _mm512_add_ps(mean, wide(v + key * v_row + c));
+      mean = _mm512_mul_ps(mean, _mm512_set1_ps(1.f / std::max(count, 1)));
       __m512 largest = _mm512_set1_ps(1e-30f);
-      for (int key = first; key < last; ++key) {
+      for (int key = 0; key < count; ++key) {
         const __m512 centred = _mm512_sub_ps(wide(v + key * v_row + c), mean);
         largest = _mm512_max_ps(largest, _mm512_abs_ps(centred));
       }
@@ -186,7 +200,7 @@ void pack(Packed<INT8> to, const bf16* k, int64_t k_row, const bf16* v, int64_t 
     for (int key = 0; key < BLOCK; key += N) {
       __m512i together = _mm512_setzero_si512();
       for (int i = 0; i < N; ++i) {
-        if (key + i < first || key + i >= last) continue;
+        if (key + i >= count) continue;
         const bf16* from = v + (key + i) * v_row + c;
         if constexpr (INT8) {
           const __m512 centred = _mm512_sub_ps(wide(from), mean);
@@ -232,7 +246,7 @@ template <bool INT8>
 struct Tile {
   alignas(64) float scores[TILE][BLOCK];
   alignas(64) typename Packed<INT8>::Code p[TILE][BLOCK];
-  float largest[TILE], weight[TILE];
+  float weight[TILE];
 };
 
 // Scores of six queries and GROUPS x 16 keys, from key `at` of the block.
@@ -305,7 +319,7 @@ template <bool INT8>
 inline float probabilities(const float* scores, int keys, float factor, float largest,
                            typename Packed<INT8>::Code* p) {
   const __m512 slope = _mm512_set1_ps(factor);
-  const __m512 offset = _mm512_set1_ps((INT8 ? 7.99435344f : 0.f) - largest * factor);  // log2(255)
+  const __m512 offset = _mm512_set1_ps((INT8 ? LOG2_255 : 0.f) - largest * factor);
   if constexpr (INT8) {
     __m512i sum = _mm512_setzero_si512();
     for (int i = 0; i < keys; i += 16) {
@@ -329,6 +343,42 @@ inline float probabilities(const float* scores, int keys, float factor, float la
   }
 }
 
+// The same of a first block in INT8, in FP32 and in place; the largest is 255, as among codes.
+inline float first_probabilities(float* scores, float factor, float largest) {
+  const __m512 offset = _mm512_set1_ps(LOG2_255 - largest * factor);
+  const __m512 x = _mm512_fmadd_ps(_mm512_load_ps(scores), _mm512_set1_ps(factor), offset);
+  const __m512 y = exp2<false>(x);
+  _mm512_store_ps(scores, y);
+  return _mm512_reduce_add_ps(y);
+}
+
+// Six rows of them times the values, which are FP32, too.
+template <int VECTORS>
+__attribute__((noinline)) void weigh_first(const float* p, const Packed<true>& kv, int channel,
+                                           const float* keep, const float* take, float* sums) {
+  __m512 sum[TILE][VECTORS];
+  each<TILE>([&](auto r) {
+    each<VECTORS>([&](auto c) { sum[r][c] = _mm512_setzero_ps(); });
+  });
+  for (int j = 0; j < FIRST; ++j) {
+    __m512 value[VECTORS];
+    each<VECTORS>([&](auto c) {
+      value[c] = _mm512_loadu_ps(kv.first_values() + j * kv.size + channel + c * 16);
+    });
+    each<TILE>([&](auto r) {
+      const __m512 weight = _mm512_set1_ps(p[r * BLOCK + j]);
+      each<VECTORS>([&](auto c) { sum[r][c] = _mm512_fmadd_ps(weight, value[c], sum[r][c]); });
+    });
+  }
+  each<TILE>([&](auto r) {
+    each<VECTORS>([&](auto c) {
+      float* to = sums + r * kv.size + channel + c * 16;
+      const __m512 before = _mm512_mul_ps(_mm512_loadu_ps(to), _mm512_set1_ps(keep[r]));
+      _mm512_storeu_ps(to, _mm512_fmadd_ps(sum[r][c], _mm512_set1_ps(take[r]), before));
+    });
+  });
+}
+
 template <bool INT8>
 struct Workspace {
   using Code = typename Packed<INT8>::Code;
@@ -339,11 +389,10 @@ struct Workspace {
   Tile<INT8> tile;
 };
 
-// The rows of one task. The first of them sees the keys from `begin` up to `end` (without it), each
-// further row one more.
+// The rows of one task. The first of them sees `end` keys, each further row one more.
 template <bool INT8>
 void attend_rows(Workspace<INT8>& w, const bf16* q, int64_t q_row, int rows, uint8_t* packed,
-                 int size, int64_t begin, int64_t end, float scale, bf16* out, int64_t out_row) {
+                 int size, int64_t end, float scale, bf16* out, int64_t out_row) {
   std::memset(w.q, 0, sizeof(w.q[0]) * ROWS * size);
   std::fill_n(w.sums, ROWS * size, 0.f);
   for (int r = 0; r < ROWS; ++r) {
@@ -362,12 +411,13 @@ void attend_rows(Workspace<INT8>& w, const bf16* q, int64_t q_row, int rows, uin
   }
   Tile<INT8>& tile = w.tile;
   const int64_t bytes = Packed<INT8>::bytes(size);
-  for (int64_t block = begin / BLOCK; block * BLOCK < end + rows - 1; ++block) {
+  for (int64_t block = 0; Packed<INT8>::first_key(block) < end + rows - 1; ++block) {
+    const int64_t first_key = Packed<INT8>::first_key(block), most = Packed<INT8>::most_keys(block);
     const Packed<INT8> kv(packed + block * bytes, size);
     for (int first = 0; first < rows; first += TILE) {
-      const int64_t visible = end + std::min(first + TILE, rows) - 1 - block * BLOCK;
+      const int64_t visible = end + std::min(first + TILE, rows) - 1 - first_key;
       if (visible <= 0) continue;
-      const int keys = (static_cast<int>(std::min<int64_t>(visible, BLOCK)) + 15) / 16 * 16;
+      const int keys = (static_cast<int>(std::min(visible, most)) + 15) / 16 * 16;
       const auto* query = w.q + first * size;
       __m512 largest[TILE];
       for (auto& one : largest) one = _mm512_set1_ps(MASKED);
@@ -378,18 +428,16 @@ void attend_rows(Workspace<INT8>& w, const bf16* q, int64_t q_row, int rows, uin
       if (keys - at == 32) score<INT8, 2>(query, start, kv, at, tile, largest);
       if (keys - at == 16) score<INT8, 1>(query, start, kv, at, tile, largest);
 
-      const int64_t hidden = begin - block * BLOCK;  // keys at the start of the block
       float keep[TILE], take[TILE];
       for (int r = 0; r < TILE; ++r) {
-        const int64_t sees = end + first + r - block * BLOCK;
-        if (hidden > 0 || sees < keys) {
+        const int64_t sees = end + first + r - first_key;
+        if (sees < keys) {
           largest[r] = _mm512_set1_ps(MASKED);
           for (int i = 0; i < keys; i += 16) {
             __m512 s = _mm512_load_ps(tile.scores[r] + i);
-            const auto lane = [i](int64_t n) { return static_cast<int>(std::clamp<int64_t>(n - i, 0, 16)); };
-            const auto below = static_cast<__mmask16>((1u << lane(sees)) - 1);
-            const auto above = static_cast<__mmask16>(~((1u << lane(hidden)) - 1));
-            s = _mm512_mask_mov_ps(_mm512_set1_ps(MASKED), below & above, s);
+            const int lanes = static_cast<int>(std::clamp<int64_t>(sees - i, 0, 16));
+            const auto seen = static_cast<__mmask16>((1u << lanes) - 1);
+            s = _mm512_mask_mov_ps(_mm512_set1_ps(MASKED), seen, s);
             _mm512_store_ps(tile.scores[r] + i, s);
             largest[r] = _mm512_max_ps(largest[r], s);
           }
@@ -403,7 +451,10 @@ void attend_rows(Workspace<INT8>& w, const bf16* q, int64_t q_row, int rows, uin
           continue;
         }
         const float factor = w.factor[row], highest = std::max(w.top[row], top);
-        tile.weight[r] = probabilities<INT8>(tile.scores[r], keys, factor, top, tile.p[r]);
+        tile.weight[r] =
+            INT8 && block == 0
+                ? first_probabilities(tile.scores[r], factor, top)
+                : probabilities<INT8>(tile.scores[r], keys, factor, top, tile.p[r]);
         keep[r] = std::exp2((w.top[row] - highest) * factor);
         take[r] = std::exp2((top - highest) * factor);
         w.top[row] = highest;
@@ -411,9 +462,18 @@ void attend_rows(Workspace<INT8>& w, const bf16* q, int64_t q_row, int rows, uin
       }
       float* sums = w.sums + first * size;
       int channel = 0;
+      if constexpr (INT8) {
+        if (block == 0) {
+          for (; channel + 64 <= size; channel += 64)
+            weigh_first<4>(tile.scores[0], kv, channel, keep, take, sums);
+          for (; channel < size; channel += 32)
+            weigh_first<2>(tile.scores[0], kv, channel, keep, take, sums);
+          continue;
+        }
+      }
       for (; channel + 64 <= size; channel += 64)
         weigh<INT8, 4>(tile, kv, keys, channel, keep, take, sums);
-      for (; channel + 32 <= size; channel += 32)
+      for (; channel < size; channel += 32)
         weigh<INT8, 2>(tile, kv, keys, channel, keep, take, sums);
     }
   }
@@ -437,7 +497,7 @@ void run(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, at::Tens
              *v_data = v.const_data_ptr<bf16>();
   auto* out_data = out.mutable_data_ptr<bf16>();
 
-  const int64_t blocks = (keys + BLOCK - 1) / BLOCK, bytes = Packed<INT8>::bytes(size);
+  const int64_t blocks = Packed<INT8>::blocks(keys), bytes = Packed<INT8>::bytes(size);
   at::Tensor packed = at::empty({batch * kv_heads * blocks * bytes + 64}, at::kByte);
   auto* start = packed.mutable_data_ptr<uint8_t>();
   start += (64 - reinterpret_cast<uintptr_t>(start) % 64) % 64;
@@ -445,12 +505,14 @@ void run(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, at::Tens
   at::parallel_for(0, batch * kv_heads * blocks, 1, [&](int64_t from, int64_t to) {
     for (int64_t i = from; i < to; ++i) {
       const int64_t block = i % blocks, head = i / blocks % kv_heads, b = i / blocks / kv_heads;
-      const int64_t at = block * BLOCK;
-      const auto inside = [at](int64_t key) { return static_cast<int>(std::clamp<int64_t>(key - at, 0, BLOCK)); };
-      pack<INT8>(Packed<INT8>(start + i * bytes, size),
+      // The first key is the first that anybody sees.
+      const int64_t at = padding[b] + Packed<INT8>::first_key(block);
+      const int64_t count = std::min<int64_t>(context + last[b] - at, Packed<INT8>::most_keys(block));
+      if (count <= 0) continue;
+      pack<INT8>(Packed<INT8>(start + i * bytes, size), block == 0,
                  k_data + b * ks.batch + head * ks.head + at * ks.row, ks.row,
                  v_data + b * vs.batch + head * vs.head + at * vs.row, vs.row,
-                 inside(padding[b]), inside(context + last[b]));
+                 static_cast<int>(count));
     }
   });
 
@@ -465,8 +527,8 @@ void run(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, at::Tens
       if (low >= high) continue;
       const int64_t kv = b * kv_heads + head / group;
       attend_rows<INT8>(*w, q_data + b * qs.batch + head * qs.head + low * qs.row, qs.row,
-                        static_cast<int>(high - low), start + kv * blocks * bytes, size, padding[b],
-                        context + low + 1, scale,
+                        static_cast<int>(high - low), start + kv * blocks * bytes, size,
+                        context + low + 1 - padding[b], scale,
                         out_data + b * os.batch + head * os.head + low * os.row, os.row);
     }
   });

@@ -64,7 +64,7 @@ def attend(
             padding must end before the first.
         padding: for each sequence, how many keys at its start nobody sees.
         scale: of the scores, above 0.
-        precision: of the products. Softmax and sums are FP32; ``int8`` sums up within 256 keys exactly.
+        precision: of the products. Softmax and sums are FP32; ``int8`` sums up within 128 keys exactly.
         out: ``[B, H, R, D]`` BF16; its other rows stay as they are.
 
     Raises:
