@@ -41,7 +41,7 @@ def compare(
     arms: Annotated[
         str,
         typer.Option("--arms", metavar="NAMES", help="Arms to report, separated by commas."),
-    ] = "bf16,quantized,mixquant",
+    ] = "bf16,attention,quantized,mixquant",
     prompt_file: Annotated[
         Path | None,
         typer.Option(

@@ -14,6 +14,8 @@ from mixquant.report.text import clauses, count, number, percent, times
 from mixquant.report.verdicts import in_words
 from mixquant.results import ComparedArm, Comparison
 
+ATTENTION = "attention"  # the arm that quantizes nothing
+
 
 def section(comparison: Comparison) -> Section:
     """Speed and fidelity of each arm, side by side, and what it answered."""
@@ -29,10 +31,17 @@ def section(comparison: Comparison) -> Section:
         if isinstance(threshold := comparison.recipe.get("min_prefill_tokens"), int)
         else f"{arm.name} quantized no prompt token, so its times are no speed-up."
         for arm in arms
-        if arm.name != BASELINE and arm.quantized_prefill_tokens == 0
+        if arm.name not in (BASELINE, ATTENTION) and arm.quantized_prefill_tokens == 0
     ]
+    if any(arm.name == ATTENTION for arm in arms):
+        notes.append(
+            "The arm attention quantizes nothing: attention of the prompt is in mixquant's kernel, in "
+            "BF16."
+        )
     return Section(
-        title="Comparison in three arms" if len(arms) == 3 else "Comparison",
+        title={3: "Comparison in three arms", 4: "Comparison in four arms"}.get(
+            len(arms), "Comparison"
+        ),
         verdict=_verdict(comparison),
         key_figures=_key_figures(comparison),
         notes=tuple(notes),
@@ -175,7 +184,9 @@ def _decode(arms: Sequence[ComparedArm]) -> tuple[Panel, ...]:
 def _prefill_ratio(comparison: Comparison, arm: ComparedArm) -> float | None:
     """None where a ratio would mislead: the format is emulated, or the arm quantized nothing."""
     base = next((other for other in comparison.arms if other.name == BASELINE), None)
-    if base is None or arm is base or not comparison.native or not arm.quantized_prefill_tokens:
+    if base is None or arm is base:
+        return None
+    if arm.name != ATTENTION and not (comparison.native and arm.quantized_prefill_tokens):
         return None
     return ratio(arm.prefill_tokens_per_s, base.prefill_tokens_per_s)
 
@@ -236,6 +247,7 @@ def _tables(comparison: Comparison) -> tuple[Table, ...]:
                 ("Prompt tokens by turn", _counts(comparison.prompt_tokens_per_turn)),
                 ("Answer tokens by turn", _counts(comparison.answer_tokens_per_turn)),
                 ("Format and kernel", f"{comparison.format}, {comparison.kernel}"),
+                *((("Attention", comparison.attention),) if comparison.attention else ()),
                 *(
                     (f"Start of the first prompt in {name}", f"{number(took)} s")
                     for name, took in comparison.probed_prefill_s.items()

@@ -11,7 +11,7 @@ class ComparedArm(Record):
     """One arm of `mixquant compare`: its cost and its answer. Times in seconds.
 
     Attributes:
-        name: ``bf16``, ``quantized`` or ``mixquant``.
+        name: ``bf16``, ``attention``, ``quantized`` or ``mixquant``.
         device: of the model.
         compute_dtype: of precise products: the faster of bfloat16 and float32 for ``bf16``.
         prefill_tokens: read in all turns; tokens in the KV cache are not read again.
@@ -56,6 +56,7 @@ class Comparison(Record):
         kernel: what multiplies quantized rows.
         native: whether that kernel multiplies in the format, or emulates it.
         recipe: with everything decided.
+        attention: what quantized rows attend in, in words; empty if nothing is known of it.
         workload: what the arms read, in words.
         prompt_tokens_per_turn: tokens that are new in each turn.
         answer_tokens_per_turn: of the reference.
@@ -76,6 +77,7 @@ class Comparison(Record):
     kernel: str
     native: bool
     recipe: dict[str, Any]
+    attention: str = ""
     workload: str
     prompt_tokens_per_turn: tuple[Count, ...]
     answer_tokens_per_turn: tuple[Count, ...]

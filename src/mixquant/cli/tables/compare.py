@@ -22,7 +22,10 @@ def table(result: Comparison) -> Table:
         f"{sum(result.answer_tokens_per_turn)} answer tokens, on {result.device_name}, "
         f"{result.threads} threads. TTFT: sum over the turns, each the median of "
         f"{result.prefill_rounds}. KL (per token) and top-1: from the bf16 arm, "
-        "teacher-forced on its answers." + _baseline(result) + _nothing_quantized(result),
+        "teacher-forced on its answers."
+        + _baseline(result)
+        + _attention(result)
+        + _nothing_quantized(result),
         caption_justify="left",
         box=box.SIMPLE_HEAD,
     )
@@ -97,8 +100,17 @@ def _baseline(result: Comparison) -> str:
     return f" The bf16 arm computes in {fastest}, the faster here (start of the first prompt: {probes})."
 
 
+def _attention(result: Comparison) -> str:
+    said = f" {result.attention[0].upper()}{result.attention[1:]}." if result.attention else ""
+    if any(arm.name == "attention" for arm in result.arms):
+        said += (
+            " The arm attention quantizes nothing: BF16 products, and BF16 attention in our kernel."
+        )
+    return said
+
+
 def _quantized_nothing(arm: ComparedArm) -> bool:
-    return arm.name != "bf16" and arm.quantized_prefill_tokens == 0
+    return arm.name not in ("bf16", "attention") and arm.quantized_prefill_tokens == 0
 
 
 def _nothing_quantized(result: Comparison) -> str:

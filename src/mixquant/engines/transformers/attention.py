@@ -186,6 +186,12 @@ def choose(
     return f"attention of quantized rows: {'; '.join(said)}"
 
 
+def attends_faster_in_bf16(model: nn.Module) -> bool:
+    """Whether the kernel was chosen for a prepared model, and is faster than SDPA in BF16, too."""
+    chosen = any(_CHOSEN in vars(module) for module in model.modules())
+    return chosen and kernel.why_not("bf16") is None
+
+
 def wants_kernel(model: PreTrainedModel, recipe: Recipe) -> bool:
     """Whether a resolved recipe has the quantized rows of a model attend in the kernel."""
     assert isinstance(recipe.format, dict)

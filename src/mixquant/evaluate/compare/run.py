@@ -1,7 +1,9 @@
-"""The main job: one conversation in three arms, with what quantizing costs and gains.
+"""The main job: one conversation in a few arms, with what quantizing costs and gains.
 
 ``bf16`` is the model without mixquant. It answers greedily, and its answers are the reference.
-``mixquant`` quantizes prefill, ``quantized`` both phases. All arms read the same prompts and are
+``mixquant`` quantizes prefill, ``quantized`` both phases. ``attention`` quantizes nothing: the rows that
+``mixquant`` quantizes attend in our kernel for CPUs, in BF16. It is left out where that is not the
+faster one. All arms read the same prompts and are
 made to write the same answers, the reference's, so that they do the same work and each position's
 distribution can be held against the reference's.
 """
@@ -20,12 +22,13 @@ from mixquant.checkpoints.errors import ModelError
 from mixquant.checkpoints.models import Checkpoint, load_model
 from mixquant.core.recipe import Recipe
 from mixquant.engines.transformers import prepare, summary
+from mixquant.engines.transformers.attention import attends_faster_in_bf16
 from mixquant.evaluate.compare.timed_arm import TimedArm, type_name
 from mixquant.evaluate.compare.workload import Workload
 from mixquant.evaluate.divergence import divergence
 from mixquant.results import ComparedArm, Comparison, Environment
 
-ARMS = ("bf16", "quantized", "mixquant")
+ARMS = ("bf16", "attention", "quantized", "mixquant")
 
 # A prompt is read this often by each arm, in turns, and the median counts: other work on the
 # machine then hits all arms alike.
@@ -75,15 +78,20 @@ def compare(
 
     progress("Loading the model", 0.0)
     baseline, probed = _baseline(checkpoint, opening, progress)
-    running = [TimedArm("bf16", baseline, quantize_all=False)]
+    running = [TimedArm("bf16", baseline)]
     prepared = None
     if set(arms) != {"bf16"}:
-        progress("Quantizing", 0.17)
+        progress("Quantizing, and compiling the kernels", 0.17)
         prepared = prepare(load_model(checkpoint, torch.bfloat16), recipe)
         running += [
-            TimedArm(name, prepared, quantize_all=name == "quantized")
-            for name in ("mixquant", "quantized")
-            if name in arms
+            TimedArm(
+                name,
+                prepared,
+                quantize_all=name == "quantized",
+                only_attention=name == "attention",
+            )
+            for name in ("mixquant", "quantized", "attention")
+            if name in arms and (name != "attention" or attends_faster_in_bf16(prepared))
         ]
         for number, arm in enumerate(running[1:]):
             progress("Compiling and warming up", 0.2 + 0.03 * number)
@@ -105,6 +113,7 @@ def compare(
         kernel=used[1],
         native=used[2],
         recipe=recipe_used.to_dict(),
+        attention=_attention(prepared),
         workload=workload.description,
         prompt_tokens_per_turn=tuple(reference.prompt_tokens),
         answer_tokens_per_turn=tuple(len(answer) for answer in answers),
@@ -138,7 +147,7 @@ def _baseline(
     for number, dtype in enumerate(types):
         name = type_name(dtype)
         model = load_model(checkpoint, dtype)
-        arm = TimedArm(name, model, quantize_all=False)
+        arm = TimedArm(name, model)
         progress(f"Timing a prefill in {name}", 0.02 + 0.08 * number)
         arm.warm_up(opening)
         if on_cpu:
@@ -264,6 +273,11 @@ def _format_used(prepared: Any) -> tuple[str, str, bool]:
         if layer.format == name:
             return name, layer.kernel, layer.native
     return name, "torch", True
+
+
+def _attention(prepared: Any) -> str:
+    patches = summary(prepared).patches if prepared is not None else ()
+    return next((line for line in patches if line.startswith("attention")), "")
 
 
 def _ending_tokens(model: Any, tokenizer: Any) -> frozenset[int]:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mixquant.engines.transformers import everything_in_prefill_format, phase
 from mixquant.engines.transformers.counting import quantized_rows
+from mixquant.engines.transformers.passes import only_attention
 
 _WARM_UP_TOKENS = 256
 _WARM_UP_STEPS = 3
@@ -23,7 +24,8 @@ class TimedArm:
 
     name: str
     model: Any
-    quantize_all: bool
+    quantize_all: bool = False
+    only_attention: bool = False  # nothing is quantized, but attention is ours
     cache: Any = None
     quantized_rows: int = 0
     prompt_tokens: list[int] = field(default_factory=list)  # per turn
@@ -90,6 +92,8 @@ class TimedArm:
             stack.enter_context(torch.no_grad())
             if self.quantize_all:
                 stack.enter_context(everything_in_prefill_format())
+            if self.only_attention:
+                stack.enter_context(only_attention())
             start = _now(ids.device)
             output = self.model(
                 input_ids=ids, past_key_values=self.cache, use_cache=True, logits_to_keep=keep
