@@ -276,6 +276,7 @@ def _attend(
         plan is None
         or plan.rows != sequences * rows
         or rows == 1
+        or args  # by position, so not as Transformers' own models call it
         or why_not_kernel(module, query, key, value, mask, *args, **kwargs) is not None
     ):
         return _stock(module, query, key, value, mask, *args, **kwargs)
@@ -283,6 +284,8 @@ def _attend(
     found = attended.under(mask, sequences, rows, key.shape[2])
     if found is None:
         return _stock(module, query, key, value, mask, *args, **kwargs)
+
+    scale = kwargs.get("scaling") or size**-0.5
 
     def stock(which: slice | list[int], start: int, stop: int) -> Tensor:
         """Rows of some sequences, in SDPA."""
@@ -296,6 +299,11 @@ def _attend(
         else:
             own = mask.expand(sequences, -1, -1, -1)[which][:, :, start:stop, :end]
         q, k, v = query[which][:, :, start:stop], key[which][:, :, :end], value[which][:, :, :end]
+        if stop - start == 1:
+            # One row of each of a group's heads, as rows of one head: a fifth of SDPA's time.
+            grouped = q.reshape(len(q), k.shape[1], -1, size)
+            y = nn.functional.scaled_dot_product_attention(grouped, k, v, own, scale=scale)
+            return y.reshape(len(q), 1, -1, size)
         return _stock(module, q, k, v, own, *args, **kwargs)[0]
 
     with torch.no_grad():
@@ -307,7 +315,7 @@ def _attend(
             _dense(value[:, :, :keys]),
             found.rows,
             found.padding,
-            kwargs.get("scaling") or size**-0.5,
+            scale,
             attended.precision or vars(module)[_CHOSEN],
             out.transpose(1, 2),
         )

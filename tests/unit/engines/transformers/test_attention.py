@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, StaticCache
 import mixquant
 from mixquant.core.phase import PhasePlan
 from mixquant.engines.transformers import attention
-from mixquant.engines.transformers.passes import only_attention
+from mixquant.engines.transformers.passes import everything_in_prefill_format, only_attention
 from mixquant.kernels.cpu import attention as kernel
 
 pytestmark = pytest.mark.usefixtures("inference")
@@ -115,7 +115,7 @@ def test_decode_steps_are_sdpas(calls: list[Any]) -> None:
     prepared.generate(tokens(40), max_new_tokens=5, do_sample=False)
     assert [call["rows"] for call in calls] == [[(0, 39)]] * 2
     calls.clear()
-    with mixquant.engines.transformers.everything_in_prefill_format():
+    with everything_in_prefill_format():
         prepared.generate(tokens(40), max_new_tokens=5, do_sample=False)
     assert [call["rows"] for call in calls] == [[(0, 40)]] * 2
 
