@@ -40,6 +40,10 @@ def settle(vllm_config: Any) -> None:
     ):  # else it was said where it was resolved
         for sentence in _recipe_of(given).settings_without_effect(recipe):
             logger.warning(sentence)
+    if recipe.prefill_attention == "int8":
+        logger.warning(
+            "recipe key 'prefill_attention': int8 is for Transformers on a CPU; attention is vLLM's here"
+        )
     if recipe.prefill_model is not None:
         checkpoint = opened(recipe.prefill_model).checkpoint
         model = vllm_config.model_config

@@ -53,7 +53,8 @@ def patch_attention(
     what = "attention in FP8:"
     assert isinstance(recipe.format, dict)
     quantizes = set(recipe.format.values()) != {"bf16"}
-    if recipe.prefill_attention == "bf16" or (recipe.prefill_attention == "auto" and not quantizes):
+    asked = recipe.prefill_attention
+    if asked in ("bf16", "int8") or (asked == "auto" and not quantizes):
         return Outcome(what, ()), None
     from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 

@@ -142,7 +142,8 @@ def test_what_a_model_does_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     assert isinstance(model[0].impl.forward, PrefillAttention)
     assert not isinstance(model[0].impl.forward._forward, PrefillAttention)
     assert not isinstance(model[1].impl.forward, PrefillAttention)
-    for recipe in (Recipe(preset="exact"), Recipe(preset="fast", prefill_attention="bf16")):
+    others = [Recipe(preset="fast", prefill_attention=name) for name in ("bf16", "int8")]
+    for recipe in (Recipe(preset="exact"), *others):
         model = torch.nn.ModuleList([Layer(128)])
         outcome, one = patch_attention(model, recipe.resolved(frozenset({"fp8"})))
         assert (outcome.reasons, one) == ((), None)
