@@ -11,6 +11,7 @@ import torch
 
 from mixquant import cli, results
 from mixquant.evaluate.compare import run as compare
+from mixquant.kernels.cpu.attention import why_not
 from mixquant.report import page
 
 
@@ -41,8 +42,14 @@ def test_compare(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert result["device"] in ("cpu", "cuda")
     assert result["format"] in ("int8", "fp8", "nvfp4")
     arms: dict[str, dict[str, Any]] = {arm["name"]: arm for arm in result["arms"]}
-    assert list(arms) == ["bf16", "quantized", "mixquant"]
-    bf16, quantized, mixquant = arms.values()
+    assert [name for name in arms if name != "attention"] == ["bf16", "quantized", "mixquant"]
+    bf16, quantized, mixquant = (arms[name] for name in ("bf16", "quantized", "mixquant"))
+    if torch.cuda.is_available() or why_not("bf16") is not None:
+        assert "attention" not in arms
+    else:
+        assert arms["attention"]["extra_bytes"] == 0
+        assert arms["attention"]["quantized_prefill_tokens"] == 0
+        assert arms["attention"]["kl_mean"] < mixquant["kl_mean"]
     for arm in arms.values():
         assert arm["prefill_tokens"] == bf16["prefill_tokens"] >= 3000
         assert arm["ttft_s"] == pytest.approx(sum(arm["ttft_s_per_turn"]))

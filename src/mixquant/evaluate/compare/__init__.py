@@ -1,1 +1,1 @@
-"""`mixquant compare`: one conversation in three arms."""
+"""`mixquant compare`: one conversation in a few arms."""

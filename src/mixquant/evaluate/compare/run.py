@@ -244,7 +244,8 @@ def _result(arm: TimedArm, wanted: list[Tensor], workload: Workload, prepared: A
     )
     per_turn = tuple(median(seconds) for seconds in arm.ttft)
     tokens = sum(arm.prompt_tokens)
-    extra_bytes = summary(prepared).extra_bytes if arm.model is prepared else 0
+    quantizes = arm.model is prepared and not arm.only_attention
+    extra_bytes = summary(prepared).extra_bytes if quantizes else 0
     return ComparedArm(
         name=arm.name,
         device=arm.model.device.type,
