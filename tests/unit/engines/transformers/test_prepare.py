@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import this_machine
 import torch
 from tiny_models import ARCHITECTURES, MIXTURES_OF_EXPERTS, build, distance, tokens
 from torch import Tensor, nn
@@ -190,15 +189,15 @@ def test_smollm2_keeps_its_answer(smollm2_path: Path) -> None:
 
     model = mixquant.prepare(plain, FAST)  # in place: the model is not small
     logits = prefill(model, ids)
-    # Random tokens are harder than text, and in one place in 96 the divergence is 2; here the point is
-    # that it is right layer by layer.
+    # Random tokens are harder than text, and in one place in 96 the divergence is 2 to 3; here the point
+    # is that it is right layer by layer.
     divergence = nn.functional.kl_div(
         logits.float().log_softmax(-1),
         reference.float().log_softmax(-1),
         log_target=True,
         reduction="none",
     ).sum(-1)
-    assert 1e-5 < divergence.mean() < (0.1 if this_machine.MULTIPLIES_BF16 else 0.15)
+    assert 1e-5 < divergence.mean() < 0.15 and divergence.median() < 0.08
     assert torch.equal(model(ids).logits, reference)
 
 
