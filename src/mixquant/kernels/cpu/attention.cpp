@@ -7,10 +7,10 @@
 //
 // INT8: queries and keys are rotated by a Hadamard matrix along the head, which leaves scores as they
 // are and spreads outliers (arXiv 2404.00456). Each row has a scale of its own. Probabilities are codes
-// from 0 to 255 of the largest in their block. The first keys, often attention sinks far above all
-// others, are a block of their own, whose probabilities and values stay FP32. Other values have a mean and a scale for each block and channel;
+// from 0 to 255 of the largest in their block. Values have a mean and a scale for each block and channel;
 // the mean is subtracted before they are coded, and added to the result times the sum of the codes, so
-// it is exact. Sums over a block are INT32, over blocks FP32.
+// it is exact. The first 16 keys, often attention sinks far above all others, are a block of their own,
+// whose probabilities and values stay FP32. Sums over a block are INT32, over blocks FP32.
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
@@ -218,7 +218,8 @@ void pack(Packed<INT8> to, bool is_first, const bf16* k, int64_t k_row, const bf
   }
 }
 
-// f(0), ..., f(N - 1), unrolled before arrays are given registers, as the compiler's own unrolling is not.
+// f(0), ..., f(N - 1), unrolled before arrays are given registers; the compiler's own unrolling is too
+// late for that.
 template <int N, typename F>
 __attribute__((always_inline)) inline void each(const F& f) {
   [&]<int... I>(std::integer_sequence<int, I...>) __attribute__((always_inline)) {
@@ -251,8 +252,9 @@ struct Tile {
 
 // Scores of six queries and GROUPS x 16 keys, from key `at` of the block.
 template <bool INT8, int GROUPS>
-__attribute__((noinline)) void score(const typename Packed<INT8>::Code* q, const int32_t* start, const Packed<INT8>& kv,
-                  int at, Tile<INT8>& tile, __m512* largest) {
+__attribute__((noinline)) void score(const typename Packed<INT8>::Code* q, const int32_t* start,
+                                     const Packed<INT8>& kv, int at, Tile<INT8>& tile,
+                                     __m512* largest) {
   const int columns = kv.size / Packed<INT8>::N;
   const auto* k = reinterpret_cast<const int32_t*>(kv.keys()) + at * columns;
   __m512i sum[TILE][GROUPS];
@@ -281,8 +283,9 @@ __attribute__((noinline)) void score(const typename Packed<INT8>::Code* q, const
 
 // Six rows of probabilities times the values of `keys` keys and VECTORS x 16 channels, added to `sums`.
 template <bool INT8, int VECTORS>
-__attribute__((noinline)) void weigh(const Tile<INT8>& tile, const Packed<INT8>& kv, int keys, int channel,
-                  const float* keep, const float* take, float* sums) {
+__attribute__((noinline)) void weigh(const Tile<INT8>& tile, const Packed<INT8>& kv, int keys,
+                                     int channel, const float* keep, const float* take,
+                                     float* sums) {
   constexpr int N = Packed<INT8>::N;
   const auto* v = reinterpret_cast<const int32_t*>(kv.values()) + channel;
   __m512i sum[TILE][VECTORS];
