@@ -19,6 +19,7 @@ def info() -> None:
 
     from mixquant.engines.vllm.versions import plugin_state
     from mixquant.formats import BY_NAME, int8
+    from mixquant.kernels.cpu import attention
     from mixquant.kernels.cpu.compiled import why_not_fused
 
     devices = [torch.device("cpu")]
@@ -39,6 +40,9 @@ def info() -> None:
     failure = why_not_fused()
     facts = Table(title="Machine", title_justify="left", show_header=False)
     facts.add_row("fused kernels (CPU)", "compiled" if failure is None else f"not: {failure}")
+    reason = attention.why_not("int8")
+    attends = "compiled" if reason is None else f"not: {reason}"
+    facts.add_row("attention kernel (CPU)", attends)
     facts.add_row("CPU capability", torch.backends.cpu.get_cpu_capability())
     facts.add_row("VNNI", _yes(torch.cpu, "_is_vnni_supported"))
     facts.add_row("AMX", _yes(torch.cpu, "_is_amx_tile_supported"))

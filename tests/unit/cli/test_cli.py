@@ -207,6 +207,7 @@ def test_info(capsys: pytest.CaptureFixture[str]) -> None:
         "fp8",
         "int8",
         "fused kernels",
+        "attention kernel",
         "torch",
         "transformers",
         "vLLM plugin",
