@@ -204,7 +204,7 @@ def wants_kernel(model: PreTrainedModel, recipe: Recipe) -> bool:
 
 def _why_not_model(model: PreTrainedModel, seen: list[Any]) -> str | None:
     implementation = model.config._attn_implementation
-    if implementation != "sdpa":
+    if implementation not in ("sdpa", "mixquant_sdpa"):  # the latter calls the former
         return f"the model was loaded with attn_implementation {implementation!r}, not 'sdpa'"
     return None if seen else "no layer of this model calls it as known"
 

@@ -48,7 +48,9 @@ class TimedArm:
         return took, logits[-1]
 
     def read_answer(self, tokens: list[int]) -> list[Tensor]:
-        """Reads a piece of an answer in one pass, as decode; the logits ``[V]`` behind each token."""
+        """Reads a piece of an answer as decode, in one pass; the logits ``[V]`` behind each token."""
+        if self.quantize_all:  # several rows would attend in the prefill format, a step does not
+            return [self.step(token)[1] for token in tokens]
         return list(self._forward(tokens, len(tokens))[1]) if tokens else []
 
     def own(

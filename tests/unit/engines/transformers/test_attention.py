@@ -213,6 +213,16 @@ def test_another_implementation_is_named() -> None:
     assert "attn_implementation 'eager', not 'sdpa'" in attention_line(prepared)
 
 
+@needs_vnni
+def test_ours_for_single_queries_goes_with_it(calls: list[Any]) -> None:
+    plain = model()
+    plain.set_attn_implementation("mixquant_sdpa")
+    prepared = mixquant.prepare(plain, ALL)
+    assert "INT8 in our kernel, 2 layers" in attention_line(prepared)
+    prefill(prepared, tokens(40))
+    assert len(calls) == 2
+
+
 def test_other_types_are_named() -> None:
     prepared = mixquant.prepare(model().float(), ALL)
     why = "PyTorch's in 2 layers (it is in float32)" if HAS_VNNI else "the processor has no"
