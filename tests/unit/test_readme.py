@@ -93,11 +93,11 @@ def test_the_table_says_what_was_run() -> None:
 
 def test_other_numbers_are_committed_results() -> None:
     readme = " ".join(text().split())
-    kl = {arm["name"]: arm["kl_mean"] for arm in results("compare_cpu.json")["arms"]}
+    kl = {arm["name"]: arm["kl_mean"] for arm in results("compare_cpu_epyc.json")["arms"]}
     assert f"of {kl['mixquant']:.3f} nats per token, against {kl['quantized']:.3f}" in readme
     for name, shown in (
         ("compare_cpu.json", "**{:.2f} times**, SmolLM2-135M"),
-        ("compare_cpu_without_amx.json", "{:.2f} times, SmolLM2-135M, AMX held off"),
+        ("compare_cpu_epyc.json", "{:.2f} times, SmolLM2-135M, Transformers"),
     ):
         rate = {arm["name"]: arm["prefill_tokens_per_s"] for arm in results(name)["arms"]}
         assert shown.format(rate["mixquant"] / rate["bf16"]) in readme
@@ -125,7 +125,7 @@ def test_the_demo_is_what_the_command_prints_of_a_committed_run() -> None:
 
     from mixquant.cli.tables.compare import table
 
-    result = read(RESULTS / "compare_cpu_without_amx.json")
+    result = read(RESULTS / "compare_cpu_epyc.json")
     assert isinstance(result, Comparison)
     console = Console(width=80)
     with console.capture() as captured:
