@@ -118,7 +118,10 @@ def measure(arm: str, options: argparse.Namespace) -> dict[str, list[dict[str, A
     FILLED.unlink()
     # Others that still start would be measured, too.
     options.lock.with_name(f"started-{os.getpid()}").touch()
+    deadline = time.monotonic() + 300
     while len(list(options.lock.parent.glob("started-*"))) < options.together:
+        if time.monotonic() > deadline:
+            sys.exit("another engine has not started in 300 s")
         time.sleep(0.1)
     lock = FileLock(options.lock)  # released as the process ends
     lock.acquire()
