@@ -24,7 +24,7 @@ unexport PYTHONDONTWRITEBYTECODE
 
 demo: $(VENV)/.ready
 	@mkdir -p build/demo
-	$(BIN)/mixquant compare smollm2 --json build/demo/compare.json --report build/demo/report.html
+	$(BIN)/mixquant compare smollm2 --max-new-tokens 16 --json build/demo/compare.json --report build/demo/report.html
 
 check: lint $(VENV)/.ready-check
 	$(UNIT) -m "not slow and not browser"

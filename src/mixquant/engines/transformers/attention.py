@@ -136,6 +136,22 @@ def only_attention(plan: PhasePlan) -> PhasePlan:
     return alone
 
 
+_as_steps: ContextVar[bool] = ContextVar("mixquant_as_steps", default=False)
+
+
+@contextmanager
+def as_decode_steps() -> Iterator[None]:
+    """Inside the block all rows attend in SDPA, as a decode step does, whatever the plan.
+
+    So a piece of an answer can be read in one pass, where every row is quantized, too.
+    """
+    token = _as_steps.set(True)
+    try:
+        yield
+    finally:
+        _as_steps.reset(token)
+
+
 _seen: ContextVar[list[tuple[nn.Module, str | None]] | None] = ContextVar(
     "mixquant_seen", default=None
 )
@@ -276,6 +292,7 @@ def _attend(
         plan is None
         or plan.rows != sequences * rows
         or rows == 1
+        or _as_steps.get()
         or args  # by position, so not as Transformers' own models call it
         or why_not_kernel(module, query, key, value, mask, *args, **kwargs) is not None
     ):

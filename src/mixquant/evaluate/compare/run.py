@@ -34,9 +34,9 @@ ARMS = ("bf16", "attention", "quantized", "mixquant")
 # machine then hits all arms alike.
 PREFILL_ROUNDS = 2
 
-# Of each answer, so many steps are timed: all arms take them in turns. Most of them read the rest of
-# the answer in one pass, which tells its distributions as well and takes a fraction of the time.
-TIMED_STEPS = 8
+# Of each answer, so many steps are timed: all arms take them in turns. The others read the rest of the
+# answer in one pass, which tells its distributions as well and takes a fraction of the time.
+TIMED_STEPS = 6
 
 # The type of the reference is chosen by a prefill of so much of the first prompt: enough to tell
 # BF16 from FP32, and a fraction of the time.

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from mixquant.engines.transformers import everything_in_prefill_format, phase
+from mixquant.engines.transformers.attention import as_decode_steps
 from mixquant.engines.transformers.counting import quantized_rows
 from mixquant.engines.transformers.passes import only_attention
 
@@ -48,10 +49,11 @@ class TimedArm:
         return took, logits[-1]
 
     def read_answer(self, tokens: list[int]) -> list[Tensor]:
-        """Reads a piece of an answer as decode, in one pass; the logits ``[V]`` behind each token."""
-        if self.quantize_all:  # several rows would attend in the prefill format, a step does not
-            return [self.step(token)[1] for token in tokens]
-        return list(self._forward(tokens, len(tokens))[1]) if tokens else []
+        """Reads a piece of an answer in one pass, as decode; the logits ``[V]`` behind each token."""
+        if not tokens:
+            return []
+        with as_decode_steps():
+            return list(self._forward(tokens, len(tokens))[1])
 
     def own(
         self,

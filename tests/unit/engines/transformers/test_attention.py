@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, StaticCache
 import mixquant
 from mixquant.core.phase import PhasePlan
 from mixquant.engines.transformers import attention
+from mixquant.engines.transformers.attention import as_decode_steps
 from mixquant.engines.transformers.passes import everything_in_prefill_format, only_attention
 from mixquant.kernels.cpu import attention as kernel
 
@@ -118,6 +119,10 @@ def test_decode_steps_are_sdpas(calls: list[Any]) -> None:
     with everything_in_prefill_format():
         prepared.generate(tokens(40), max_new_tokens=5, do_sample=False)
     assert [call["rows"] for call in calls] == [[(0, 40)]] * 2
+    calls.clear()
+    with everything_in_prefill_format(), as_decode_steps():
+        prepared(tokens(40))
+    assert not calls
 
 
 @needs_vnni
