@@ -53,6 +53,7 @@ def measurements(
             metric=metric,
             workload=point.workload,
             tokens=point.tokens,
+            cached=point.cached,
             concurrency=point.concurrency,
             value=median(values),
             unit=unit,
@@ -80,13 +81,22 @@ def reference_of(arms: Iterable[str]) -> str:
     return REFERENCE if REFERENCE in names else names[0]
 
 
-def gains(found: Iterable[Measurement]) -> dict[tuple[str, str, int, int, str], float]:
+# Workload, tokens, cached tokens, concurrency.
+Place = tuple[str, int, int | None, int]
+
+
+def place_of(figure: Measurement) -> Place:
+    """The point at which something was measured."""
+    return figure.workload, figure.tokens, figure.cached, figure.concurrency
+
+
+def gains(found: Iterable[Measurement]) -> dict[tuple[str, Place, str], float]:
     """How many times as fast as the reference each figure is; above 1 is better.
 
     Returns:
-        By arm, workload, tokens, concurrency and metric; without shares, without what the reference
-        does not have, and without points where an arm quantized nothing (`nothing_quantized`): it
-        did there what the reference does, so a ratio is noise.
+        By arm, place and metric; without shares, without what the reference does not have, and
+        without points where an arm quantized nothing (`nothing_quantized`): it did there what the
+        reference does, so a ratio is noise.
     """
     found = list(found)
     nothing = nothing_quantized(found)
@@ -94,25 +104,43 @@ def gains(found: Iterable[Measurement]) -> dict[tuple[str, str, int, int, str], 
     if not figures:
         return {}
     reference = reference_of(dict.fromkeys(figure.arm for figure in figures))
-    by_key = {(f.arm, f.workload, f.tokens, f.concurrency, f.metric): f.value for f in figures}
+    by_key = {(f.arm, place_of(f), f.metric): f.value for f in figures}
     gained = {}
-    for (arm, *where), value in by_key.items():
-        base = by_key.get((reference, *where))  # type: ignore[arg-type]
-        unquantized = arm != reference and (arm, *where[:-1]) in nothing
+    for (arm, place, metric), value in by_key.items():
+        base = by_key.get((reference, place, metric))
+        unquantized = arm != reference and (arm, place) in nothing
         if base and value and not unquantized:
-            faster = base / value if where[-1] in TIMES else value / base
-            gained[(arm, *where)] = faster
-    return gained  # type: ignore[return-value]
+            gained[arm, place, metric] = base / value if metric in TIMES else value / base
+    return gained
 
 
-def nothing_quantized(found: Iterable[Measurement]) -> set[tuple[str, str, int, int]]:
+def crossover(found: Iterable[Measurement], arm: str) -> int | None:
+    """From how many new tokens on an arm answers no later than the reference, whatever is cached.
+
+    Returns:
+        The fewest of the turns that were measured from which on that holds; None if it does not hold
+        for the longest, or there are no turns where the arm quantized something.
+    """
+    slowest: dict[int, float] = {}
+    for (name, (workload, tokens, _, _), metric), gain in gains(found).items():
+        if (name, workload, metric) == (arm, "turns", "ttft"):
+            slowest[tokens] = min(gain, slowest.get(tokens, gain))
+    least = None
+    for tokens in sorted(slowest, reverse=True):
+        if slowest[tokens] < 1:
+            break
+        least = tokens
+    return least
+
+
+def nothing_quantized(found: Iterable[Measurement]) -> set[tuple[str, Place]]:
     """The points at which an arm read prompts and quantized none of their tokens.
 
     Returns:
-        By arm, workload, tokens and concurrency. Arms that do not count rows are not among them.
+        By arm and place. Arms that do not count rows are not among them.
     """
     return {
-        (figure.arm, figure.workload, figure.tokens, figure.concurrency)
+        (figure.arm, place_of(figure))
         for figure in found
         if figure.metric == "quantized" and figure.value == 0
     }

@@ -1,8 +1,9 @@
-"""The requests of each workload: by prompt length, by batch size, by concurrency, and an agent
+"""The requests of each workload: by prompt length, by batch size, by concurrency, turns, and an agent
 trace.
 
 A point is one setting of one workload. It runs several times, each time with its own prompts, so no
-run finds those of another in a prefix cache. All arms read the same prompts.
+run finds those of another in a prefix cache. All arms read the same prompts. A turn is new tokens behind
+others that the warm-up has put into the prefix cache.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import numpy as np
 
 from mixquant.bench.trace import Request, Session, turns
 
-Workload = Literal["length", "batch", "concurrency", "agent"]
+Workload = Literal["length", "batch", "concurrency", "turns", "agent"]
 
 # A closed loop has this many requests for each one in flight, so that prefill and decode overlap.
 ROUNDS = 2
@@ -29,6 +30,8 @@ class Plan:
     lengths: tuple[int, ...]  # in tokens
     batches: tuple[int, ...]
     concurrencies: tuple[int, ...]
+    turns: tuple[int, ...]  # new tokens
+    cached: tuple[int, ...]  # tokens before each turn
     sessions: tuple[Session, ...]
     prompt_tokens: int  # of each prompt of batches and concurrencies
     output_tokens: int
@@ -40,7 +43,7 @@ class Point:
     """One setting of one workload.
 
     Attributes:
-        tokens: of each prompt; of an agent trace, the mean, rounded.
+        tokens: of each prompt, without those ``cached``; of an agent trace, the mean, rounded.
         concurrency: requests in flight at once; of an agent trace, sessions.
         prompt_tokens: of all requests of a run together.
         longest: tokens that one of its requests reads and writes.
@@ -54,9 +57,12 @@ class Point:
     prompt_tokens: int
     longest: int
     run: Callable[[int], list[list[Request]]]
+    cached: int | None = None  # tokens before those, where there are turns
 
     @property
     def name(self) -> str:
+        if self.cached is not None:
+            return f"{self.workload}, {self.tokens} tokens behind {self.cached}"
         at_once = f", {self.concurrency} at once" if self.concurrency > 1 else ""
         return f"{self.workload}, {self.tokens} tokens{at_once}"
 
@@ -81,12 +87,33 @@ def points(plan: Plan, tokenizer: Any) -> list[Point]:
         of_random_tokens("concurrency", plan.prompt_tokens, at_once, ROUNDS * at_once)
         for at_once in plan.concurrencies
     ]
+    found += [
+        _turn_point(plan, vocabulary, cached, new) for cached in plan.cached for new in plan.turns
+    ]
     if plan.sessions:
         numbers = plan.concurrencies or (1,)
         # No more at once than there are.
         for at_once in sorted({min(number, len(plan.sessions)) for number in numbers}):
             found.append(_agent_point(plan, tokenizer, at_once))
     return found
+
+
+def _turn_point(
+    plan: Plan, vocabulary: np.ndarray[Any, np.dtype[np.int64]], cached: int, new: int
+) -> Point:
+    def random_tokens(what: str, tokens: int) -> tuple[int, ...]:
+        generator = np.random.default_rng((plan.seed, zlib.crc32(what.encode())))
+        return tuple(generator.choice(vocabulary, tokens).tolist())
+
+    def run(number: int) -> list[list[Request]]:
+        prefix = random_tokens(f"prefix {cached}", cached)
+        own = random_tokens(f"turn {cached} {new} {number}", new)
+        turn = [Request(prefix + own, plan.output_tokens)]
+        first = [Request(prefix, 1)] if prefix and not number else []
+        return [first + turn]
+
+    longest = cached + new + plan.output_tokens
+    return Point("turns", new, 1, new, longest, run, cached)
 
 
 def _agent_point(plan: Plan, tokenizer: Any, at_once: int) -> Point:

@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 LENGTHS = (512, 2048, 8192)
 BATCHES = (1, 4, 16)
 CONCURRENCIES = (1, 8)
+CACHED = (0, 8192)
 
 
 def _shown(numbers: tuple[int, ...]) -> str:
@@ -111,6 +112,25 @@ def bench(
             show_default=_shown(CONCURRENCIES),
         ),
     ] = None,
+    turns: Annotated[
+        str | None,
+        typer.Option(
+            "--turns",
+            metavar="N,N,...",
+            help="Turns of an agent to measure: numbers of new tokens, each behind each of --cached. "
+            "Ends with the recipe that leaves shorter turns in BF16.",
+            show_default="none",
+        ),
+    ] = None,
+    cached: Annotated[
+        str | None,
+        typer.Option(
+            "--cached",
+            metavar="N,N,...",
+            help="Tokens that the prefix cache holds before each of the --turns.",
+            show_default=_shown(CACHED),
+        ),
+    ] = None,
     trace: Annotated[
         str | None,
         typer.Option(
@@ -159,7 +179,7 @@ def bench(
     from mixquant.bench.run import check_server, run
     from mixquant.bench.trace import BUILTIN, read_trace
     from mixquant.bench.workloads import Plan, points
-    from mixquant.cli.tables.speed import tables
+    from mixquant.cli.tables.speed import tables, threshold
     from mixquant.results import Bench, to_json
     from mixquant.servers.arms import chosen_arms
 
@@ -168,6 +188,7 @@ def bench(
     if in_process:
         given = {"--url": urls, "--vllm-args": vllm_args, "--batches": batches}
         given |= {"--concurrencies": concurrencies, "--trace": trace, "--served-name": served_name}
+        given |= {"--turns": turns, "--cached": cached}
         given |= {"--arm NAME=ARGUMENTS": [arm for arm in arms or () if "=" in arm]}
         for option, value in given.items():
             if value and value != "none":
@@ -179,6 +200,8 @@ def bench(
         "--lengths": _numbers("--lengths", lengths, LENGTHS),
         "--batches": _numbers("--batches", batches, BATCHES),
         "--concurrencies": _numbers("--concurrencies", concurrencies, CONCURRENCIES),
+        "--turns": _numbers("--turns", turns, ()),
+        "--cached": _numbers("--cached", cached, CACHED, least=0),
     }
     if json_file is not None:
         check_writable(json_file)
@@ -187,6 +210,8 @@ def bench(
         lengths=numbers["--lengths"],
         batches=numbers["--batches"],
         concurrencies=numbers["--concurrencies"],
+        turns=numbers["--turns"],
+        cached=numbers["--cached"],
         sessions=sessions,
         prompt_tokens=prompt_tokens,
         output_tokens=output_tokens,
@@ -196,6 +221,7 @@ def bench(
     checkpoint = find(model, say)
     compared = chosen_arms(chosen or saved_recipe(checkpoint), arms or (), urls or (), vllm_args)
     given_by = {"length": lengths, "batch": batches, "concurrency": concurrencies, "agent": trace}
+    given_by |= {"turns": turns}
     chosen_workloads = {name for name, given in given_by.items() if given is not None}
     left, left_out = _that_fit(
         points(plan, load_tokenizer(checkpoint)), checkpoint, chosen_workloads
@@ -251,12 +277,16 @@ def bench(
             for table in tables(found):
                 out.print(table)
                 out.print()
+            if (sentence := threshold(found)) is not None:
+                out.print(sentence, highlight=False)
         if done and len(done) < len(compared):
             kept = f" (results in {json_file})" if json_file is not None else ""
             say(f"finished: {', '.join(arm.name for arm in done)}{kept}")
 
 
-def _numbers(option: str, text: str | None, default: tuple[int, ...]) -> tuple[int, ...]:
+def _numbers(
+    option: str, text: str | None, default: tuple[int, ...], least: int = 1
+) -> tuple[int, ...]:
     if text is None:
         return default
     if text.strip() == "none":
@@ -264,10 +294,10 @@ def _numbers(option: str, text: str | None, default: tuple[int, ...]) -> tuple[i
     try:
         numbers = sorted({int(part) for part in text.split(",")})
     except ValueError:
-        numbers = [0]
-    if numbers[0] < 1:
+        numbers = [-1]
+    if numbers[0] < least:
         raise InputError(
-            f"{option} {shown(text)}: expected numbers from 1, separated by commas, or none"
+            f"{option} {shown(text)}: expected numbers from {least}, separated by commas, or none"
         )
     return tuple(numbers)
 

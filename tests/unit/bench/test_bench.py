@@ -23,6 +23,7 @@ from mixquant.bench.generator import Answer, GeneratorError
 from mixquant.bench.trace import Request
 from mixquant.bench.workloads import Plan, Point, points
 from mixquant.cli.tables import speed as table
+from mixquant.core.recipe import Recipe
 from mixquant.results import Measurement
 
 FULL = Counts(quantized=75.0, precise=25.0, queried=200.0, hit=50.0)
@@ -177,8 +178,8 @@ def figure(arm: str, metric: str, value: float, **more: Any) -> Measurement:
 def test_gains_are_above_one_for_the_faster(base: float, value: float, metric: str) -> None:
     found = [figure("mine", metric, value), figure("bf16", metric, base)]
     gained = summary.gains(found)
-    assert gained["bf16", "length", 7, 1, metric] == 1
-    ratio = gained["mine", "length", 7, 1, metric]
+    assert gained["bf16", ("length", 7, None, 1), metric] == 1
+    ratio = gained["mine", ("length", 7, None, 1), metric]
     faster = value < base if metric in summary.TIMES else value > base
     assert (ratio > 1) == faster or value == base or ratio == pytest.approx(1)
     wanted = base / value if metric in summary.TIMES else value / base
@@ -193,8 +194,8 @@ def test_gains_are_to_the_first_arm_where_there_is_no_bf16_and_within_a_point() 
         figure("one", "quantized", 0.5, unit="share"),
     ]
     assert summary.gains(found) == {
-        ("one", "length", 7, 1, "ttft"): 1.0,
-        ("two", "length", 7, 1, "ttft"): 2.0,
+        ("one", ("length", 7, None, 1), "ttft"): 1.0,
+        ("two", ("length", 7, None, 1), "ttft"): 2.0,
     }
     assert summary.gains([]) == {}
 
@@ -282,7 +283,14 @@ class Tokenizer:
 
 def a_plan(**more: Any) -> Plan:
     values: dict[str, Any] = {"lengths": (3, 40), "batches": (1, 4), "concurrencies": (2,)}
-    values |= {"sessions": (), "prompt_tokens": 40, "output_tokens": 6, "seed": 1}
+    values |= {
+        "turns": (),
+        "cached": (0,),
+        "sessions": (),
+        "prompt_tokens": 40,
+        "output_tokens": 6,
+        "seed": 1,
+    }
     return Plan(**(values | more))
 
 
@@ -316,6 +324,71 @@ def test_prompts_are_the_same_for_all_arms_and_new_in_every_run() -> None:
     assert Counter(prompt[:16] for prompt in every).most_common(1)[0][1] == 1
     other = points(a_plan(seed=2), Tokenizer())[1].run(1)
     assert other != long_ones[0].run(1)
+
+
+def test_turns_are_new_tokens_behind_what_the_warm_up_has_cached() -> None:
+    plan = a_plan(lengths=(), batches=(), concurrencies=(), turns=(5, 9), cached=(0, 48))
+    found = points(plan, Tokenizer())
+    assert [(p.cached, p.tokens) for p in found] == [(0, 5), (0, 9), (48, 5), (48, 9)]
+    prefixes = set()
+    for point in found:
+        assert point.cached is not None
+        (warm_up,), (first,), (second,) = (point.run(number) for number in range(3))
+        assert len(warm_up) == (2 if point.cached else 1)
+        turns = [warm_up[-1], *first, *second]
+        assert {len(turn.prompt) for turn in turns} == {point.tokens + point.cached}
+        if point.cached:
+            assert warm_up[0].prompt == turns[0].prompt[: point.cached]
+            prefixes |= {turn.prompt[: point.cached] for turn in turns}
+        assert len({turn.prompt for turn in turns}) == 3
+        assert point.longest == point.tokens + point.cached + 6
+    assert len(prefixes) == 1
+    assert found[-1].name == "turns, 9 tokens behind 48"
+
+
+def turns_of(gains: dict[tuple[int, int], float], quantized: int = 1) -> list[Measurement]:
+    """Times to the first token of two arms, by cached and new tokens."""
+    found = []
+    for (cached, tokens), gain in gains.items():
+        where = {"workload": "turns", "tokens": tokens, "cached": cached}
+        found.append(figure("bf16", "ttft", 10.0 * gain, **where))
+        found.append(figure("mixquant", "ttft", 10.0, **where))
+        share = float(tokens >= quantized)
+        found.append(figure("mixquant", "quantized", share, unit="share", **where))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("slowest", "quantized", "least"),
+    [
+        ({128: 0.7, 512: 1.1, 1024: 1.3}, 1, 512),
+        ({128: 1.2, 512: 0.9, 1024: 1.3}, 1, 1024),
+        ({128: 0.7, 512: 1.1, 1024: 0.99}, 1, None),
+        ({128: 1.1, 512: 1.1}, 512, 512),  # where nothing is quantized nothing is known
+        ({128: 1.1, 512: 1.1}, 4096, None),
+    ],
+)
+def test_the_threshold_is_where_no_longer_turn_is_slower(
+    slowest: dict[int, float], quantized: int, least: int | None
+) -> None:
+    gains = {(0, tokens): 2.0 for tokens in slowest}
+    gains |= {(8192, tokens): gain for tokens, gain in slowest.items()}
+    found = turns_of(gains, quantized)
+    assert summary.crossover(found, "mixquant") == least
+    said = table.threshold(found)
+    assert said is not None
+    assert ("nothing is known" in said) == (least is None)
+    if least is not None:
+        recipe = Recipe.from_json(said[said.index("{") :])
+        assert recipe.min_prefill_tokens == least - 1  # all but the tail
+    assert table.threshold([one for one in found if one.arm == "bf16"]) is None
+
+
+def test_a_table_of_turns() -> None:
+    console = Console(width=80, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console.print(*table.tables(turns_of({(0, 512): 1.0, (98304, 512): 1.25})))
+    text = console.export_text()
+    assert "512 behind 0 " in text and "512 behind 98304 " in text and "1.25x" in text
 
 
 def test_what_is_left_out_is_not_asked() -> None:

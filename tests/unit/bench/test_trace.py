@@ -144,7 +144,7 @@ def test_every_answer_is_a_turn_that_reads_all_before_it(all_messages: list[list
 
 def test_runs_and_concurrencies_share_no_prefix() -> None:
     sessions = tuple(read_trace(BUILTIN))
-    plan = Plan((), (), (2, 99), sessions, 10, 5, seed=3)
+    plan = Plan((), (), (2, 99), (), (), sessions, 10, 5, seed=3)
     found = [point for point in points(plan, Characters()) if point.workload == "agent"]
     assert [point.concurrency for point in found] == [2, len(sessions)]
     beginnings = [

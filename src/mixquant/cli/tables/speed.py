@@ -6,13 +6,21 @@ from collections.abc import Sequence
 
 from rich.table import Table
 
-from mixquant.bench.summary import gains, nothing_quantized, reference_of
+from mixquant.bench.summary import (
+    Place,
+    crossover,
+    gains,
+    nothing_quantized,
+    place_of,
+    reference_of,
+)
 from mixquant.results import Measurement
 
 TITLES = {
     "length": "By prompt length: one request at a time x tokens",
     "batch": "By batch size: requests sent at once x tokens of each",
     "concurrency": "By concurrency: requests kept in flight x tokens of each",
+    "turns": "Turns: new tokens behind cached ones",
     "agent": "Agent trace: sessions at a time x tokens of a prompt, on average",
 }
 
@@ -35,9 +43,26 @@ def tables(found: Sequence[Measurement]) -> list[Table]:
     return [_table(workload, found) for workload in names]
 
 
+def threshold(found: Sequence[Measurement]) -> str | None:
+    """What the turns say about ``min_prefill_tokens``, with a recipe; None where there are none."""
+    arms = {figure.arm for figure in found if figure.workload == "turns"}
+    if not {"bf16", "mixquant"} <= arms:
+        return None
+    least = crossover(found, "mixquant")
+    if least is None:
+        return (
+            "mixquant answers later than bf16 in the longest of these turns, or quantized none of "
+            "them: nothing is known of the best min_prefill_tokens."
+        )
+    return (
+        f"From {least} new tokens on, mixquant answers no later than bf16 in these turns. The recipe "
+        f'for this machine: {{"min_prefill_tokens": {least - 1}}}'
+    )
+
+
 def _table(workload: str, found: Sequence[Measurement]) -> Table:
     own = [figure for figure in found if figure.workload == workload]
-    by_key = {(f.arm, f.tokens, f.concurrency, f.metric): f for f in own}
+    by_key = {(f.arm, place_of(f), f.metric): f for f in own}
     gained = gains(own)
     reference = reference_of(dict.fromkeys(figure.arm for figure in own))
     metrics = {figure.metric for figure in own}
@@ -65,29 +90,32 @@ def _table(workload: str, found: Sequence[Measurement]) -> Table:
         table.add_column(heading, justify="right", no_wrap=True)
 
     before = None
-    for arm, *point in dict.fromkeys((f.arm, f.tokens, f.concurrency) for f in _sorted(own)):
-        tokens, concurrency = point
-        place = f"{concurrency} x {tokens}"
-        cells = ["" if point == before else place, arm]
+    for arm, place in dict.fromkeys((f.arm, place_of(f)) for f in _sorted(own)):
+        cells = ["" if place == before else _said(place), arm]
         for metric, _ in shown:
-            figure = by_key.get((arm, tokens, concurrency, metric))
-            gain = gained.get((arm, workload, tokens, concurrency, metric))
+            figure = by_key.get((arm, place, metric))
+            gain = gained.get((arm, place, metric))
             cells.append("–" if figure is None else _digits(figure.value))
             if metric == "ttft":
                 cells.append("" if figure is None else _range(figure))
             cells.append("" if gain is None or arm == reference else f"{gain:.2f}x")
         for metric, _ in shares:
-            figure = by_key.get((arm, tokens, concurrency, metric))
+            figure = by_key.get((arm, place, metric))
             cells.append("–" if figure is None else f"{100 * figure.value:.0f}%")
         table.add_row(*cells)
-        before = point
+        before = place
     return table
+
+
+def _said(place: Place) -> str:
+    _, tokens, cached, concurrency = place
+    return f"{concurrency} x {tokens}" if cached is None else f"{tokens} behind {cached}"
 
 
 def _sorted(found: Sequence[Measurement]) -> list[Measurement]:
     """Point by point, the arms of each in the order in which they were run."""
     order = {arm: place for place, arm in enumerate(dict.fromkeys(f.arm for f in found))}
-    return sorted(found, key=lambda f: (f.tokens, f.concurrency, order[f.arm]))
+    return sorted(found, key=lambda f: (f.cached or 0, f.tokens, f.concurrency, order[f.arm]))
 
 
 def _range(figure: Measurement) -> str:
