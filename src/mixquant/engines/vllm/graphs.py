@@ -112,12 +112,14 @@ def prepare(
         least: quantizable rows of a quantized pass.
 
     Returns:
-        The graphs, or None; and a line for the table.
+        The graphs, or None; and what the table says of them.
     """
     what = "quantized CUDA graphs:"
+    compilation = runner.vllm_config.compilation_config
+    if not compilation.cudagraph_capture_sizes:
+        return None, Outcome(what, ())  # vLLM captures none either
     if (why := why_none(runner.vllm_config, model, recipe)) is not None:
         return None, Outcome.nowhere(what, 1, why)
-    compilation = runner.vllm_config.compilation_config
     own = list(compilation.cudagraph_capture_sizes)
     most = min(MOST, runner.vllm_config.scheduler_config.max_num_batched_tokens)
     precise, quantized = sizes(own, least, most)
@@ -153,8 +155,6 @@ def why_none(vllm_config: Any, model: torch.nn.Module, recipe: Recipe) -> str | 
     compilation = vllm_config.compilation_config
     if recipe.everywhere or recipe.role == "prefill":
         return "all graphs are"
-    if not compilation.cudagraph_capture_sizes:
-        return "vLLM captures none"
     if not vllm_config.quant_config.default_graph_sizes:
         return "the sizes of graphs were chosen"
     if compilation.cudagraph_mode.mixed_mode() != CUDAGraphMode.PIECEWISE:
