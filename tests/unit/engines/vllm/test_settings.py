@@ -604,6 +604,10 @@ def test_the_recipe_reaches_the_method_and_additional_config(
     there = pickle.loads(pickle.dumps(config))
     assert there.quant_config.recipe == config.quant_config.recipe
     assert there.compute_hash() == config.compute_hash()
+    # vLLM checks it again when an engine in a process of its own has started.
+    there.__post_init__()
+    assert there.quant_config.recipe == config.quant_config.recipe
+    assert there.quant_config.default_graph_sizes == config.quant_config.default_graph_sizes
 
 
 def test_two_recipes_never_share_a_key_and_one_has_one(
