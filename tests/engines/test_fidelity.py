@@ -23,6 +23,8 @@ from mixquant.evaluate.fidelity.passages import Passages
 from mixquant.results import Divergence, Fidelity, read
 
 LENGTH, ANSWER = 300, 32
+# vLLM does not attend in INT8 on a CPU, as Transformers does by default.
+INT8 = {"format": "int8", "min_prefill_tokens": 0, "prefill_attention": "bf16"}
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +52,7 @@ def _by_arm(result: Any) -> dict[str, Divergence]:
 def measured(model: str, texts: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Fidelity:
     folder = tmp_path_factory.mktemp("fidelity")
     recipe, file = folder / "my.json", folder / "fidelity.json"
-    recipe.write_text(json.dumps({"format": "int8", "min_prefill_tokens": 0}))
+    recipe.write_text(json.dumps(INT8))
     arguments = [model, *_arguments(texts, file), "--recipe", str(recipe)]
     assert cli.main(["fidelity", *arguments, "--recipe", "exact"]) == 0
     result = read(file)
@@ -112,7 +114,7 @@ class TestOnTransformers:
 
         plain = load()
         p = expected(plain, said=False)
-        ours = mixquant.prepare(load(), {"format": "int8", "min_prefill_tokens": 0})
+        ours = mixquant.prepare(load(), INT8)
         q = expected(ours, said=True)
         kl = (p.exp() * (p - q)).sum(-1)
         nll = -q.gather(-1, tokens[:, LENGTH:, None])
@@ -176,8 +178,7 @@ class TestOnVLLM:
         require_vllm()
         monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")  # not nearly all of the memory
         recipe, file = tmp_path / "my.json", tmp_path / "fidelity.json"
-        int8 = {"format": "int8", "min_prefill_tokens": 0, **this_machine.RECIPE}
-        recipe.write_text(json.dumps(int8))
+        recipe.write_text(json.dumps({**INT8, **this_machine.RECIPE}))
         # Prompts come in three pieces, of which only the last one ends in an answer's token.
         arguments = [model, *_arguments(texts, file), "--recipe", str(recipe)]
         arguments += ["--no-quantized", "--engine", "vllm"]

@@ -191,7 +191,7 @@ def tally(passes: list[dict[str, Any]]) -> Counter[tuple[str, ...]]:
 
 def counted(metrics: dict[tuple[str, ...], float]) -> Counter[tuple[str, ...]]:
     ours = {k: int(v) for k, v in metrics.items() if k[0] in COUNTERS}
-    assert len(ours) == 7
+    assert len(ours) == 8
     assert ours.pop(("mixquant_rows_total", "decode", "quantized")) == 0
     return Counter(ours)
 
