@@ -310,6 +310,13 @@ def test_tables_are_what_the_files_hold(
         assert any(row.items() <= one.items() for one in printed), row
 
 
+@pytest.mark.parametrize("file", sorted((REPOSITORY / "benchmarks/results").glob("*.json")))
+def test_a_command_of_results_runs_anywhere(file: Path) -> None:
+    """It names no folder of the machine on which it ran."""
+    command = json.loads(file.read_text())["command"]
+    assert not re.search(r"(^|[\s='\"])[/~]", command), command
+
+
 def test_results_are_in_marked_tables() -> None:
     """Nothing is a result that no file holds."""
     for block in blocks(DOCS / "results" / "index.md"):
