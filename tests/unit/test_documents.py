@@ -311,10 +311,8 @@ def test_tables_are_what_the_files_hold(
 
 
 @pytest.mark.parametrize("file", sorted((REPOSITORY / "benchmarks/results").glob("*.json")))
-def test_a_command_of_results_runs_anywhere(file: Path) -> None:
-    """It names no folder of the machine on which it ran."""
-    command = json.loads(file.read_text())["command"]
-    assert not re.search(r"(^|[\s='\"])[/~]", command), command
+def test_results_name_no_folder_of_the_machine_that_measured(file: Path) -> None:
+    assert not re.findall(r"""[\s='"][/~]+\w[^\s'"]*""", file.read_text())
 
 
 def test_results_are_in_marked_tables() -> None:
