@@ -61,7 +61,9 @@ class RecipeError(MixquantError, ValueError):
 
 
 LEAST_ON_GPU = 512
-"""Quantizable tokens from which on a pass gains on a GPU: with fewer, an H100 takes as long in BF16."""
+"""Quantizable tokens from which on a pass should gain on a GPU: with fewer, reading the BF16 weights for
+its precise rows takes as long as the products gain. An estimate; `mixquant bench --turns` measures it.
+"""
 
 LEAST_ON_CPU = 128
 

@@ -1,8 +1,8 @@
 """CUDA graphs of quantized passes.
 
 vLLM captures graphs for passes of up to some 500 rows. Those stay precise: so few rows gain nothing.
-Longer passes are launched kernel by kernel, which takes the CPU 25 to 45 ms, longer than most turns of
-an agent take the GPU. So more sizes are captured, and those are quantized.
+Longer passes are launched kernel by kernel, which can take the CPU longer than a turn of an agent takes
+the GPU. So more sizes are captured, and those are quantized.
 
 A graph is the same for every pass of its size, so which of its rows are precise is data there: the
 numbers of up to `FEW_ROWS` of them, in a tensor that is filled before each replay. A pass that needs
