@@ -11,6 +11,7 @@ import re
 import sys
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 # The first that a kernel's name matches counts.
 KINDS = {
@@ -22,16 +23,27 @@ KINDS = {
 }
 
 
-def events(file: Path) -> list[tuple[str, float, float]]:
-    """The GPU's work in a trace of torch.profiler: name, start and length in ms."""
+def trace_of(file: Path) -> list[dict[str, Any]]:
+    """The events of a trace of torch.profiler."""
     data = file.read_bytes()
-    found = json.loads(gzip.decompress(data) if file.suffix == ".gz" else data)["traceEvents"]
+    found = json.loads(gzip.decompress(data) if file.suffix == ".gz" else data)
+    return list(found["traceEvents"])
+
+
+def events(trace: list[dict[str, Any]]) -> list[tuple[str, float, float]]:
+    """The GPU's work in a trace: name, start and length in ms."""
     kinds = ("kernel", "gpu_memcpy", "gpu_memset")
     return [
         (event["name"], event["ts"] / 1e3, event["dur"] / 1e3)
-        for event in found
+        for event in trace
         if event.get("cat") in kinds
     ]
+
+
+def count_launches(trace: list[dict[str, Any]]) -> int:
+    """How often the CPU launched a kernel, or a graph of kernels, in a trace."""
+    calls = ("cuda_runtime", "cuda_driver")
+    return sum(event.get("cat") in calls and "Launch" in event["name"] for event in trace)
 
 
 def by_kind(found: list[tuple[str, float, float]]) -> dict[str, float]:
@@ -59,7 +71,9 @@ def longest(found: list[tuple[str, float, float]], count: int = 25) -> list[tupl
 
 
 def main(file: str) -> None:
-    found = events(Path(file))
+    trace = trace_of(Path(file))
+    found = events(trace)
+    print(f"{count_launches(trace)} launches")
     for kind, time in by_kind(found).items():
         print(f"{time:9.2f} ms  {kind}")
     for time, launches, name in longest(found):

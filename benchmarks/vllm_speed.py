@@ -33,7 +33,7 @@ from typing import Any
 
 import torch
 from filelock import FileLock
-from kernel_times import by_kind, events, longest
+from kernel_times import by_kind, count_launches, events, longest, trace_of
 
 from mixquant.results import Arm, Bench, Environment, Measurement, Piece, to_json
 
@@ -50,15 +50,20 @@ ARMS: dict[str, dict[str, Any]] = {
     "fp8": {"quantization": "fp8"},
     "mixquant, BF16 attention": mixquant(prefill_attention="bf16"),
     "mixquant": mixquant(),
+    # Graphs of the sizes that vLLM captures by default: those that are chosen stay as they are.
+    "mixquant, without quantized graphs": {**mixquant(), "max_cudagraph_capture_size": 512},
     "FP8 attention alone": mixquant(preset="exact", prefill_attention="fp8"),
     "FP8 everywhere and FP8 attention": mixquant(everywhere=True),
     "bf16 with graphs": {"max_cudagraph_capture_size": 4096},
     "fp8 with graphs": {"quantization": "fp8", "max_cudagraph_capture_size": 4096},
 }
 NEW = (128, 256, 512, 1024, 2048, 4096, 8192)  # tokens of a turn
-PROFILED = {"bf16": 200_000, "fp8": 100_000, "mixquant": 200_000}  # prompts of up to so many tokens
-KV_CACHE_BYTES = 20 * 10**9  # 135,000 tokens of Qwen3-8B
-KV_CACHE_BYTES_OF_TURNS = 16 * 10**9  # 108,000
+PROFILED = {  # prompts of up to so many tokens
+    "bf16": 200_000,
+    "fp8": 100_000,
+    "mixquant": 200_000,
+    "mixquant, without quantized graphs": 200_000,
+}
 NEW_TOKENS = 128
 FILLED = Path(tempfile.gettempdir(), f"vllm-speed-{secrets.token_hex(8)}-filled")
 CROWD_TOKENS = 4096
@@ -108,7 +113,7 @@ def measure(arm: str, options: argparse.Namespace) -> dict[str, list[dict[str, A
         enable_prefix_caching=options.turns,
         gpu_memory_utilization=0.25,  # only compared with what the weights need and what is free
         # vLLM cannot measure it while others start.
-        kv_cache_memory_bytes=KV_CACHE_BYTES_OF_TURNS if options.turns else KV_CACHE_BYTES,
+        kv_cache_memory_bytes=options.kv_cache * 10**9,
         disable_log_stats=True,
         profiler_config=profiler if options.breakdown else None,
         **ARMS[arm],
@@ -204,15 +209,16 @@ def measure(arm: str, options: argparse.Namespace) -> dict[str, list[dict[str, A
             seconds(1, tokens, 1)
         values = [1e3 * seconds(1, tokens, 1) for _ in range(repeats)]
         record("ttft", tokens, 1, values, "ms", "length")
-    for batch in (1, 32):
+    for batch in (1, 32) if options.lengths else ():
         seconds(batch, 128, NEW_TOKENS)
         steps = []
         for _ in range(4):
             first = seconds(batch, 128, 1)
             steps.append(1e3 * (seconds(batch, 128, NEW_TOKENS + 1) - first) / NEW_TOKENS)
         record("tpot", 128, batch, steps, "ms")
-    seconds(16, 6000, 64)
-    record("batch_of_16", 6000, 16, [seconds(16, 6000, 64) for _ in range(2)], "s")
+    if options.lengths:
+        seconds(16, 6000, 64)
+        record("batch_of_16", 6000, 16, [seconds(16, 6000, 64) for _ in range(2)], "s")
     for concurrency in options.concurrencies:
         values = [1e3 * mean_ttft(concurrency, CROWD_TOKENS) for _ in range(2)]
         record("ttft", CROWD_TOKENS, concurrency, values, "ms", "concurrency")
@@ -220,11 +226,14 @@ def measure(arm: str, options: argparse.Namespace) -> dict[str, list[dict[str, A
     for tokens in options.breakdown:
         if tokens > PROFILED.get(arm, 0):
             continue
+        seconds(1, tokens, 1)
         llm.start_profile()
         seconds(1, tokens, 1)
         llm.stop_profile()
         (trace,) = traces.glob("*rank*")
-        found = events(trace)
+        content = trace_of(trace)
+        record("launches", tokens, 1, [count_launches(content)], "calls", "length")
+        found = events(content)
         print(f"{arm}, {tokens} tokens", *longest(found), sep="\n", file=sys.stderr, flush=True)
         for kind, ms in by_kind(found).items():
             pieces.append({"arm": arm, "tokens": tokens, "kind": kind, "ms": round(ms, 3)})
@@ -268,7 +277,11 @@ def main() -> None:
         "--show", metavar="FILE", type=Path, help="print the table of a --json file"
     )
     parser.add_argument("--arms", default="; ".join(ARMS), help="separated by '; '")
-    parser.add_argument("--lengths", default="2048,8192,32768,131072", help="of the TTFT prompts")
+    parser.add_argument(
+        "--lengths",
+        default="2048,8192,32768,131072",
+        help="of the TTFT prompts; '' to profile alone",
+    )
     parser.add_argument("--concurrencies", default="1,8,32", help=f"of {CROWD_TOKENS} tokens each")
     parser.add_argument(
         "--breakdown", default="8192,131072", help="profile prompts of these lengths"
@@ -276,6 +289,13 @@ def main() -> None:
     parser.add_argument("--traces", metavar="FOLDER", type=Path, help="keep the profiles' traces")
     parser.add_argument("--turns", action="store_true", help="measure an agent's turns instead")
     parser.add_argument("--cached", default="0,8192,32768,98304", help="tokens before each turn")
+    parser.add_argument(
+        "--kv-cache",
+        type=int,
+        default=20,
+        metavar="GB",
+        help="of each engine; 147 kB a token",
+    )
     parser.add_argument("--vocabulary", type=int, help="tokens are drawn below this number")
     parser.add_argument("--json", type=Path, help="where the results go")
     parser.add_argument("--together", type=int, default=1, help="engines that start at a time")
@@ -312,6 +332,7 @@ def main() -> None:
                 command += [f"--{name}={text}" for name, text in numbers.items()]
                 command += ["--one-arm", str(result), "--lock", str(Path(folder, "lock"))]
                 command += ["--turns"] * options.turns
+                command += ["--kv-cache", str(options.kv_cache)]
                 command += ["--together", str(len(group))]
                 if options.traces:
                     command += ["--traces", str(options.traces)]

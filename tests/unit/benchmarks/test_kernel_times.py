@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from kernel_times import KINDS, by_kind, events, longest
+from kernel_times import KINDS, by_kind, count_launches, events, longest, trace_of
 
 # As they are called on an H200 with vLLM 0.25.1, shortened.
 NAMES = {
@@ -37,12 +37,17 @@ def test_only_the_gpus_work_is_read(tmp_path: Path, suffix: str) -> None:
         {"cat": "kernel", "name": "gemm", "ts": 1000, "dur": 500},
         {"cat": "cpu_op", "name": "aten::mm", "ts": 0, "dur": 9000},
         {"cat": "gpu_memcpy", "name": "Memcpy DtoH", "ts": 3000, "dur": 250},
+        {"cat": "cuda_runtime", "name": "cudaLaunchKernel", "ts": 900, "dur": 5},
+        {"cat": "cuda_driver", "name": "cuLaunchKernelEx", "ts": 910, "dur": 5},
+        {"cat": "cuda_runtime", "name": "cudaGraphLaunch", "ts": 920, "dur": 5},
+        {"cat": "cuda_runtime", "name": "cudaDeviceSynchronize", "ts": 930, "dur": 5},
         {"name": "process_name", "ph": "M"},
     ]
     file = tmp_path / f"trace{suffix}"
     data = json.dumps({"traceEvents": trace}).encode()
     file.write_bytes(gzip.compress(data) if suffix.endswith("gz") else data)
-    found = events(file)
+    assert count_launches(trace_of(file)) == 3
+    found = events(trace_of(file))
     assert found == [("gemm", 1.0, 0.5), ("Memcpy DtoH", 3.0, 0.25)]
     assert by_kind(found)["idle"] == 1.5
     assert longest(found) == [(0.5, 1, "gemm"), (0.25, 1, "Memcpy DtoH")]
