@@ -28,6 +28,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "fp8 with graphs": {"quantization": "fp8", "max_cudagraph_capture_size": 4096},
 }
 NEW = (128, 256, 512, 1024, 2048, 4096, 8192)  # tokens of a turn
+TURN_ROUNDS = 3
 PROFILED = {  # prompts of up to so many tokens
     "bf16": 200_000,
     "fp8": 100_000,
@@ -121,15 +123,20 @@ def measure(arm: str, options: argparse.Namespace) -> dict[str, list[dict[str, A
     if not FILLED.exists():
         sys.exit("this vLLM fills weights in another way, or its engine's process was not forked")
     FILLED.unlink()
-    # Others that still start would be measured, too.
-    options.lock.with_name(f"started-{os.getpid()}").touch()
-    deadline = time.monotonic() + 300
-    while len(list(options.lock.parent.glob("started-*"))) < options.together:
-        if time.monotonic() > deadline:
-            sys.exit("another engine has not started in 300 s")
-        time.sleep(0.1)
     lock = FileLock(options.lock)  # released as the process ends
-    lock.acquire()
+
+    def take_turns(name: str) -> None:
+        """Waits until all engines have come so far, and then until it is this one's turn."""
+        lock.release()
+        options.lock.with_name(f"{name}-{os.getpid()}").touch()
+        deadline = time.monotonic() + 300
+        while len(list(options.lock.parent.glob(f"{name}-*"))) < options.together:
+            if time.monotonic() > deadline:
+                sys.exit(f"another engine has not come to {name!r} in 300 s")
+            time.sleep(0.1)
+        lock.acquire()
+
+    take_turns("started")  # others that still start would be measured, too
     generator = random.Random(0)
 
     def prompts(count: int, tokens: int) -> list[dict[str, list[int]]]:
@@ -194,21 +201,53 @@ def measure(arm: str, options: argparse.Namespace) -> dict[str, list[dict[str, A
         llm.generate([prompt], sampling, use_tqdm=False)
         return time.perf_counter() - start
 
+    pieces: list[dict[str, Any]] = []
+
+    def profile(tokens: int, run: Callable[[], Any], cached: int | None = None) -> None:
+        run()
+        llm.start_profile()
+        run()
+        llm.stop_profile()
+        (file,) = traces.glob("*.pt.trace.json*")
+        trace = trace_of(file)
+        calls = [count_launches(trace)]
+        record(
+            "launches", tokens, 1, calls, "calls", "turns" if options.turns else "length", cached
+        )
+        found = events(trace)
+        behind = "" if cached is None else f" behind {cached}"
+        print(f"{arm}, {tokens} tokens{behind}", *longest(found), sep="\n", file=sys.stderr)
+        for kind, ms in by_kind(found).items():
+            pieces.append({"arm": arm, "tokens": tokens, "kind": kind, "ms": round(ms, 3)})
+            print(f"{kind}: {ms:.2f} ms", file=sys.stderr, flush=True)
+        if options.traces:
+            name = f"{arm}-{tokens}{behind}.json.gz".replace(" ", "-").replace(",", "")
+            file.rename(options.traces / name)
+        else:
+            file.unlink()
+
     if options.turns:
         for cached in options.cached:
             prefix = prompts(1, cached)[0]["prompt_token_ids"] if cached else []
             turn(prefix, 16)
-            for new in NEW:
-                turn(prefix, new)
-                values = [1e3 * turn(prefix, new) for _ in range(5)]
-                record("ttft", new, 1, values, "ms", "turns", cached)
+            values: dict[int, list[float]] = {new: [] for new in NEW}
+            for number in range(TURN_ROUNDS):
+                # In turns with the other engines: what a host's CPU is busy with changes by the second.
+                take_turns(f"round-{number}-behind-{cached}")
+                for new, of_new in values.items():
+                    turn(prefix, new)
+                    of_new += [1e3 * turn(prefix, new) for _ in range(2)]
+            for new, of_new in values.items():
+                record("ttft", new, 1, of_new, "ms", "turns", cached)
+            for new in options.breakdown:
+                profile(new, lambda prefix=prefix, new=new: turn(prefix, new), cached)  # type: ignore[misc]
         return {"results": rows, "breakdown": []}
     for tokens in options.lengths:
         repeats = 1 if tokens > 100_000 else max(2, min(11, 90_000 // tokens))
         if tokens < 30_000:  # longer ones do what shorter ones did before, chunk by chunk
             seconds(1, tokens, 1)
-        values = [1e3 * seconds(1, tokens, 1) for _ in range(repeats)]
-        record("ttft", tokens, 1, values, "ms", "length")
+        of_length = [1e3 * seconds(1, tokens, 1) for _ in range(repeats)]
+        record("ttft", tokens, 1, of_length, "ms", "length")
     for batch in (1, 32) if options.lengths else ():
         seconds(batch, 128, NEW_TOKENS)
         steps = []
@@ -220,27 +259,11 @@ def measure(arm: str, options: argparse.Namespace) -> dict[str, list[dict[str, A
         seconds(16, 6000, 64)
         record("batch_of_16", 6000, 16, [seconds(16, 6000, 64) for _ in range(2)], "s")
     for concurrency in options.concurrencies:
-        values = [1e3 * mean_ttft(concurrency, CROWD_TOKENS) for _ in range(2)]
-        record("ttft", CROWD_TOKENS, concurrency, values, "ms", "concurrency")
-    pieces = []
+        means = [1e3 * mean_ttft(concurrency, CROWD_TOKENS) for _ in range(2)]
+        record("ttft", CROWD_TOKENS, concurrency, means, "ms", "concurrency")
     for tokens in options.breakdown:
-        if tokens > PROFILED.get(arm, 0):
-            continue
-        seconds(1, tokens, 1)
-        llm.start_profile()
-        seconds(1, tokens, 1)
-        llm.stop_profile()
-        (trace,) = traces.glob("*rank*")
-        content = trace_of(trace)
-        record("launches", tokens, 1, [count_launches(content)], "calls", "length")
-        found = events(content)
-        print(f"{arm}, {tokens} tokens", *longest(found), sep="\n", file=sys.stderr, flush=True)
-        for kind, ms in by_kind(found).items():
-            pieces.append({"arm": arm, "tokens": tokens, "kind": kind, "ms": round(ms, 3)})
-        if options.traces:
-            trace.rename(options.traces / f"{arm.replace(' ', '-')}-{tokens}.json.gz")
-        else:
-            trace.unlink()
+        if tokens <= PROFILED.get(arm, 0):
+            profile(tokens, lambda tokens=tokens: seconds(1, tokens, 1))  # type: ignore[misc]
     return {"results": rows, "breakdown": pieces}
 
 

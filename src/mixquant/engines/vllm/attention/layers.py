@@ -52,8 +52,10 @@ class PrefillAttention:
     ) -> Tensor:
         plan = plan_in_force()
         runs = []
-        if plan is not None and key is not None and len(query) == len(key) == plan.rows:
-            runs = self._runs(plan, attn_metadata, query.device)
+        # A precise pass is over soonest: it may be a decode step.
+        if plan is not None and plan.quantized and key is not None:
+            if len(query) == len(key) == plan.rows:
+                runs = self._runs(plan, attn_metadata, query.device)
         if not runs:
             return self._forward(
                 layer, query, key, value, kv_cache, attn_metadata, output, *args, **kwargs
