@@ -236,7 +236,8 @@ def measure(arm: str, options: argparse.Namespace) -> dict[str, list[dict[str, A
                 take_turns(f"round-{number}-behind-{cached}")
                 for new, of_new in values.items():
                     turn(prefix, new)
-                    of_new += [1e3 * turn(prefix, new) for _ in range(2)]
+                    count = 2 if new >= 4096 else 4
+                    of_new += [1e3 * turn(prefix, new) for _ in range(count)]
             for new, of_new in values.items():
                 record("ttft", new, 1, of_new, "ms", "turns", cached)
             for new in options.breakdown:
