@@ -60,7 +60,7 @@ class RecipeError(MixquantError, ValueError):
     """A recipe that cannot be used. The message is one line and names the offending key."""
 
 
-LEAST_ON_GPU = 512
+LEAST_ON_GPU = 832
 """Quantizable tokens from which on a pass should gain on a GPU: with fewer, reading the BF16 weights for
 its precise rows takes as long as the products gain. An estimate; `mixquant bench --turns` measures it.
 """

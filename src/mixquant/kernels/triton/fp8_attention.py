@@ -128,7 +128,7 @@ def _span(segments, number, SPANS: tl.constexpr, TOKENS: tl.constexpr):
     first = tl.load(segment + 1)
     count = tl.load(segment + 2)
     length = tl.cdiv(tl.cdiv(count, SPANS), TOKENS) * TOKENS
-    start = tl.program_id(0) * length
+    start = tl.program_id(1) * length
     return row, first, count, start, tl.minimum(start + length, count)
 
 
@@ -141,6 +141,8 @@ def _key_at(place, count, stride, UNIT: tl.constexpr):
     return tl.where(unit < units, moved, unit) * UNIT + place % UNIT
 
 
+# Programs beside each other take the heads of the same tokens, which lie beside each other. The next
+# tokens' pages are looked up before these tokens' data is waited for.
 @triton.jit(do_not_specialize=["stride_row"])
 def value_sums_kernel(
     values,
@@ -158,21 +160,41 @@ def value_sums_kernel(
     SPANS: tl.constexpr,
 ):
     """See `value_sums`; one program for a span of one segment of one head."""
-    head = tl.program_id(1)
+    head = tl.program_id(0)
     number = tl.program_id(2)
     row, first, _, start, stop = _span(segments, number, SPANS, TOKENS)
     column = tl.arange(0, SIZE)
+    place = start + tl.arange(0, TOKENS)
+    begin = _in_cache(
+        pages,
+        row,
+        first + place,
+        place < stop,
+        head,
+        page_size,
+        stride_row,
+        stride_p,
+        stride_t,
+        stride_h,
+    )
     total = tl.zeros((SIZE,), tl.float32)
-    for at in range(start, stop, TOKENS):
-        place = at + tl.arange(0, TOKENS)
-        there = place < stop
-        token = first + place
+    for _ in range(start, stop, TOKENS):
+        found = tl.load(values + begin[:, None] + column[None, :], (place < stop)[:, None], 0.0)
+        place += TOKENS
         begin = _in_cache(
-            pages, row, token, there, head, page_size, stride_row, stride_p, stride_t, stride_h
+            pages,
+            row,
+            first + place,
+            place < stop,
+            head,
+            page_size,
+            stride_row,
+            stride_p,
+            stride_t,
+            stride_h,
         )
-        found = tl.load(values + begin[:, None] + column[None, :], there[:, None], 0.0)
         total += tl.sum(found.to(tl.float32), 0)
-    to = (number * SPANS + tl.program_id(0)) * heads + head
+    to = (number * SPANS + tl.program_id(1)) * heads + head
     tl.store(sums + to * SIZE + column, total)
 
 
@@ -198,46 +220,55 @@ def encode_cache_kernel(
     SPANS: tl.constexpr,
     UNIT: tl.constexpr,
 ):
-    """See `encode_cache`; one program for a span of one segment of one head, of keys or of values."""
-    head = tl.program_id(1)
-    number = tl.program_id(2) // 2
+    """See `encode_cache`; one program for a span of one segment of one head."""
+    head = tl.program_id(0)
+    number = tl.program_id(2)
     row, first, count, start, stop = _span(segments, number, SPANS, TOKENS)
     offset = tl.load(segments + number * 5 + 3)
     stride = tl.load(segments + number * 5 + 4)
     column = tl.arange(0, SIZE)
-    if tl.program_id(2) % 2 == 0:
-        signs = _hadamard(ROTATED)
-        for at in range(start, stop, TOKENS):
-            place = at + tl.arange(0, TOKENS)
-            there = place < stop
-            token = first + _key_at(place, count, stride, UNIT)
-            begin = _in_cache(
-                pages, row, token, there, head, page_size, stride_row, stride_p, stride_t, stride_h
-            )
-            found = tl.load(keys + begin[:, None] + column[None, :], there[:, None], 0.0)
-            found = _rotated(found, signs, TOKENS, SIZE, ROTATED)
-            to = ((offset + place).to(tl.int64)[:, None] * heads + head) * SIZE + column[None, :]
-            tl.store(k + to, _codes(found), there[:, None])
-    else:
-        spans = (number * SPANS + tl.arange(0, SPANS)) * heads + head
-        of_spans = tl.load(sums + spans[:, None] * SIZE + column[None, :])
-        mean = tl.sum(of_spans, 0) / tl.maximum(count, 1)
-        total = tl.zeros((SIZE,), tl.float32)
-        for at in range(start, stop, TOKENS):
-            place = at + tl.arange(0, TOKENS)
-            there = place < stop
-            token = first + _key_at(place, count, stride, UNIT)
-            begin = _in_cache(
-                pages, row, token, there, head, page_size, stride_row, stride_p, stride_t, stride_h
-            )
-            found = tl.load(values + begin[:, None] + column[None, :], there[:, None], 0.0)
-            found = found.to(tl.float32)
-            codes = _codes(found - mean[None, :])
-            to = ((offset + place).to(tl.int64)[:, None] * heads + head) * SIZE + column[None, :]
-            tl.store(v + to, codes, there[:, None])
-            total += tl.sum(tl.where(there[:, None], found - codes.to(tl.float32), 0.0), 0)
-        to_lost = (number * SPANS + tl.program_id(0)) * heads + head
-        tl.store(lost + to_lost * SIZE + column, total)
+    place = start + tl.arange(0, TOKENS)
+    begin = _in_cache(
+        pages,
+        row,
+        first + _key_at(place, count, stride, UNIT),
+        place < stop,
+        head,
+        page_size,
+        stride_row,
+        stride_p,
+        stride_t,
+        stride_h,
+    )
+    signs = _hadamard(ROTATED)
+    spans = (number * SPANS + tl.arange(0, SPANS)) * heads + head
+    of_spans = tl.load(sums + spans[:, None] * SIZE + column[None, :])
+    mean = tl.sum(of_spans, 0) / tl.maximum(count, 1)
+    total = tl.zeros((SIZE,), tl.float32)
+    for _ in range(start, stop, TOKENS):
+        there = (place < stop)[:, None]
+        key = tl.load(keys + begin[:, None] + column[None, :], there, 0.0)
+        value = tl.load(values + begin[:, None] + column[None, :], there, 0.0).to(tl.float32)
+        to = ((offset + place).to(tl.int64)[:, None] * heads + head) * SIZE + column[None, :]
+        place += TOKENS
+        begin = _in_cache(
+            pages,
+            row,
+            first + _key_at(place, count, stride, UNIT),
+            place < stop,
+            head,
+            page_size,
+            stride_row,
+            stride_p,
+            stride_t,
+            stride_h,
+        )
+        tl.store(k + to, _codes(_rotated(key, signs, TOKENS, SIZE, ROTATED)), there)
+        codes = _codes(value - mean[None, :])
+        tl.store(v + to, codes, there)
+        total += tl.sum(tl.where(there, value - codes.to(tl.float32), 0.0), 0)
+    to_lost = (number * SPANS + tl.program_id(1)) * heads + head
+    tl.store(lost + to_lost * SIZE + column, total)
 
 
 @triton.jit(do_not_specialize=["tokens", "parts", "stride_row"])
@@ -385,7 +416,7 @@ def value_sums(values: Tensor, pages: Tensor, segments: Tensor) -> Tensor:
     strides = values.stride()[:3]
     launch(
         value_sums_kernel,
-        (SPANS, heads, count),
+        (heads, SPANS, count),
         (values, pages, segments, sums),
         (heads, values.shape[1], pages.stride(0), *strides),
         {"SIZE": size, "TOKENS": _TOKENS, "SPANS": SPANS},
@@ -422,7 +453,7 @@ def encode_cache(
     strides = keys.stride()[:3]
     launch(
         encode_cache_kernel,
-        (SPANS, heads, 2 * count),
+        (heads, SPANS, count),
         (keys, values, pages, segments, sums, k, v, lost),
         (heads, keys.shape[1], pages.stride(0), *strides),
         {

@@ -53,9 +53,13 @@ class PrefillAttention:
         plan = plan_in_force()
         runs = []
         # A precise pass is over soonest: it may be a decode step.
-        if plan is not None and plan.quantized and key is not None:
-            if len(query) == len(key) == plan.rows:
-                runs = self._runs(plan, attn_metadata, query.device)
+        if (
+            plan is not None
+            and plan.quantized
+            and key is not None
+            and self._whole(plan, query, key)
+        ):
+            runs = self._runs(plan, attn_metadata, query.device)
         if not runs:
             return self._forward(
                 layer, query, key, value, kv_cache, attn_metadata, output, *args, **kwargs
@@ -75,6 +79,11 @@ class PrefillAttention:
             some, into = query[rest.rows], output[rest.rows]
             self._forward(layer, some, key, value, kv_cache, rest.metadata, into, *args, **kwargs)
         return output
+
+    @staticmethod
+    def _whole(plan: PhasePlan, query: Tensor, key: Tensor) -> bool:
+        """Whether these are all rows of the pass: later layers may be given fewer."""
+        return len(query) == len(key) == plan.rows
 
     def _worth(self, rows: int, keys: int) -> bool:
         if self._always:
