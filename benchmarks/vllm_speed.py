@@ -8,7 +8,8 @@ Each arm is an engine in a process of its own, on random weights in the shape of
 directory with a config.json is enough), of such size that activations are about 1 as in a real model
 (vLLM's own dummy weights are tiny, and FP8 attention would multiply zeros, which takes a GPU less
 power and so less time), and random tokens, chunks of 8,192. Engines may start together (--together), but
-are measured one at a time, the others idle. TTFT is the time of a request for one token; TPOT the rest
+are measured one at a time, the others idle; round by round where the time depends on the host's CPU,
+which is slower for seconds at a time. TTFT is the time of a request for one token; TPOT the rest
 of a longer one's. Medians; ratios hold within one run only.
 
 Without --turns the prefix cache is off. With it, an agent's turns are measured: so many new tokens
@@ -59,7 +60,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "fp8 with graphs": {"quantization": "fp8", "max_cudagraph_capture_size": 4096},
 }
 NEW = (128, 256, 512, 1024, 2048, 4096, 8192)  # tokens of a turn
-TURN_ROUNDS = 3
+ROUNDS = 3  # in which engines measure in turns what a host's CPU bounds
 PROFILED = {  # prompts of up to so many tokens
     "bf16": 200_000,
     "fp8": 100_000,
@@ -231,8 +232,7 @@ def measure(arm: str, options: argparse.Namespace) -> dict[str, list[dict[str, A
             prefix = prompts(1, cached)[0]["prompt_token_ids"] if cached else []
             turn(prefix, 16)
             values: dict[int, list[float]] = {new: [] for new in NEW}
-            for number in range(TURN_ROUNDS):
-                # In turns with the other engines: what a host's CPU is busy with changes by the second.
+            for number in range(ROUNDS):
                 take_turns(f"round-{number}-behind-{cached}")
                 for new, of_new in values.items():
                     turn(prefix, new)
@@ -249,13 +249,18 @@ def measure(arm: str, options: argparse.Namespace) -> dict[str, list[dict[str, A
             seconds(1, tokens, 1)
         of_length = [1e3 * seconds(1, tokens, 1) for _ in range(repeats)]
         record("ttft", tokens, 1, of_length, "ms", "length")
-    for batch in (1, 32) if options.lengths else ():
-        seconds(batch, 128, NEW_TOKENS)
-        steps = []
-        for _ in range(4):
+    steps: dict[int, list[float]] = {1: [], 32: []}
+    for number in range(ROUNDS if options.lengths else 0):
+        take_turns(f"decode-{number}")
+        for batch, of_batch in steps.items():
             first = seconds(batch, 128, 1)
-            steps.append(1e3 * (seconds(batch, 128, NEW_TOKENS + 1) - first) / NEW_TOKENS)
-        record("tpot", 128, batch, steps, "ms")
+            of_batch += [
+                1e3 * (seconds(batch, 128, NEW_TOKENS + 1) - first) / NEW_TOKENS for _ in range(2)
+            ]
+    for batch, of_batch in steps.items():
+        if of_batch:
+            record("tpot", 128, batch, of_batch, "ms")
+    take_turns("the rest")
     if options.lengths:
         seconds(16, 6000, 64)
         record("batch_of_16", 6000, 16, [seconds(16, 6000, 64) for _ in range(2)], "s")
@@ -308,7 +313,8 @@ def main() -> None:
     )
     parser.add_argument("--concurrencies", default="1,8,32", help=f"of {CROWD_TOKENS} tokens each")
     parser.add_argument(
-        "--breakdown", default="8192,131072", help="profile prompts of these lengths"
+        "--breakdown",
+        help="profile prompts, or turns, of these lengths; 8192,131072, and no turns, by default",
     )
     parser.add_argument("--traces", metavar="FOLDER", type=Path, help="keep the profiles' traces")
     parser.add_argument("--turns", action="store_true", help="measure an agent's turns instead")
@@ -329,6 +335,8 @@ def main() -> None:
     if options.show:
         print(table(json.loads(options.show.read_text())["results"]))
         return
+    if options.breakdown is None:
+        options.breakdown = "" if options.turns else "8192,131072"
     if not options.model:
         parser.error("--model is needed, a directory with a config.json")
     lists = ("lengths", "concurrencies", "breakdown", "cached")

@@ -60,10 +60,15 @@ class RecipeError(MixquantError, ValueError):
     """A recipe that cannot be used. The message is one line and names the offending key."""
 
 
-LEAST_ON_GPU = 832
-"""Quantizable tokens from which on a pass should gain on a GPU: with fewer, reading the BF16 weights for
-its precise rows takes as long as the products gain. An estimate; `mixquant bench --turns` measures it.
+LEAST_ON_GPU = 704
+"""Quantizable tokens from which on a pass gains on a GPU, where quantized passes replay CUDA graphs.
+
+With fewer, reading the BF16 weights for the pass's precise rows takes as long as the products gain:
+`benchmarks/linear_crossover.py`.
 """
+
+LEAST_WITHOUT_GRAPHS = 2048
+"""The same where they do not: launching a quantized pass takes the CPU longer than a precise one."""
 
 LEAST_ON_CPU = 128
 
@@ -82,8 +87,8 @@ class Recipe:
             with ``default`` for the rest, which is then taken as it stands, whatever the preset.
         min_prefill_tokens: a pass with fewer quantizable rows is all precise: below that a product is
             bound by reading its weights (on an H200, 690 TFLOP/s over 4 TB/s: some 170 rows), and
-            a pass with a precise tail reads the BF16 weights in any case. None: `LEAST_ON_GPU` or
-            `LEAST_ON_CPU`.
+            a pass with a precise tail reads the BF16 weights in any case. None: `LEAST_ON_GPU`,
+            `LEAST_WITHOUT_GRAPHS` or `LEAST_ON_CPU`.
         precise_head: tokens at the start of a prompt that stay precise. None: by format.
         precise_tail: tokens at the end of a prompt that stay precise.
         block_scale: how NVFP4 picks block scales: ``6`` (the block's largest value becomes 6, the

@@ -264,7 +264,7 @@ def test_the_precise_head_goes_by_format(name: Any, head: int) -> None:
     assert (resolved.precise_head, resolved.precise_tail) == (head, 1)
     assert resolved.min_prefill_tokens == LEAST_ON_CPU == 128
     on_gpu = Recipe(preset="fast", format=name).resolved(NOTHING, on_gpu=True)
-    assert on_gpu.min_prefill_tokens == LEAST_ON_GPU == 512
+    assert on_gpu.min_prefill_tokens == LEAST_ON_GPU == 704
     # Of several formats, the most careful.
     mixed = Recipe(format={"default": "int8", "q_proj": name}).resolved(NOTHING)
     assert mixed.precise_head == head

@@ -34,6 +34,7 @@ class PhaseQuantizationConfig(QuantizationConfig):  # type: ignore[misc]
         self.recipe: Recipe | None = None
         self.counters: str | None = None
         self.default_graph_sizes = False  # whether vLLM chose which CUDA graphs are captured
+        self.default_threshold = False  # whether the recipe leaves min_prefill_tokens to mixquant
         self.layers: int | None = None  # of the model itself, where there is a drafter besides
         self.ledger = Ledger()
 

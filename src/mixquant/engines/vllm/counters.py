@@ -51,7 +51,8 @@ class Counters:
             self._table = np.zeros((1, _WIDTH), dtype=np.int64)
             return
         mode: Any = "r" if rank is None else "r+"
-        table = np.memmap(path, dtype=np.int64, mode=mode).reshape(-1, _WIDTH)
+        # As a plain array: each step of an engine adds to it, and memmap's own methods are slow.
+        table = np.asarray(np.memmap(path, dtype=np.int64, mode=mode)).reshape(-1, _WIDTH)
         self._table = table if rank is None else table[rank : rank + 1]
 
     @staticmethod

@@ -10,13 +10,15 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 
 from mixquant.core.phase import PhasePlan, Thresholds, everything_quantized, in_force, plan_pass
-from mixquant.engines.vllm import graphs
+from mixquant.core.recipe import LEAST_WITHOUT_GRAPHS
+from mixquant.engines.vllm import graphs, hardware
 from mixquant.engines.vllm.attention.layers import PrefillAttention
 from mixquant.engines.vllm.context import Batch, state_of
 from mixquant.engines.vllm.counters import Counters, multiprocess
@@ -52,10 +54,17 @@ class Follower:
         self._trace = os.environ.get(TRACE) if self._counters is not None else None
 
     def capture_quantized(self, runner: Any, model: Any) -> Outcome:
-        """Decides which quantized CUDA graphs the runner captures, if the model can have them."""
+        """Decides which quantized CUDA graphs the runner captures, if the model can have them.
+
+        Without them, short passes gain nothing, and the threshold is higher by default.
+        """
         self.graphs, outcome = graphs.prepare(
             runner, model, self.recipe, self.thresholds.min_prefill_tokens
         )
+        by_default = runner.vllm_config.quant_config.default_threshold
+        if self.graphs is None and by_default and hardware.is_gpu():
+            self.recipe = replace(self.recipe, min_prefill_tokens=LEAST_WITHOUT_GRAPHS)
+            self.thresholds = replace(self.thresholds, min_prefill_tokens=LEAST_WITHOUT_GRAPHS)
         return outcome
 
     def watch(self, model: Any, fp8_attention: PrefillAttention | None) -> None:
@@ -141,8 +150,10 @@ class Follower:
     def _count(self, batch: Batch, plan: PhasePlan | None, kind: str | None) -> None:
         if self._counters is None:
             return
-        prompt = np.clip(batch.prompt_lengths - batch.first_positions, 0, batch.row_counts)
-        prefill, total = int(prompt.sum()), int(batch.row_counts.sum())
+        total = int(batch.row_counts.sum())
+        left = batch.prompt_lengths - batch.first_positions
+        # Nearly all passes are decode steps.
+        prefill = int(left.clip(0, batch.row_counts).sum()) if (left > 0).any() else 0
         quantized = plan.quantized_rows if plan is not None else 0
         kind = kind or ("quantized" if quantized else "precise")
         of_prefill = min(quantized, prefill)

@@ -34,6 +34,8 @@ def settle(vllm_config: Any) -> None:
     if given is None and method.recipe_in_checkpoint is not None:
         given = method.recipe_in_checkpoint
     recipe = resolve(given)
+    # What another process resolved has a threshold.
+    method.default_threshold |= _recipe_of(given).min_prefill_tokens is None
     _check_recipe(vllm_config, recipe)
     if not (
         isinstance(given, dict) and "version" in given

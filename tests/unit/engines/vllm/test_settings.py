@@ -339,7 +339,9 @@ def test_the_hook_is_put_on_once_and_runs_around_vllms_own(device: Callable[...,
     assert calls == ["vLLM"]
     assert not config.additional_config["seen"]  # the recipe is settled after it
     assert config.additional_config["mixquant"]["version"] == mixquant.__version__
-    assert config.quant_config.default_graph_sizes
+    assert config.quant_config.default_graph_sizes and config.quant_config.default_threshold
+    config.__post_init__()  # with what was resolved
+    assert config.quant_config.default_threshold
     config = Config(config_like(sizes=[1, 2]))
     assert not config.quant_config.default_graph_sizes
     calls.clear()
@@ -604,6 +606,7 @@ def test_the_recipe_reaches_the_method_and_additional_config(
     there = pickle.loads(pickle.dumps(config))
     assert there.quant_config.recipe == config.quant_config.recipe
     assert there.compute_hash() == config.compute_hash()
+    assert not there.quant_config.default_threshold
     # vLLM checks it again when an engine in a process of its own has started.
     there.__post_init__()
     assert there.quant_config.recipe == config.quant_config.recipe

@@ -11,15 +11,14 @@ from mixquant.formats import Kernel, fp8, int8
 
 CUTLASS = Kernel("vLLM CUTLASS", native=True)
 CUBLAS = Kernel("cuBLASLt, CUTLASS", native=True)  # by the number of rows and the output's type
-CUBLAS_FROM_ROWS = 1024
+CUBLAS_FROM_ROWS = 576
 
 
 class ScaledProduct(Product):
     """FP8 or INT8 on a GPU: vLLM's row-wise quantizer and a product with a scale per row and column.
 
-    The product is CUTLASS's in vLLM, and for many rows in FP8 on Hopper cuBLASLt's in torch: at
-    Qwen3-8B's shapes (docs/develop/lab-notes.md) it is the faster one where most of the arithmetic is,
-    but it takes the CPU longer to launch.
+    The product is CUTLASS's in vLLM, and for many rows in FP8 on Hopper cuBLASLt's in torch, which is
+    the faster one at Qwen3-8B's shapes (docs/develop/lab-notes.md).
     """
 
     def __init__(self, fmt: str, weight: Tensor) -> None:

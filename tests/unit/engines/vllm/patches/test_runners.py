@@ -25,7 +25,7 @@ from vllm.forward_context import (
 )
 
 from mixquant.core.phase import PhasePlan, plan_in_force
-from mixquant.core.recipe import Recipe
+from mixquant.core.recipe import LEAST_WITHOUT_GRAPHS, Recipe
 from mixquant.engines.vllm import counters, follower
 from mixquant.engines.vllm.config import PhaseQuantizationConfig
 from mixquant.engines.vllm.context import state_of
@@ -402,7 +402,7 @@ def test_a_pass_that_is_captured_is_precise(
 @pytest.fixture
 def with_graphs(make: Callable[..., Any], method: PhaseQuantizationConfig) -> Any:
     """A V2 runner whose passes of 129 to 256 rows replay graphs that are captured quantized."""
-    method.default_graph_sizes = True
+    method.default_graph_sizes = method.default_threshold = True
     runner = make()
     if not isinstance(runner, RunnerV2):
         pytest.skip("V2's")
@@ -514,6 +514,33 @@ def test_other_engines_capture_what_they_did(
     assert runner.planned == ([] if case == "no graphs" else [1, 2, 4, 8])
     runner.model.run(256, CUDAGraphMode.PIECEWISE)
     assert runner.model.last is None
+
+
+@pytest.mark.parametrize("said", [False, True])
+def test_without_quantized_graphs_a_gpus_default_threshold_is_higher(
+    said: bool,
+    make: Callable[..., Any],
+    method: PhaseQuantizationConfig,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("mixquant.engines.vllm.hardware.is_gpu", lambda: True)
+    method.default_threshold = not said
+    runner = make()
+    runner.profile_run()
+    follower = runner.mixquant_follower
+    least = 6 if said else LEAST_WITHOUT_GRAPHS
+    assert follower.graphs is None
+    assert follower.thresholds.min_prefill_tokens == follower.recipe.min_prefill_tokens == least
+    rows = LEAST_WITHOUT_GRAPHS + 2  # of them a precise head and tail of one token each
+    for count, quantized in ((rows - 1, said), (rows, True)):
+        runner.execute_model(Step([(0, count, count)]))
+        assert bool(runner.model.last.quantized) == quantized
+
+
+def test_with_quantized_graphs_the_default_threshold_stays(
+    with_graphs: Any, method: PhaseQuantizationConfig
+) -> None:
+    assert with_graphs.mixquant_follower.thresholds.min_prefill_tokens == 6
 
 
 def test_an_error_in_the_forward_pass_ends_the_plan(make: Callable[..., Any]) -> None:
