@@ -273,8 +273,31 @@ def measure(arm: str, options: argparse.Namespace) -> dict[str, list[dict[str, A
     return {"results": rows, "breakdown": pieces}
 
 
+def tables(rows: list[dict[str, Any]]) -> str:
+    """The rows as Markdown: turns by new and cached tokens, and everything else."""
+    turns = [row for row in rows if (row["workload"], row["metric"]) == ("turns", "ttft")]
+    others = [row for row in rows if row not in turns]
+    arms = [arm for arm in dict.fromkeys(row["arm"] for row in turns) if arm != "bf16"]
+    found = [turns_of(arm, turns) for arm in arms]
+    return "\n\n".join([*found, *([table(others)] if others else [])])
+
+
+def turns_of(arm: str, rows: list[dict[str, Any]]) -> str:
+    """TTFT of turns in ms, BF16's and an arm's, and the ratio."""
+    values = {(row["arm"], row["tokens"], row["cached"]): row["value"] for row in rows}
+    cached = sorted({row["cached"] for row in rows})
+    lines = [f"| new tokens: bf16 / {arm} (ms) | "]
+    lines[0] += " | ".join(f"{count} cached" for count in cached) + " |"
+    lines.append("| --- " * (1 + len(cached)) + "|")
+    for new in sorted({row["tokens"] for row in rows}):
+        pairs = [(values["bf16", new, count], values[arm, new, count]) for count in cached]
+        cells = [f"{bf16:.1f} / {ours:.1f} = {bf16 / ours:.2f}" for bf16, ours in pairs]
+        lines.append(f"| {new} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def table(rows: list[dict[str, Any]]) -> str:
-    """The rows as Markdown: a line per measurement, a column per arm, and ratios to BF16."""
+    """A line per measurement, a column per arm, and ratios to BF16."""
     arms = sorted(dict.fromkeys(row["arm"] for row in rows), key=list(ARMS).index)
     lines = [
         "| measurement | " + " | ".join(arms) + " | " + " | ".join(f"bf16 / {a}" for a in arms[1:])
@@ -333,7 +356,7 @@ def main() -> None:
     parser.add_argument("--lock", metavar="FILE", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.show:
-        print(table(json.loads(options.show.read_text())["results"]))
+        print(tables(json.loads(options.show.read_text())["results"]))
         return
     if options.breakdown is None:
         options.breakdown = "" if options.turns else "8192,131072"
@@ -386,9 +409,9 @@ def main() -> None:
                 rows += measured["results"]
                 pieces += measured["breakdown"]
         if options.json:
-            command = shlex.join(["python", *sys.argv]).replace(
-                str(options.json), options.json.name
-            )
+            command = shlex.join(["python", *sys.argv])
+            for path in filter(None, (options.json, options.traces)):
+                command = command.replace(str(path), path.name)
             bench = Bench(
                 environment=Environment.here(),
                 command=command,
@@ -401,7 +424,7 @@ def main() -> None:
                 breakdown=tuple(Piece.model_validate(piece) for piece in pieces),
             )
             options.json.write_text(to_json(bench))
-    print(table(rows))
+    print(tables(rows))
 
 
 def arguments(options: dict[str, Any]) -> str:

@@ -19,7 +19,7 @@ class Measurement(Record):
     Attributes:
         arm: the name of the arm.
         metric: ``ttft``, ``tpot``, ``itl``, ``e2e`` (ms); ``prefill``, ``output``, ``total`` (tok/s);
-            ``quantized``, ``cached`` (share).
+            ``quantized``, ``cached`` (share); ``launches`` of one pass (calls).
         workload: ``length``, ``batch``, ``concurrency``, ``turns`` or ``agent``.
         tokens: of each prompt, without those ``cached``; of the agent trace, the mean.
         cached: tokens of a turn's prompt that the KV cache holds already; None where there are no turns.
