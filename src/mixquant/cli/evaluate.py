@@ -29,6 +29,7 @@ from mixquant.cli.options import (
     ServerArguments,
     chosen_recipe,
     finite,
+    lengths,
     saved_recipe,
     temperature_option,
 )
@@ -99,6 +100,16 @@ def evaluate(
         int | None,
         typer.Option(
             "--limit", min=1, metavar="N", help="Ask at most this many items of each benchmark."
+        ),
+    ] = None,
+    length: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--length",
+            metavar="N[,N...]",
+            help="Lengths of needle's prompts with their answers, in tokens, from 512 to 131072. May "
+            "be repeated.",
+            show_default="1024,2048,4096,8192, as far as the model reads",
         ),
     ] = None,
     temperature: Annotated[
@@ -236,6 +247,7 @@ def evaluate(
             "thinking": thinking,
             "seeds": seeds,
         },
+        task_options={"lengths": lengths(length)} if length else {},
         judge=judge,
         served_name=served_name,
         key=os.environ.get(SERVER_KEY),

@@ -51,6 +51,22 @@ NewTokens = Annotated[
 ]
 
 
+def lengths(given: list[str] | None) -> list[int]:
+    """The numbers of options that each hold one or several, separated by commas.
+
+    Raises:
+        typer.BadParameter: one is no whole number from 1.
+    """
+    found: list[int] = []
+    for text in ",".join(given or ()).split(",") if given else ():
+        if not text.strip().isdecimal() or not 1 <= int(text) <= MOST:
+            raise typer.BadParameter(
+                f"{text.strip()!r} is no whole number from 1", param_hint="'--length'"
+            )
+        found.append(int(text))
+    return list(dict.fromkeys(found))
+
+
 def finite(value: float | None) -> float | None:
     """For options with bounds: NaN passes typer's check of bounds."""
     if value is not None and not math.isfinite(value):

@@ -114,6 +114,35 @@ def test_arms_side_by_side(work: Path, sums: Path, capsys: pytest.CaptureFixture
         assert shown in printed
 
 
+def test_needles_at_several_lengths(
+    work: Path, stub: Stub, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def found(body: Body) -> str:
+        text = question(body)[0]
+        (key,) = re.findall(r"for (\w+-\w+) mentioned", text)[-1:] or [""]
+        return ", ".join(re.findall(rf"for {key} is: (\S+)\.", text)) or "I do not know."
+
+    stub.answer = found
+    stub.models = {"stub": 8192}
+    asking = ["stub", "--benchmark=needle", f"--url=mine={stub.url}", "--length=512,1024"]
+    assert evaluate(*asking, "--limit=32") == 0
+    assert len(stub.asked) == 32
+    assert {body["max_tokens"] for body in stub.asked} == {128}
+    assert {body["temperature"] for body in stub.asked} == {0}
+    assert not any(body["chat_template_kwargs"]["enable_thinking"] for body in stub.asked)
+    read = results.read(work / "mixquant-evaluation" / "results.json")
+    assert isinstance(read, results.Evaluation)
+    parts = {part.benchmark.removeprefix("needle/"): part for part in read.subscores}
+    assert list(parts)[:2] == ["512", "512 single-1"]
+    assert len(parts) == 2 * (1 + 8)
+    assert (parts["512"].items, parts["1024 multivalue"].items) == (16, 2)
+    assert parts["1024 multivalue"].score == parts["512 multikey-1"].score == 1
+    assert parts["512 multiquery"].score < 1
+    printed = capsys.readouterr()
+    assert "1024 multikey-2" in printed.out
+    assert "lengths of prompts are estimated: stub is not a model" in printed.err
+
+
 def test_more_seeds_and_items_go_on_from_what_is_there(work: Path, sums: Path, stub: Stub) -> None:
     asking = ["stub", "--benchmark=gsm8k", "--data", sums, f"--url=mine={stub.url}"]
     assert evaluate(*asking, "--limit=5") == 0
@@ -363,6 +392,9 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
         (["--benchmark=gsm8k", "--url=a=http://x", "--url=a=http://y"], "two arms are called 'a'"),
         (["--benchmark=gsm8k", "--arm=a=--x 'y"], "cannot read"),
         (["--benchmark=gsm8k", "--json=."], "it is a directory"),
+        (["--benchmark=gsm8k", "--length=1024"], "--length is for needle, not among the"),
+        (["--benchmark=needle", "--length=1024,9"], "--length 9: a needle's haystack has 512 to"),
+        (["--benchmark=needle", "--length=1k"], "'--length': '1k' is no whole number from 1"),
         (["--benchmark=longmemeval"], "longmemeval needs a second model"),
         (["--benchmark=longmemeval", "--judge-url=http://x"], "go together"),
         (["--benchmark=longmemeval", "--judge-model=x"], "go together"),

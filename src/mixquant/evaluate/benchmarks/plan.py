@@ -16,8 +16,9 @@ from mixquant.checkpoints.models import find, load_tokenizer
 from mixquant.errors import MixquantError
 from mixquant.evaluate.benchmarks.answer_file import AnswerFile
 from mixquant.evaluate.benchmarks.runner import Work
-from mixquant.evaluate.benchmarks.settings import MiddleCutter, Settings
-from mixquant.evaluate.tasks import Item, Task, TaskError
+from mixquant.evaluate.benchmarks.settings import MiddleCutter, PromptTokens, Settings
+from mixquant.evaluate.tasks import OPTIONS, Item, Room, Task, TaskError
+from mixquant.evaluate.tasks.registry import TASKS
 from mixquant.evaluate.tasks.registry import task as find_task
 from mixquant.servers.arms import Arm, served_models, served_name
 
@@ -47,6 +48,7 @@ class Options:
     settings: Mapping[str, Any] = field(
         default_factory=dict
     )  # fields of `Settings` that were given
+    task_options: Mapping[str, Any] = field(default_factory=dict)  # `OPTIONS` that were given
     judge: Judge | None = None
     served_name: str | None = None  # what servers call the model; None: as ``model``
     key: str | None = field(default=None, repr=False)  # of the arms' servers
@@ -70,7 +72,11 @@ class Benchmark:
 
 def chosen_tasks(options: Options) -> list[Task]:
     names = list(dict.fromkeys(options.benchmarks))
-    tasks = [find_task(name) for name in names]
+    tasks = [find_task(name, options.task_options) for name in names]
+    for key in options.task_options:
+        if not any(key in task.options for task in tasks):
+            takers = " and ".join(name for name in TASKS if key in find_task(name).options)
+            raise EvaluationError(f"{OPTIONS[key]} is for {takers}, not among the benchmarks")
     for name, file in options.data.items():
         if name not in names:
             raise EvaluationError(f"--data is for {name!r}, which is not among the benchmarks")
@@ -140,7 +146,12 @@ def load(
     task: Task, options: Options, context: int | None, note: Callable[[str], None]
 ) -> Benchmark:
     settings = Settings.of(task, options.settings, context)
-    cut = MiddleCutter(settings, context, lambda: load_tokenizer(find(options.model, note)))
+
+    def tokenizer() -> Any:
+        return load_tokenizer(find(options.model, note))
+
+    cut = MiddleCutter(settings, context, tokenizer)
+    task.room = Room(PromptTokens(tokenizer, note), context, settings.max_tokens)
     items = task.load(options.data.get(task.name), cut)
     if not items:
         raise TaskError(f"{task.name}: the data holds no item")
@@ -149,11 +160,12 @@ def load(
         if item.id in seen:
             raise TaskError(f"{task.name}: two items have the id {item.id!r}")
         seen.add(item.id)
-    text = json.dumps([asdict(item) for item in items], sort_keys=True)
+    # Without the further groups: they change no answer.
+    asked = [{key: value for key, value in asdict(item).items() if key != "also"} for item in items]
+    text = json.dumps(asked, sort_keys=True)
     digest = hashlib.sha256(text.encode()).hexdigest()[:16]
-    return Benchmark(
-        task, settings, some_items(items, options.limit, in_turns=bool(task.weights)), digest
-    )
+    in_turns = task.in_turns or bool(task.weights)
+    return Benchmark(task, settings, some_items(items, options.limit, in_turns=in_turns), digest)
 
 
 def some_items(items: Sequence[Item], limit: int | None, *, in_turns: bool) -> Sequence[Item]:

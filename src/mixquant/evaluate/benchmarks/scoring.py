@@ -79,12 +79,21 @@ def scores_of(benchmark: Answered, arm: str) -> tuple[results.Score | None, list
     weights = statistics.item_weights(groups, benchmark.task.weights)
     whole = _score(benchmark, arm, benchmark.task.name, range(len(groups)), scores, weights)
     parts = []
-    for group in dict.fromkeys(groups):
-        rows = [row for row, other in enumerate(groups) if other == group]
+    for group in _labels(benchmark):
+        rows = [
+            row for row, item in enumerate(benchmark.items) if group in (item.group, *item.also)
+        ]
         if 0 < len(rows) < len(groups):
             name = f"{benchmark.task.name}/{group}"
             parts.append(_score(benchmark, arm, name, rows, scores[rows], None))
     return whole, [part for part in parts if part is not None]
+
+
+def _labels(benchmark: Answered) -> list[str]:
+    """The names of all groups, in the order in which sub-scores are shown."""
+    there = dict.fromkeys(label for item in benchmark.items for label in (*item.also, item.group))
+    named = [label for label in benchmark.task.order if label in there]
+    return [*named, *(label for label in there if label not in named)]
 
 
 def differences_of(benchmark: Answered, arms: Sequence[str]) -> list[results.Difference]:

@@ -17,6 +17,10 @@ Cut = Callable[[str], str]
 for; a text that fits comes back as it is. Some 500 tokens are left for what stands around it."""
 
 
+OPTIONS = {"lengths": "--length"}
+"""Options of `mixquant evaluate` that only some benchmarks take: the keyword, and the option's name."""
+
+
 class TaskError(MixquantError, ValueError):
     """A benchmark that cannot be run. The message is one line: which file, line and field, and what
     was expected; or what to install."""
@@ -35,6 +39,7 @@ class Item:
     reference: Any  # JSON; what the scorer needs
     tools: tuple[dict[str, Any], ...] = ()  # OpenAI tool schemas
     group: str = ""  # category, for sub-scores
+    also: tuple[str, ...] = ()  # further groups that have sub-scores
 
 
 @dataclass(frozen=True)
@@ -54,6 +59,15 @@ class Verdict:
     score: float  # 0 to 1
     detail: str = ""  # the reason, for readers of the answer file
     extracted: bool = True  # False: nothing was found in the answer that could be right or wrong
+
+
+@dataclass(frozen=True)
+class Room:
+    """The size that a prompt may have, for benchmarks that make prompts of a given length."""
+
+    tokens: Callable[[str], int]  # of a prompt of one message with this text, by the chat template
+    context: int | None  # of the model, in tokens: prompt and answer together; None: unknown
+    answer: int  # the most tokens of an answer
 
 
 class Chat(Protocol):
@@ -104,6 +118,10 @@ class Task:
             ``top_p``, ``top_k``, ``thinking``.
         weights: how much each group counts in the score, whatever its number of items; empty: every
             item counts alike.
+        in_turns: whether a limited run draws from one group after the other.
+        order: of the groups in tables; those that are not named follow as they come.
+        options: what the constructor takes, by keyword: a name of `OPTIONS` each.
+        room: what a prompt may be; given before ``load``.
     """
 
     name: ClassVar[str]
@@ -111,6 +129,10 @@ class Task:
     needs_tools: ClassVar[bool] = False
     defaults: ClassVar[Mapping[str, Any]] = {}
     weights: ClassVar[Mapping[str, float]] = {}
+    in_turns: ClassVar[bool] = False
+    order: ClassVar[Sequence[str]] = ()
+    options: ClassVar[frozenset[str]] = frozenset()
+    room: Room | None = None
 
     def load(self, data: Path | None, cut: Cut) -> list[Item]:
         """All items, in an order that does not change.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping
+from typing import Any
 
 from mixquant.evaluate.tasks import Task, TaskError
 
@@ -15,13 +16,18 @@ TASKS: Mapping[str, tuple[str, str]] = {  # name: module below this package, cla
     "longbench-v2": ("longbench", "LongBenchV2"),
     "longmemeval": ("longmemeval", "LongMemEval"),
     "aa-lcr": ("aa_lcr", "AaLcr"),
+    "needle": ("needle", "Needle"),
     "bfcl-v4": ("bfcl", "BfclV4"),
     "tau2-bench": ("tau2", "Tau2Bench"),
 }
 
 
-def task(name: str) -> Task:
+def task(name: str, options: Mapping[str, Any] | None = None) -> Task:
     """The benchmark of that name.
+
+    Args:
+        options: of `mixquant.evaluate.tasks.OPTIONS`, those that were given; a benchmark gets those
+            that it takes.
 
     Raises:
         TaskError: there is none; the message lists those there are.
@@ -29,6 +35,8 @@ def task(name: str) -> Task:
     if name not in TASKS:
         raise TaskError(f"unknown benchmark {name!r}, expected one of: {', '.join(TASKS)}")
     module, cls = TASKS[name]
-    found = getattr(importlib.import_module(f"mixquant.evaluate.tasks.{module}"), cls)()
+    kind = getattr(importlib.import_module(f"mixquant.evaluate.tasks.{module}"), cls)
+    taken = {key: value for key, value in (options or {}).items() if key in kind.options}
+    found = kind(**taken)
     assert isinstance(found, Task)
     return found
