@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from mixquant.evaluate.tasks import Message, Reply
+from mixquant.evaluate.tasks.extraction import THOUGHTS
 
 if TYPE_CHECKING:
     import openai
@@ -192,15 +192,16 @@ def sampling(
 def split_reasoning(text: str) -> tuple[str, str]:
     """The reasoning and the answer of a server that has no parser for reasoning.
 
-    Reasoning ends with the last ``</think>``; without one, a text that begins with ``<think>`` was
-    cut off while the model reasoned, and has no answer. Chat templates that open ``<think>``
-    themselves leave only the end in the text.
+    Reasoning ends with the last ``</think>`` (of Gemma 4: ``<channel|>``); without one, a text that
+    begins with a thought was cut off while the model reasoned, and has no answer. Chat templates that
+    open the thought themselves leave only the end in the text.
     """
-    reasoning, end, answer = text.rpartition("</think>")
-    if end:
-        return re.sub(r"^\s*<think>", "", reasoning), answer
-    if text.lstrip().startswith("<think>"):
-        return text.lstrip().removeprefix("<think>"), ""
+    for begin, end in THOUGHTS:
+        reasoning, ended, answer = text.rpartition(end)
+        if ended:
+            return reasoning.lstrip().removeprefix(begin), answer
+        if text.lstrip().startswith(begin):
+            return text.lstrip().removeprefix(begin), ""
     return "", text
 
 

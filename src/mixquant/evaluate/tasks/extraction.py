@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import re
 
+THOUGHTS = (("<think>", "</think>"), ("<|channel>thought", "<channel|>"))
+"""How models mark the beginning and the end of a thought: Qwen, DeepSeek and others; Gemma 4."""
+
 _BRACES = re.compile(r"(\\(?:boxed|fbox)[ \t\n]*\{)|\\.|(\{)|\}", re.DOTALL)
 
 # What writers of Chinese and Japanese type: ！ to ～ are ASCII's, each as wide as a character of theirs.
@@ -44,22 +47,29 @@ _CHOICES = [
 
 
 def strip_thinking(text: str) -> str:
-    """What is left without the thoughts between ``<think>`` and ``</think>``.
+    """What is left without the thoughts between ``<think>`` and ``</think>``, and without Gemma 4's
+    between ``<|channel>thought`` and ``<channel|>``.
 
     A thought that never ends leaves only what stood before it; one whose beginning is missing
-    (chat templates may write it into the prompt) ends at the last ``</think>``.
+    (chat templates may write it into the prompt) ends at the last mark of an end.
     """
+    for begin, end in THOUGHTS:
+        text = _without(text, begin, end)
+    return text.strip()
+
+
+def _without(text: str, begin: str, end: str) -> str:
     kept = []
     position = 0
-    while (begin := text.find("<think>", position)) >= 0:
-        kept.append(text[position:begin])
-        end = text.find("</think>", begin)
-        if end < 0:
+    while (start := text.find(begin, position)) >= 0:
+        kept.append(text[position:start])
+        close = text.find(end, start)
+        if close < 0:
             position = len(text)
             break
-        position = end + len("</think>")
+        position = close + len(end)
     kept.append(text[position:])
-    return "".join(kept).rpartition("</think>")[2].strip()
+    return "".join(kept).rpartition(end)[2]
 
 
 def ascii_forms(text: str) -> str:

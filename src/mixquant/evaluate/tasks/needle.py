@@ -42,20 +42,22 @@ _SHAPES = {
 # Keys are an adjective and a noun: 10,000 of them, more than a haystack of needles holds.
 _ADJECTIVES = (  # noqa: SIM905
     "able amber ample arid azure bald bitter bland blunt bold brave brief bright brisk broad calm "
-    "careful cheap chief civil clean clear clever cold cool coral crisp cruel curly damp dark dear deep "
-    "dense dim dry dull eager early easy empty even exact faint fair false fancy fast fierce fine firm "
-    "flat fond free fresh full funny gentle giant glad golden grand gray great green grim happy hard "
-    "harsh heavy high hollow honest huge humble icy ideal jolly keen kind large late lazy lean light "
-    "little lively local lone loud loyal lucky mad major mellow mild minor modern narrow neat"
+    "careful cheap chief civil clean clear clever cold cool coral crisp cruel curly damp dark "
+    "dear deep dense dim dry dull eager early easy empty even exact faint fair false fancy fast "
+    "fierce fine firm flat fond free fresh full funny gentle giant glad golden grand gray great "
+    "green grim happy hard harsh heavy high hollow honest huge humble icy ideal jolly keen kind "
+    "large late lazy lean light little lively local lone loud loyal lucky mad major mellow mild "
+    "minor modern narrow neat"
 ).split()
 _NOUNS = (  # noqa: SIM905
-    "acorn actor anchor ankle apple apron arrow aunt badge baker barn basin basket beach bean bell "
-    "bench bird blanket boat bottle bowl branch bread bridge brush bucket button cabin cable camel "
-    "candle canoe carpet castle cattle cellar chain chair cherry chess circle clock cloud coast collar "
-    "comet corner cotton cousin crane crown curtain dance desert diamond dinner doctor donkey dragon "
-    "drum eagle engine farmer feather fence finger forest garden ghost goose grape guitar hammer harbor "
-    "hat helmet hill honey hotel island jacket jungle kettle kitten ladder lantern lemon letter lion lizard "
-    "market meadow mirror monkey napkin needle onion orange orchid"
+    "acorn actor anchor ankle apple apron arrow aunt badge baker barn basin basket beach bean "
+    "bell bench bird blanket boat bottle bowl branch bread bridge brush bucket button cabin cable "
+    "camel candle canoe carpet castle cattle cellar chain chair cherry chess circle clock cloud "
+    "coast collar comet corner cotton cousin crane crown curtain dance desert diamond dinner "
+    "doctor donkey dragon drum eagle engine farmer feather fence finger forest garden ghost goose "
+    "grape guitar hammer harbor hat helmet hill honey hotel island jacket jungle kettle kitten "
+    "ladder lantern lemon letter lion lizard market meadow mirror monkey napkin needle onion "
+    "orange orchid"
 ).split()
 
 _MANY = 15_000  # keys and values

@@ -146,6 +146,8 @@ def test_tool_calls_are_those_of_the_api() -> None:
         ("2 + 2</think>4", "2 + 2", "4"),
         ("<think>a</think>b</think>4", "a</think>b", "4"),
         ("<think>2 + ", "2 + ", ""),
+        ("<|channel>thought\n2 + 2<channel|>4", "\n2 + 2", "4"),
+        ("<|channel>thought\n2 + ", "\n2 + ", ""),
         ("a < b <think", "", "a < b <think"),
     ],
 )
