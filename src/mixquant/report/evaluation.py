@@ -43,7 +43,7 @@ def section(evaluation: Evaluation) -> Section:
             *_differences(evaluation.differences, looked),
             *_recoveries(evaluation.recoveries, looked),
         ),
-        tables=_settings(evaluation),
+        tables=(*_answers(evaluation), *_parts(evaluation, arms), *_settings(evaluation)),
     )
 
 
@@ -256,6 +256,45 @@ def _recoveries(recoveries: tuple[Recovery, ...], looked: dict[str, Look]) -> li
             ),
         )
     ]
+
+
+def _answers(evaluation: Evaluation) -> tuple[Table, ...]:
+    scores = [s for s in evaluation.scores if s.answer_tokens is not None]
+    if not scores:
+        return ()
+    rows = tuple(
+        (
+            s.benchmark,
+            s.arm,
+            percent(1 - s.unextracted / answers) if answers else "–",
+            "–" if s.prompt_tokens is None else count(round(s.prompt_tokens)),
+            "–" if s.answer_tokens is None else count(round(s.answer_tokens)),
+        )
+        for s in scores
+        for answers in (s.items * s.seeds - s.failed,)
+    )
+    headings = ("Benchmark", "Arm", "Extracted", "Prompt, tokens", "Answer, tokens")
+    return (Table("Answers with something to score, and mean lengths", headings, rows),)
+
+
+def _parts(evaluation: Evaluation, arms: tuple[str, ...]) -> tuple[Table, ...]:
+    found = {(s.benchmark, s.arm): s for s in evaluation.subscores}
+    shown = [arm for arm in arms if any(s.arm == arm for s in evaluation.subscores)]
+    rows = tuple(
+        (
+            name,
+            *(
+                f"{percent(s.score)} ({percent(s.low)} to {percent(s.high)})"
+                if (s := found.get((name, arm)))
+                else "–"
+                for arm in shown
+            ),
+        )
+        for name in dict.fromkeys(s.benchmark for s in evaluation.subscores)
+    )
+    if not rows:
+        return ()
+    return (Table("Sub-scores (95 % interval)", ("Group", *shown), rows),)
 
 
 def _settings(evaluation: Evaluation) -> tuple[Table, ...]:

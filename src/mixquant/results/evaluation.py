@@ -21,6 +21,8 @@ class Score(Record):
         failed: requests that got no answer in the end; they count as wrong.
         unjudged: answers that no judge gave a verdict on; they do not count.
         unextracted: answers that hold nothing to score (no letter, no call); they count as wrong.
+        prompt_tokens: of an answer's requests together; the mean. None where no server said.
+        answer_tokens: of an answer with its reasoning; the mean. None where no server said.
     """
 
     benchmark: str
@@ -33,6 +35,8 @@ class Score(Record):
     failed: Count
     unjudged: Count = 0
     unextracted: Count = 0
+    prompt_tokens: float | None = None
+    answer_tokens: float | None = None
 
 
 class Difference(Record):

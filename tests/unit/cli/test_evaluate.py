@@ -110,6 +110,8 @@ def test_arms_side_by_side(work: Path, sums: Path, capsys: pytest.CaptureFixture
     (recovery,) = read.recoveries
     assert (recovery.benchmark, recovery.arm, recovery.recovery) == ("gsm8k", "mixquant", 0.5)
     printed = capsys.readouterr().out
+    assert all((s.prompt_tokens, s.answer_tokens) == (7, 3) for s in read.scores)  # the stub's
+    assert re.search(r"gsm8k +mixquant +100\.0% +7 +3\b", printed)
     for shown in ("100.0", "50.0", "75.0", "28.4 - 71.6", "-50.0", "recovery of mixquant", "50%"):
         assert shown in printed
 
@@ -526,12 +528,19 @@ def test_answers_in_which_nothing_was_found_are_counted_and_their_rate_is_shown(
     score, _ = scores_of(Answered(benchmark, items, 1, {"bf16": file}, None), "bf16")
     assert score is not None
     assert (score.score, score.failed, score.unextracted) == (0.25, 1, 1)
+    assert score.prompt_tokens is score.answer_tokens is None  # nobody counted
+    for entry, tokens in zip(file.entries.values(), (10, 20, 60, 0), strict=True):
+        entry.usage.prompt_tokens, entry.usage.completion_tokens = 100, tokens
+    score, _ = scores_of(Answered(benchmark, items, 1, {"bf16": file}, None), "bf16")
+    assert score is not None
+    assert (score.prompt_tokens, score.answer_tokens) == (100, 30)  # without the one that failed
 
     found = sample_results.evaluation().model_copy(update={"scores": (score,), "recoveries": ()})
     console = Console(width=120)
     with console.capture() as shown:
         console.print(*tables(found))
     assert "none in 25.0%" in shown.get()
+    assert re.search(r"bf16 +66\.7% +100 +30\b", shown.get())
     assert "no letter, number or call was found" in " ".join(shown.get().split())
     (failed, unextracted) = section(found).notes
     assert "1 of 4 requests got no answer" in failed

@@ -17,8 +17,11 @@ _NO_SCORE = " -: every request failed."
 
 
 def tables(result: Evaluation) -> list[Table]:
-    """The scores as the paper has them; and, if there are several arms, what sets them apart."""
+    """The scores as the paper has them; what the answers are like; and, if there are several arms,
+    what sets them apart."""
     shown = [_scores(result)]
+    if any(score.answer_tokens is not None for score in result.scores):
+        shown.append(_answers(result))
     if result.differences:
         shown.append(_differences(result))
     return shown
@@ -53,6 +56,37 @@ def _scores(result: Evaluation) -> Table:
         table.add_section()
         table.add_row("mean", "", "", *(f"{100 * mean:.1f}" for mean in means))
     return table
+
+
+def _answers(result: Evaluation) -> Table:
+    table = Table(
+        title="Answers",
+        title_justify="left",
+        caption="Extracted: the share of answers with a letter, number or call to score. Lengths in "
+        "tokens, the means, reasoning included.",
+        caption_justify="left",
+        box=box.SIMPLE_HEAD,
+    )
+    table.add_column("benchmark")
+    table.add_column("")
+    for heading in ("extracted", "prompt", "answer"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for name in dict.fromkeys(score.benchmark for score in result.scores):
+        for score in result.scores:
+            if score.benchmark == name:
+                lengths = (_tokens(score.prompt_tokens), _tokens(score.answer_tokens))
+                table.add_row(name, score.arm, _extracted(score), *lengths)
+        table.add_section()
+    return table
+
+
+def _extracted(score: Score) -> str:
+    answers = score.items * score.seeds - score.failed
+    return f"{1 - score.unextracted / answers:.1%}" if answers else "-"
+
+
+def _tokens(mean: float | None) -> str:
+    return "-" if mean is None else f"{mean:,.0f}"
 
 
 def _all_failed(score: Score) -> bool:

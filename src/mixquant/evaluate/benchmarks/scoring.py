@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,6 +10,7 @@ import numpy as np
 from mixquant import results
 from mixquant.evaluate.benchmarks import statistics
 from mixquant.evaluate.benchmarks.answer_file import AnswerFile
+from mixquant.evaluate.benchmarks.chat import Usage
 from mixquant.evaluate.tasks import Item, Task
 
 NAN = float("nan")
@@ -59,6 +60,17 @@ class Answered:
             and entry.verdict is not None
             and entry.judge in (None, self.judge)
             and not entry.verdict.extracted
+        ]
+
+    def usages(self, arm: str, items: Collection[str]) -> list[Usage]:
+        """What each answer to these items took."""
+        entries = self.files[arm].entries
+        return [
+            entry.usage
+            for item in self.items
+            if item.id in items
+            for seed in range(self.seeds)
+            if (entry := entries.get((item.id, seed))) is not None and entry.answer is not None
         ]
 
     def unjudged(self, arm: str) -> list[tuple[str, int, str]]:
@@ -158,6 +170,7 @@ def _score(
         return None
     estimate = statistics.score(scores, weights)
     ids = {benchmark.items[row].id for row in rows}
+    usages = benchmark.usages(arm, ids)
     return results.Score(
         benchmark=name,
         arm=arm,
@@ -169,4 +182,11 @@ def _score(
         failed=sum(item in ids for item, *_ in benchmark.failed(arm)),
         unjudged=int(np.isnan(scores).sum()),
         unextracted=sum(item in ids for item, _ in benchmark.unextracted(arm)),
+        prompt_tokens=_mean([usage.prompt_tokens for usage in usages]),
+        answer_tokens=_mean([usage.completion_tokens for usage in usages]),
     )
+
+
+def _mean(tokens: Sequence[int]) -> float | None:
+    """None where no server said how many tokens there were."""
+    return sum(tokens) / len(tokens) if any(tokens) else None

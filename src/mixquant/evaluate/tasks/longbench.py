@@ -34,6 +34,7 @@ Format your response as follows: "The correct answer is (insert answer here)".""
 class _Question(Record):
     id: str = Field(min_length=1, validation_alias="_id")
     length: Literal["short", "medium", "long"]
+    difficulty: Literal["easy", "hard", ""] = ""
     question: str = Field(min_length=1)
     choice_A: str
     choice_B: str
@@ -52,6 +53,7 @@ class LongBenchV2(Task):
 
     name = "longbench-v2"
     defaults: ClassVar[Mapping[str, Any]] = {"context_tokens": 120_000}
+    order = ("easy", "hard", "short", "medium", "long")
 
     def load(self, data: Path | None, cut: Cut) -> list[Item]:
         if data is None:
@@ -67,6 +69,7 @@ class LongBenchV2(Task):
                 ),
                 reference=record.answer,
                 group=record.length,
+                also=(record.difficulty,) if record.difficulty else (),
             )
             for record in records
         ]

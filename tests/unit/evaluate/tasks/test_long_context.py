@@ -61,6 +61,7 @@ def test_longbench_as_published(tmp_path: Path) -> None:
     path.write_text(json.dumps([LONGBENCH]))
     (item,) = load("longbench-v2", path)
     assert (item.id, item.group, item.reference) == (LONGBENCH["_id"], "short", "B")
+    assert item.also == ("easy",)
     assert item.messages[0]["content"] == (
         "Please read the following text and answer the question below.\n\n"
         "<text>\nA document of $C_A$ and {braces}.\n</text>\n\n"
@@ -71,6 +72,29 @@ def test_longbench_as_published(tmp_path: Path) -> None:
     assert score("longbench-v2", item, "<think>(A)?</think>The correct answer is (B).").score == 1
     assert score("longbench-v2", item, "The correct answer is (A).").score == 0
     assert score("longbench-v2", item, "I cannot say.").score == 0
+
+
+def test_longbench_has_scores_by_difficulty_and_by_length(tmp_path: Path) -> None:
+    from mixquant.evaluate.benchmarks.answer_file import AnswerFile
+    from mixquant.evaluate.benchmarks.scoring import Answered, scores_of
+
+    path = tmp_path / "data.json"
+    kinds = [("hard", "long"), ("easy", "short"), ("hard", "medium")]
+    path.write_text(
+        json.dumps(
+            [
+                {**LONGBENCH, "_id": str(number), "difficulty": difficulty, "length": length}
+                for number, (difficulty, length) in enumerate(kinds)
+            ]
+        )
+    )
+    items = load("longbench-v2", path)
+    answered = Answered(
+        task("longbench-v2"), items, 1, {"a": AnswerFile(tmp_path / "none.jsonl", {})}, None
+    )
+    _, parts = scores_of(answered, "a")
+    found = [(part.benchmark.removeprefix("longbench-v2/"), part.items) for part in parts]
+    assert found == [("easy", 1), ("hard", 2), ("short", 1), ("medium", 1), ("long", 1)]
 
 
 def test_only_the_document_is_cut(tmp_path: Path) -> None:
