@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 from contextlib import ExitStack
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -44,6 +45,10 @@ SERVER_KEY = "VLLM_API_KEY"  # vLLM itself reads this variable
 RESULTS = "results.json"
 
 
+class ProtocolName(StrEnum):
+    mix_quant = "mix-quant"
+
+
 def evaluate(
     context: typer.Context,
     model: Model,
@@ -55,6 +60,14 @@ def evaluate(
             help="Benchmark to run; list prints all names. May be repeated.",
         ),
     ],
+    protocol: Annotated[
+        ProtocolName | None,
+        typer.Option(
+            "--protocol",
+            help="Ask and score as others do: mix-quant, as the scripts of the paper's authors.",
+            show_default="mixquant's own",
+        ),
+    ] = None,
     data: Annotated[
         list[str] | None,
         typer.Option(
@@ -248,6 +261,7 @@ def evaluate(
             "seeds": seeds,
         },
         task_options={"lengths": lengths(length)} if length else {},
+        protocol=None if protocol is None else protocol.value,
         judge=judge,
         served_name=served_name,
         key=os.environ.get(SERVER_KEY),

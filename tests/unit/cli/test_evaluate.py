@@ -162,6 +162,26 @@ def test_more_seeds_and_items_go_on_from_what_is_there(work: Path, sums: Path, s
     assert (read.scores[0].items, read.scores[0].seeds) == (3, 1)
 
 
+def test_a_protocol_has_its_own_prompts_seeds_and_files(
+    work: Path, sums: Path, stub: Stub, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asking = ["stub", "--benchmark=gsm8k", "--data", sums, f"--url=mine={stub.url}", "--seeds=2"]
+    assert evaluate(*asking, "--protocol=mix-quant", "--limit=4") == 0
+    assert {seed for _, seed in stub.times} == {42, 43}
+    assert all(text.startswith("Put your final answer within") for text, _ in stub.times)
+    assert {line["seed"] for line in lines(work)} == {42, 43}
+    read = results.read(work / "mixquant-evaluation" / "results.json")
+    assert isinstance(read, results.Evaluation)
+    assert read.settings["protocol"] == "mix-quant"
+    assert read.settings["benchmarks"]["gsm8k"]["first_seed"] == 42
+    assert (read.scores[0].score, read.scores[0].seeds) == (1, 2)
+    assert evaluate(*asking, "--protocol=mix-quant", "--limit=4") == 0
+    assert len(stub.asked) == 8
+    capsys.readouterr()
+    other = refused(capsys, *asking, "--limit=4")
+    assert 'protocol was "mix-quant", and is null' in other
+
+
 def test_what_fails_counts_as_wrong_is_named_and_asked_again(
     work: Path, sums: Path, stub: Stub, capsys: pytest.CaptureFixture[str]
 ) -> None:

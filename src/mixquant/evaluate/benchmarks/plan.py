@@ -49,6 +49,7 @@ class Options:
         default_factory=dict
     )  # fields of `Settings` that were given
     task_options: Mapping[str, Any] = field(default_factory=dict)  # `OPTIONS` that were given
+    protocol: str | None = None  # of `PROTOCOLS`; None: ours
     judge: Judge | None = None
     served_name: str | None = None  # what servers call the model; None: as ``model``
     key: str | None = field(default=None, repr=False)  # of the arms' servers
@@ -72,7 +73,7 @@ class Benchmark:
 
 def chosen_tasks(options: Options) -> list[Task]:
     names = list(dict.fromkeys(options.benchmarks))
-    tasks = [find_task(name, options.task_options) for name in names]
+    tasks = [find_task(name, options.task_options, options.protocol) for name in names]
     for key in options.task_options:
         if not any(key in task.options for task in tasks):
             takers = " and ".join(name for name in TASKS if key in find_task(name).options)
@@ -145,12 +146,14 @@ def name_at_servers(options: Options) -> str:
 def load(
     task: Task, options: Options, context: int | None, note: Callable[[str], None]
 ) -> Benchmark:
-    settings = Settings.of(task, options.settings, context)
+    names = f"{options.model} {name_at_servers(options)}"
+    settings = Settings.of(task, options.settings, context, names)
 
     def tokenizer() -> Any:
         return load_tokenizer(find(options.model, note))
 
-    cut = MiddleCutter(settings, context, tokenizer)
+    around = {"around": 0} if task.cuts_prompts else {}
+    cut = MiddleCutter(settings, context, tokenizer, **around)
     task.room = Room(PromptTokens(tokenizer, note), context, settings.max_tokens)
     items = task.load(options.data.get(task.name), cut)
     if not items:
@@ -195,6 +198,7 @@ def work_of(benchmark: Benchmark, arm: Arm, options: Options, context: int | Non
     configuration = {
         "model": options.model,
         "benchmark": benchmark.task.name,
+        "protocol": options.protocol,
         # Not the address, which may change between runs.
         "arm": {**arm.to_result().model_dump(exclude={"url"}), "started": arm.url is None},
         # More seeds or items continue a file.
@@ -204,5 +208,10 @@ def work_of(benchmark: Benchmark, arm: Arm, options: Options, context: int | Non
     }
     file = AnswerFile(options.out / benchmark.task.name / f"{arm.name}.jsonl", configuration)
     return Work(
-        benchmark.task, benchmark.items, benchmark.settings.seeds, benchmark.settings.sampling, file
+        benchmark.task,
+        benchmark.items,
+        benchmark.settings.seeds,
+        benchmark.settings.sampling,
+        file,
+        benchmark.settings.first_seed,
     )

@@ -30,6 +30,7 @@ from mixquant.evaluate.benchmarks.runner import Work, run
 from mixquant.evaluate.benchmarks.scoring import Answered, differences_of, recoveries_of, scores_of
 from mixquant.evaluate.benchmarks.tool_parser import with_tool_parser
 from mixquant.evaluate.tasks import Task
+from mixquant.evaluate.tasks.registry import PROTOCOLS
 from mixquant.servers.arms import Arm, ArmError, running, served_models
 
 
@@ -60,6 +61,10 @@ def evaluate(options: Options, progress: Progress) -> tuple[results.Evaluation, 
         ServerError, RunError: a server did not start, or is gone. What is finished is kept.
     """
     tasks = chosen_tasks(options)
+    if options.protocol is not None:
+        ours = [task.name for task in tasks if task.name not in PROTOCOLS[options.protocol]]
+        if ours:
+            progress.note(f"{options.protocol} says nothing of {', '.join(ours)}: asked as usual")
     options = _with_tool_parsers(options, tasks, progress)
     with _alone_in(options.out):
         context = context_of(options)
@@ -93,6 +98,7 @@ def evaluate(options: Options, progress: Progress) -> tuple[results.Evaluation, 
             benchmark.settings.seeds,
             {arm.name: work[arm.name][number].file for arm in options.arms},
             judge_name,
+            benchmark.settings.first_seed,
         )
         for number, benchmark in enumerate(benchmarks)
     ]
@@ -206,6 +212,7 @@ def _results(
                 for one in benchmarks
             },
             "judge": options.judge.model if options.judge else None,
+            **({"protocol": options.protocol} if options.protocol else {}),
             "context": context,
             "concurrency": options.concurrency,
         },

@@ -34,6 +34,7 @@ class Work:
     seeds: int
     sampling: dict[str, object]  # the options of each request
     file: AnswerFile
+    first_seed: int = 0
 
     def missing(self, judge: str | None) -> list[tuple[Item, int]]:
         """The items and seeds without an answer, or without a verdict of this judge.
@@ -43,7 +44,7 @@ class Work:
         return [
             (item, seed)
             for item in self.items
-            for seed in range(self.seeds)
+            for seed in range(self.first_seed, self.first_seed + self.seeds)
             if not self.finished((item.id, seed), judge)
         ]
 

@@ -25,18 +25,23 @@ class Answered:
     seeds: int
     files: Mapping[str, AnswerFile]  # by arm
     judge: str | None
+    first_seed: int = 0
+
+    @property
+    def _seeds(self) -> range:
+        return range(self.first_seed, self.first_seed + self.seeds)
 
     def scores(self, arm: str) -> statistics.Scores:
         """``[items, seeds]``: 0 where the request failed, NaN where no judge gave a verdict."""
         entries = self.files[arm].entries
         scores = np.full((len(self.items), self.seeds), NAN)
         for row, item in enumerate(self.items):
-            for seed in range(self.seeds):
+            for column, seed in enumerate(self._seeds):
                 entry = entries.get((item.id, seed))
                 if entry is None or entry.answer is None:
-                    scores[row, seed] = 0.0
+                    scores[row, column] = 0.0
                 elif entry.verdict is not None and entry.judge in (None, self.judge):
-                    scores[row, seed] = entry.verdict.score
+                    scores[row, column] = entry.verdict.score
         return scores
 
     def failed(self, arm: str) -> list[tuple[str, int, str]]:
@@ -45,7 +50,7 @@ class Answered:
         return [
             (item.id, seed, entry.error or "")
             for item in self.items
-            for seed in range(self.seeds)
+            for seed in self._seeds
             if (entry := entries.get((item.id, seed))) is not None and entry.answer is None
         ]
 
@@ -55,7 +60,7 @@ class Answered:
         return [
             (item.id, seed)
             for item in self.items
-            for seed in range(self.seeds)
+            for seed in self._seeds
             if (entry := entries.get((item.id, seed))) is not None
             and entry.verdict is not None
             and entry.judge in (None, self.judge)
@@ -69,7 +74,7 @@ class Answered:
             entry.usage
             for item in self.items
             if item.id in items
-            for seed in range(self.seeds)
+            for seed in self._seeds
             if (entry := entries.get((item.id, seed))) is not None and entry.answer is not None
         ]
 
@@ -79,8 +84,8 @@ class Answered:
         return [
             (item.id, seed, self.files[arm].entries[item.id, seed].error or "")
             for row, item in enumerate(self.items)
-            for seed in range(self.seeds)
-            if np.isnan(scores[row, seed])
+            for column, seed in enumerate(self._seeds)
+            if np.isnan(scores[row, column])
         ]
 
 

@@ -32,28 +32,37 @@ class Settings:
     thinking: bool = True
     seeds: int = 1
     context_tokens: int | None = None  # prompts are cut to this in the middle; None: no cut
+    first_seed: int = 0  # the others follow it
+    special_tokens: bool = False  # whether answers keep them, for thoughts that are marked by some
 
     @classmethod
-    def of(cls, task: Task, given: Mapping[str, Any], context: int | None) -> Settings:
-        """Those of a benchmark, with what the user gave, in a model of this context."""
+    def of(
+        cls, task: Task, given: Mapping[str, Any], context: int | None, model: str = ""
+    ) -> Settings:
+        """Those of a benchmark, with what the user gave, in a model of these names and this context."""
         chosen = {key: value for key, value in given.items() if value is not None}
-        settings = replace(cls(), **{**task.defaults, **chosen})
+        settings = replace(cls(), **{**task.defaults_for(model), **chosen})
         if context is not None and settings.max_tokens >= context:
             settings = replace(settings, max_tokens=max(context // 2, 1))
         return settings
 
     @property
     def sampling(self) -> dict[str, Any]:
-        return sampling(
+        options = sampling(
             temperature=self.temperature,
             top_p=self.top_p,
             top_k=self.top_k,
             max_tokens=self.max_tokens,
             thinking=self.thinking,
         )
+        if self.special_tokens:
+            options["extra_body"]["skip_special_tokens"] = False
+        return options
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """All fields; of those that only protocols change, the ones that they have changed."""
+        usual = {"first_seed": 0, "special_tokens": False}
+        return {key: value for key, value in asdict(self).items() if usual.get(key, ...) != value}
 
 
 class MiddleCutter:
@@ -63,11 +72,17 @@ class MiddleCutter:
         settings: of the benchmark.
         context: of the model, in tokens; None: unknown.
         load_tokenizer: is called when the first text is long enough to need it.
+        around: tokens to leave for what stands around a text.
     """
 
     def __init__(
-        self, settings: Settings, context: int | None, load_tokenizer: Callable[[], Any]
+        self,
+        settings: Settings,
+        context: int | None,
+        load_tokenizer: Callable[[], Any],
+        around: int = _AROUND,
     ) -> None:
+        self._around = around
         self._settings = settings
         self._context = context
         self._load = load_tokenizer
@@ -87,7 +102,7 @@ class MiddleCutter:
         if self._context is None:
             return self._settings.context_tokens
         answer = self._settings.max_tokens
-        budget = self._context - answer - self._of_template() - _AROUND
+        budget = self._context - answer - self._of_template() - self._around
         if budget < 1:
             raise TaskError(
                 f"the model reads and writes {self._context} tokens, which leaves no room for a prompt "

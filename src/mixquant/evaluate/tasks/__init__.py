@@ -115,13 +115,14 @@ class Task:
         needs_tools: whether requests offer tools, whose calls the server has to parse.
         defaults: what the benchmark changes of the run's settings: ``seeds`` (how many),
             ``max_tokens``, ``context_tokens`` (what `Cut` leaves of a text), ``temperature``,
-            ``top_p``, ``top_k``, ``thinking``.
+            ``top_p``, ``top_k``, ``thinking``, ``first_seed``, ``special_tokens``.
         weights: how much each group counts in the score, whatever its number of items; empty: every
             item counts alike.
         in_turns: whether a limited run draws from one group after the other.
         order: of the groups in tables; those that are not named follow as they come.
         options: what the constructor takes, by keyword: a name of `OPTIONS` each.
         room: what a prompt may be; given before ``load``.
+        cuts_prompts: whether ``load`` cuts whole prompts, with nothing of the benchmark's around them.
     """
 
     name: ClassVar[str]
@@ -133,6 +134,15 @@ class Task:
     order: ClassVar[Sequence[str]] = ()
     options: ClassVar[frozenset[str]] = frozenset()
     room: Room | None = None
+    cuts_prompts: ClassVar[bool] = False
+
+    def defaults_for(self, model: str) -> Mapping[str, Any]:
+        """`defaults`, where they depend on the model: those of this one.
+
+        Args:
+            model: its names.
+        """
+        return self.defaults
 
     def load(self, data: Path | None, cut: Cut) -> list[Item]:
         """All items, in an order that does not change.

@@ -83,8 +83,12 @@ class _Mathematics(Task):
         unique([item.id for item in items], data)
         return items
 
+    def scored(self, answer: Answer) -> str:
+        """The text in which the answer is looked for."""
+        return strip_thinking(str(answer.get("text") or ""))
+
     async def score(self, item: Item, answer: Answer, judge: Chat | None = None) -> Verdict:
-        text = strip_thinking(str(answer.get("text") or ""))
+        text = self.scored(answer)
         boxed = last_boxed(text)
         try:
             if boxed is not None:
