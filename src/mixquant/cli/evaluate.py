@@ -125,6 +125,28 @@ def evaluate(
             show_default="1024,2048,4096,8192, as far as the model reads",
         ),
     ] = None,
+    cot: Annotated[
+        bool | None,
+        typer.Option(
+            "--cot/--no-cot",
+            help="Ask LongBench v2 with the prompt for chains of thought.",
+            show_default="by protocol",
+        ),
+    ] = None,
+    no_context: Annotated[
+        bool,
+        typer.Option("--no-context", help="Ask LongBench v2 without its documents."),
+    ] = False,
+    retrieved: Annotated[
+        int | None,
+        typer.Option(
+            "--retrieved",
+            min=1,
+            metavar="N",
+            help="Ask LongBench v2 with the first N pieces of each record's retrieved_context in "
+            "place of its document.",
+        ),
+    ] = None,
     temperature: Annotated[
         float | None,
         typer.Option(
@@ -246,6 +268,13 @@ def evaluate(
     chosen = chosen_recipe(recipe, format)
     if chosen is None:  # servers that already run need no model on this machine
         chosen = Recipe() if url and not arm else saved_recipe(find(model, say))
+    given = {
+        "lengths": lengths(length),
+        "cot": cot,
+        "no_context": no_context or None,
+        "retrieved": retrieved,
+    }
+    task_options = {key: value for key, value in given.items() if value not in (None, [])}
     options = Options(
         model=model,
         benchmarks=benchmark,
@@ -260,7 +289,7 @@ def evaluate(
             "thinking": thinking,
             "seeds": seeds,
         },
-        task_options={"lengths": lengths(length)} if length else {},
+        task_options=task_options,
         protocol=None if protocol is None else protocol.value,
         judge=judge,
         served_name=served_name,

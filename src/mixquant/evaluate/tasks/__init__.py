@@ -17,7 +17,12 @@ Cut = Callable[[str], str]
 for; a text that fits comes back as it is. Some 500 tokens are left for what stands around it."""
 
 
-OPTIONS = {"lengths": "--length"}
+OPTIONS = {
+    "lengths": "--length",
+    "cot": "--cot",
+    "no_context": "--no-context",
+    "retrieved": "--retrieved",
+}
 """Options of `mixquant evaluate` that only some benchmarks take: the keyword, and the option's name."""
 
 

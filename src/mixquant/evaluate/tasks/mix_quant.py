@@ -5,13 +5,22 @@ docs/reference/benchmarks.md has the differences in a table.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from mixquant.evaluate.tasks import Answer, mathematics
+from mixquant.evaluate.tasks import Answer, Cut, longbench, mathematics
 from mixquant.evaluate.tasks.extraction import last_boxed, strip_thinking
 
 _SEED = 42
+_ANNOUNCED = re.compile(
+    r"(?:the correct answer is|final answer ?[:：]?|\banswer ?[:：]|\boption ?[:：]?) ?\(? ?([A-D])",
+    re.IGNORECASE,
+)
+_CORRECT = (
+    re.compile(r"The correct answer is \(([A-D])\)"),
+    re.compile(r"The correct answer is ([A-D])"),
+)
 _BOXED = "Put your final answer within \\boxed{{}}.\n{problem}"
 
 
@@ -26,6 +35,40 @@ class _Boxed:
         if last_boxed(text) is None:
             text = f"{answer.get('reasoning') or ''}\n{answer.get('text') or ''}"
         return text
+
+
+class LongBenchV2(longbench.LongBenchV2):
+    """The whole prompt is cut. The letter is the last one that is announced."""
+
+    usually_cot = True
+    cuts_prompts = True
+
+    def defaults_for(self, model: str) -> Mapping[str, Any]:
+        short = re.search(r"\bqwen3-8b\b", model, re.IGNORECASE)
+        return {
+            "seeds": 1,
+            "first_seed": _SEED,
+            "max_tokens": 30_720,
+            "context_tokens": 100_000 if short else 120_000,
+            "special_tokens": True,
+        }
+
+    def filled(self, template: str, record: longbench.Question, document: str, cut: Cut) -> str:
+        return cut(longbench.in_place(template, record, document.strip()))
+
+    def letter(self, answer: Answer) -> str | None:
+        text = str(answer.get("text") or "")
+        whole = f"{answer.get('reasoning') or ''}\n{text}"
+        if not self.cot:
+            said = whole.replace("*", "")
+            found = next(filter(None, (pattern.search(said) for pattern in _CORRECT)), None)
+            return found[1] if found else None
+        for said in (strip_thinking(text), whole):
+            # One space each: the pattern would take long for many.
+            letters = _ANNOUNCED.findall(" ".join(said.replace("*", " ").split()))
+            if letters:
+                return str(letters[-1]).upper()
+        return None
 
 
 class Math500(_Boxed, mathematics.Math500):

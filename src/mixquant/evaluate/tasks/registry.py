@@ -27,6 +27,7 @@ PROTOCOLS: Mapping[str, Mapping[str, tuple[str, str]]] = {  # benchmarks that ot
         "aime24": ("mix_quant", "Aime24"),
         "aime25": ("mix_quant", "Aime25"),
         "gsm8k": ("mix_quant", "Gsm8k"),
+        "longbench-v2": ("mix_quant", "LongBenchV2"),
     },
 }
 

@@ -59,6 +59,21 @@ def test_prompts_are_cut_to_the_benchmarks_length_or_what_the_model_leaves(
     assert cut(text[:500]) == text[:500]
 
 
+def test_whole_prompts_need_nothing_around_them(smollm2: tuple[Any, Any]) -> None:
+    settings = Settings.of(Long(), {"max_tokens": 200}, 1400)
+    text = "word " * 3000
+    kept = [
+        len(
+            smollm2[1](MiddleCutter(settings, 1300, lambda: smollm2[1], **around)(text))[
+                "input_ids"
+            ]
+        )
+        for around in ({}, {"around": 0})
+    ]
+    assert kept[1] - kept[0] >= 400
+    assert kept[1] <= 1000
+
+
 def test_a_model_with_no_room_for_a_prompt_is_refused(smollm2: tuple[Any, Any]) -> None:
     cut = MiddleCutter(Settings.of(Long(), {"max_tokens": 200}, 600), 600, lambda: smollm2[1])
     with pytest.raises(TaskError, match="no room for a prompt beside an answer of 200"):

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from mixquant.evaluate.benchmarks.settings import Settings
-from mixquant.evaluate.tasks import Item, Task, Verdict
+from mixquant.evaluate.tasks import Item, Task, TaskError, Verdict
 from mixquant.evaluate.tasks.registry import PROTOCOLS, TASKS, task
 
 pytest.importorskip("math_verify", reason="the extra `eval` is not installed")
@@ -69,3 +69,120 @@ def test_a_box_in_a_thought_counts_if_there_is_no_other(tmp_path: Path) -> None:
         found = score(one, item, "", reasoning=r"It is \boxed{1}, but")
         assert (found.score, found.extracted) == (worth, bool(worth))
         assert score(one, item, r"\boxed{2}", reasoning=r"\boxed{1}").score == 0
+
+
+DOCUMENT = {
+    "_id": "66f36490821e116aacb2cc22",
+    "difficulty": "hard",
+    "length": "long",
+    "question": "What does $Q$ stand for?",
+    "choice_A": "Quarter",
+    "choice_B": "Question",
+    "choice_C": "Queue",
+    "choice_D": "$DOC$",
+    "answer": "B",
+    "context": " A document of $C_A$.\n",
+    "retrieved_context": [
+        {"c_idx": 7, "content": "later"},
+        {"c_idx": 2, "content": "sooner"},
+        {"c_idx": 3, "content": "third"},
+    ],
+}
+CHOICES = "Choices:\n(A) Quarter\n(B) Question\n(C) Queue\n(D) $DOC$\n\n"
+QUESTION = f"What is the correct answer to this question: What does $Q$ stand for?\n{CHOICES}"
+FORMAT = 'Format your response as follows: "The correct answer is (insert answer here)".'
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (
+            {},
+            "Please read the following text and answer the questions below.\n\n"
+            f"<text>\nA document of $C_A$.\n</text>\n\n{QUESTION}{FORMAT}",
+        ),
+        (
+            {"cot": False},
+            "Please read the following text and answer the question below.\n\n"
+            f"<text>\nA document of $C_A$.\n</text>\n\n{QUESTION}{FORMAT}",
+        ),
+        (
+            {"no_context": True},
+            f"{QUESTION}What is the single, most likely answer choice? {FORMAT}",
+        ),
+        (
+            {"retrieved": 2},
+            "Please read the following retrieved text chunks and answer the question below.\n\n"
+            "<text>\nRetrieved chunk 1: sooner\n\nRetrieved chunk 2: later\n</text>\n\n"
+            f"{QUESTION}{FORMAT}",
+        ),
+    ],
+)
+def test_longbench(tmp_path: Path, options: dict[str, Any], expected: str) -> None:
+    cuts: list[str] = []
+
+    def cut(text: str) -> str:
+        cuts.append(text)
+        return "CUT"
+
+    one = chosen("longbench-v2", **options)
+    item = load(one, tmp_path / "data.json", DOCUMENT, cut)
+    assert cuts == [expected]  # the whole prompt
+    assert item.messages[0]["content"] == "CUT"
+    assert (item.group, item.also) == ("long", ("hard",))
+    whole = load(task("longbench-v2", options), tmp_path / "data.json", DOCUMENT)
+    text = whole.messages[0]["content"]
+    assert text == expected.replace(
+        "questions below", "question below"
+    )  # ours: no chain of thought
+
+
+@pytest.mark.parametrize(
+    ("model", "tokens"),
+    [
+        ("Qwen/Qwen3-8B", 100_000),
+        ("/models/Qwen3-8B-NVFP4", 100_000),
+        ("Qwen/Qwen3.5-9B", 120_000),
+        ("google/gemma-4-31B-it", 120_000),
+    ],
+)
+def test_longbench_is_cut_by_model_and_leaves_room_for_the_answer(model: str, tokens: int) -> None:
+    settings = Settings.of(chosen("longbench-v2"), {}, 131_072, model)
+    assert (settings.context_tokens, settings.max_tokens) == (tokens, 30_720)
+    assert (settings.seeds, settings.first_seed, settings.top_k) == (1, 42, 20)
+    assert settings.sampling["extra_body"]["skip_special_tokens"] is False
+    assert "skip_special_tokens" not in Settings().sampling["extra_body"]
+
+
+@pytest.mark.parametrize(
+    ("text", "reasoning", "letter"),
+    [
+        ("The correct answer is (B).", "", "B"),
+        ("**The correct answer is** (A). No: the correct answer is (B)", "", "B"),
+        ("Final answer: (C)\nOption D is wrong", "", "D"),
+        ("answer：b", "", "B"),
+        ("I cannot say.", "so the correct answer is C", "C"),
+        ("The correct answer is (A).", "the correct answer is C", "A"),
+        ("<|channel>thought the correct answer is (A)<channel|>Answer: B", "", "B"),
+        ("Surely B", "", None),
+        ("", "", None),
+    ],
+)
+def test_the_last_letter_that_is_announced(text: str, reasoning: str, letter: str | None) -> None:
+    one: Any = chosen("longbench-v2")
+    assert one.letter({"text": text, "reasoning": reasoning}) == letter
+
+
+def test_without_a_chain_of_thought_the_format_is_strict() -> None:
+    one: Any = chosen("longbench-v2", cot=False)
+    assert one.letter({"text": "**The correct answer is (B)**; the correct answer is (A)"}) == "B"
+    assert one.letter({"text": "The correct answer is C."}) == "C"
+    assert one.letter({"text": "Answer: C"}) is None
+
+
+def test_pieces_have_to_be_in_the_data(tmp_path: Path) -> None:
+    record = {**DOCUMENT, "retrieved_context": None}
+    with pytest.raises(TaskError, match=r"question 66f.*'retrieved_context': --retrieved needs"):
+        load(chosen("longbench-v2", retrieved=2), tmp_path / "data.json", record)
+    with pytest.raises(TaskError, match="exclude each other"):
+        chosen("longbench-v2", no_context=True, retrieved=2)
