@@ -41,6 +41,21 @@ async def judged(
     raise JudgeError(f"the judge said {text[:80]!r}, expected {expected} ({_TRIES} tries)")
 
 
+async def says_yes(judge: Chat | None, prompt: str) -> Verdict:
+    """The verdict as LongMemEval's script gives it: right if a reply of at most 10 tokens at
+    temperature 0 has a yes in it, otherwise wrong.
+
+    Raises:
+        JudgeError: no judge.
+        mixquant.evaluate.benchmarks.chat.ChatError: it could not be reached.
+    """
+    if judge is None:
+        raise JudgeError("no judge to ask")
+    message = {"role": "user", "content": prompt}
+    reply = await judge.ask([message], temperature=0.0, max_tokens=10)
+    return Verdict(float("yes" in reply.text.lower()), f"judge: {reply.text[:200]}")
+
+
 def _word(text: str, words: Mapping[str, float]) -> str | None:
     """The one of the words that a reply begins or ends with, or the only one that it has."""
     said: list[str] = [word for word in re.findall(r"[^\W\d_]+", text.casefold()) if word in words]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -68,12 +68,12 @@ _TASKS = {
 }
 
 
-class _Turn(Record):
+class Turn(Record):
     role: Literal["user", "assistant"]
     content: str
 
 
-class _Question(Record):
+class Question(Record):
     question_id: str = Field(min_length=1)
     question_type: Literal[
         "single-session-user",
@@ -87,10 +87,10 @@ class _Question(Record):
     answer: str
     question_date: str
     haystack_dates: list[str]
-    haystack_sessions: list[list[_Turn]]
+    haystack_sessions: list[list[Turn]]
 
     @model_validator(mode="after")
-    def _dated(self) -> _Question:
+    def _dated(self) -> Question:
         if len(self.haystack_dates) != len(self.haystack_sessions):
             raise ValueError(
                 f"{len(self.haystack_sessions)} haystack_sessions, "
@@ -109,12 +109,12 @@ class LongMemEval(Task):
     def load(self, data: Path | None, cut: Cut) -> list[Item]:
         if data is None:
             data = file_from_hub("xiaowu0162/longmemeval-cleaned", "longmemeval_s_cleaned.json")
-        records = read_records(data, _Question)
+        records = read_records(data, Question)
         unique([record.question_id for record in records], data)
         return [
             Item(
                 id=record.question_id,
-                messages=({"role": "user", "content": _prompt(record, cut(_history(record)))},),
+                messages=({"role": "user", "content": self.prompt(record, cut)},),
                 reference={
                     "type": record.question_type,
                     "question": record.question,
@@ -125,27 +125,43 @@ class LongMemEval(Task):
             for record in records
         ]
 
+    def prompt(self, record: Question, cut: Cut) -> str:
+        """The prompt of a question; the history is cut."""
+        return _PROMPT.format(
+            history=cut(history(record, _as_json)),
+            date=record.question_date,
+            question=record.question,
+        )
+
+    async def verdict(self, prompt: str, judge: Chat | None) -> Verdict:
+        """What the judge says to a prompt."""
+        return await judged(judge, prompt, {"yes": 1.0, "no": 0.0}, max_tokens=4096)
+
     async def score(self, item: Item, answer: Answer, judge: Chat | None = None) -> Verdict:
         text = strip_thinking(str(answer.get("text") or ""))
         if not text:
             return Verdict(0.0, "no answer beside thinking", extracted=False)
         prompt = _judge_prompt(item.id, item.reference, text)
-        return await judged(judge, prompt, {"yes": 1.0, "no": 0.0}, max_tokens=4096)
+        return await self.verdict(prompt, judge)
 
 
-def _history(record: _Question) -> str:
+def history(record: Question, write: Callable[[Sequence[Turn]], str]) -> str:
+    """All sessions by date.
+
+    Args:
+        write: the text of one session.
+    """
     sessions = sorted(
         zip(record.haystack_dates, record.haystack_sessions, strict=True), key=lambda pair: pair[0]
     )
     return "".join(
-        f"\n### Session {number}:\nSession Date: {date}\nSession Content:\n\n"
-        f"{json.dumps([turn.model_dump() for turn in turns], ensure_ascii=False)}\n"
+        f"\n### Session {number}:\nSession Date: {date}\nSession Content:\n{write(turns)}\n"
         for number, (date, turns) in enumerate(sessions, 1)
     )
 
 
-def _prompt(record: _Question, history: str) -> str:
-    return _PROMPT.format(history=history, date=record.question_date, question=record.question)
+def _as_json(turns: Sequence[Turn]) -> str:
+    return "\n" + json.dumps([turn.model_dump() for turn in turns], ensure_ascii=False)
 
 
 def _judge_prompt(id: str, reference: dict[str, Any], response: str) -> str:

@@ -6,11 +6,12 @@ docs/reference/benchmarks.md has the differences in a table.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
-from mixquant.evaluate.tasks import Answer, Cut, longbench, mathematics
+from mixquant.evaluate.tasks import Answer, Chat, Cut, Verdict, longbench, longmemeval, mathematics
 from mixquant.evaluate.tasks.extraction import last_boxed, strip_thinking
+from mixquant.evaluate.tasks.judging import says_yes
 
 _SEED = 42
 _ANNOUNCED = re.compile(
@@ -22,6 +23,13 @@ _CORRECT = (
     re.compile(r"The correct answer is ([A-D])"),
 )
 _BOXED = "Put your final answer within \\boxed{{}}.\n{problem}"
+
+
+_DIRECT = (
+    "I will give you several history chats between you and a user. Please answer the question based "
+    "on the relevant chat history.\n\n\nHistory Chats:\n\n{history}\n\nCurrent Date: {date}\n"
+    "Question: {question}\nAnswer:"
+)
 
 
 class _Boxed:
@@ -69,6 +77,35 @@ class LongBenchV2(longbench.LongBenchV2):
             if letters:
                 return str(letters[-1]).upper()
         return None
+
+
+class LongMemEval(longmemeval.LongMemEval):
+    """Sessions as text, a direct answer, the whole prompt cut, one short reply of the judge."""
+
+    cuts_prompts = True
+    defaults: ClassVar[Mapping[str, Any]] = {
+        "seeds": 1,
+        "first_seed": _SEED,
+        "max_tokens": 19_072,
+        "context_tokens": 112_000,
+        "special_tokens": True,
+    }
+
+    def prompt(self, record: longmemeval.Question, cut: Cut) -> str:
+        return cut(
+            _DIRECT.format(
+                history=longmemeval.history(record, _as_text),
+                date=record.question_date,
+                question=record.question,
+            )
+        )
+
+    async def verdict(self, prompt: str, judge: Chat | None) -> Verdict:
+        return await says_yes(judge, prompt)
+
+
+def _as_text(turns: Sequence[longmemeval.Turn]) -> str:
+    return "".join(f"\n\n{turn.role}: {turn.content.strip()}" for turn in turns)
 
 
 class Math500(_Boxed, mathematics.Math500):

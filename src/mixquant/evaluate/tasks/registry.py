@@ -28,6 +28,7 @@ PROTOCOLS: Mapping[str, Mapping[str, tuple[str, str]]] = {  # benchmarks that ot
         "aime25": ("mix_quant", "Aime25"),
         "gsm8k": ("mix_quant", "Gsm8k"),
         "longbench-v2": ("mix_quant", "LongBenchV2"),
+        "longmemeval": ("mix_quant", "LongMemEval"),
     },
 }
 

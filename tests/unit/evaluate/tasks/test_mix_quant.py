@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from mixquant.evaluate.benchmarks.settings import Settings
-from mixquant.evaluate.tasks import Item, Task, TaskError, Verdict
+from mixquant.evaluate.tasks import Item, JudgeError, Reply, Task, TaskError, Verdict
 from mixquant.evaluate.tasks.registry import PROTOCOLS, TASKS, task
 
 pytest.importorskip("math_verify", reason="the extra `eval` is not installed")
@@ -186,3 +186,69 @@ def test_pieces_have_to_be_in_the_data(tmp_path: Path) -> None:
         load(chosen("longbench-v2", retrieved=2), tmp_path / "data.json", record)
     with pytest.raises(TaskError, match="exclude each other"):
         chosen("longbench-v2", no_context=True, retrieved=2)
+
+
+MEMORY = {
+    "question_id": "e47becba",
+    "question_type": "single-session-user",
+    "question": "What degree did I graduate with?",
+    "answer": "Business Administration",
+    "question_date": "2023/05/30 (Tue) 23:40",
+    "haystack_dates": ["2023/05/25 (Thu) 01:00", "2023/05/20 (Sat) 02:21"],
+    "haystack_sessions": [
+        [{"role": "user", "content": "Later {1} "}, {"role": "assistant", "content": "\nyes"}],
+        [{"role": "user", "content": "I graduated."}],
+    ],
+}
+
+
+class Judge:
+    """Says one thing, and keeps what it was asked."""
+
+    def __init__(self, reply: str) -> None:
+        self.reply = reply
+        self.asked: list[dict[str, Any]] = []
+
+    async def ask(self, messages: Any, **options: Any) -> Reply:
+        self.asked.append({"content": messages[0]["content"], **options})
+        return Reply(self.reply)
+
+
+def test_longmemeval(tmp_path: Path) -> None:
+    cuts: list[str] = []
+    one = chosen("longmemeval")
+
+    def cut(text: str) -> str:
+        cuts.append(text)
+        return "CUT"
+
+    item = load(one, tmp_path / "data.json", MEMORY, cut)
+    assert item.messages[0]["content"] == "CUT"
+    assert cuts == [
+        "I will give you several history chats between you and a user. Please answer the question "
+        "based on the relevant chat history.\n\n\nHistory Chats:\n\n"
+        "\n### Session 1:\nSession Date: 2023/05/20 (Sat) 02:21\nSession Content:\n"
+        "\n\nuser: I graduated.\n"
+        "\n### Session 2:\nSession Date: 2023/05/25 (Thu) 01:00\nSession Content:\n"
+        "\n\nuser: Later {1}\n\nassistant: yes\n"
+        "\n\nCurrent Date: 2023/05/30 (Tue) 23:40\n"
+        "Question: What degree did I graduate with?\nAnswer:"
+    ]
+    settings = Settings.of(one, {}, None)
+    assert (settings.context_tokens, settings.max_tokens) == (112_000, 19_072)
+    assert settings.sampling["extra_body"]["skip_special_tokens"] is False
+
+
+@pytest.mark.parametrize(
+    ("reply", "worth"), [("Yes.", 1), ("no", 0), ("No, not yes", 1), ("maybe", 0), ("", 0)]
+)
+def test_the_judge_says_little_once(tmp_path: Path, reply: str, worth: float) -> None:
+    one, judge = chosen("longmemeval"), Judge(reply)
+    item = load(one, tmp_path / "data.json", MEMORY)
+    text = "<|channel>thought law?<channel|>Business"
+    assert score(one, item, text, judge).score == worth
+    (asked,) = judge.asked
+    assert (asked["max_tokens"], asked["temperature"]) == (10, 0)
+    assert "Model Response: Business\n\nIs the model response correct?" in asked["content"]
+    with pytest.raises(JudgeError, match="no judge"):
+        score(one, item, text)
