@@ -9,7 +9,16 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
-from mixquant.evaluate.tasks import Answer, Chat, Cut, Verdict, longbench, longmemeval, mathematics
+from mixquant.evaluate.tasks import (
+    Answer,
+    Chat,
+    Cut,
+    Verdict,
+    gpqa,
+    longbench,
+    longmemeval,
+    mathematics,
+)
 from mixquant.evaluate.tasks.extraction import last_boxed, strip_thinking
 from mixquant.evaluate.tasks.judging import says_yes
 
@@ -106,6 +115,13 @@ class LongMemEval(longmemeval.LongMemEval):
 
 def _as_text(turns: Sequence[longmemeval.Turn]) -> str:
     return "".join(f"\n\n{turn.role}: {turn.content.strip()}" for turn in turns)
+
+
+class GpqaDiamond(gpqa.GpqaDiamond):
+    """The sentence and the seed of mathematics."""
+
+    prompt = _BOXED
+    defaults: ClassVar[Mapping[str, Any]] = _Boxed.defaults
 
 
 class Math500(_Boxed, mathematics.Math500):
