@@ -451,6 +451,11 @@ def test_a_server_that_is_down_or_serves_another_model(
     assert "--served-name" in wrong
     assert evaluate("stub", *asking, f"--url=mine={stub.url}", "--served-name=one") == 0
     assert {body["model"] for body in stub.asked} == {"one"}
+    with serving(Stub(solve, {"three": None, "two": None})) as other:
+        asking += ["--served-name=three", "--served-name=two", "--out=elsewhere"]
+        assert evaluate("stub", *asking, f"--url=a={stub.url}", f"--url=b={other.url}") == 0
+        assert {body["model"] for body in other.asked} == {"three"}  # the first that it has
+    assert {body["model"] for body in stub.asked[20:]} == {"two"}
 
 
 def test_a_server_that_wants_a_key(

@@ -51,7 +51,7 @@ class Options:
     task_options: Mapping[str, Any] = field(default_factory=dict)  # `OPTIONS` that were given
     protocol: str | None = None  # of `PROTOCOLS`; None: ours
     judge: Judge | None = None
-    served_name: str | None = None  # what servers call the model; None: as ``model``
+    served_names: Sequence[str] = ()  # what servers call the model; none: as ``model``
     key: str | None = field(default=None, repr=False)  # of the arms' servers
     limit: int | None = None  # items of each benchmark
     context: int | None = None  # of the model, in tokens; None: what it and the servers say
@@ -106,10 +106,11 @@ def context_of(options: Options) -> int | None:
     for arm in options.arms:
         if arm.url is not None:
             served = served_models(arm.url, options.key)
-            name = served_name(served, name_at_servers(options), arm.url)
-            known.append(served[name])
+            known.append(served[_served_as(served, options, arm.url)])
         else:
-            known += [find(options.model).context, _max_model_len(arm.arguments)]
+            # A length that is given counts: with YaRN it is more than the checkpoint says.
+            given = _max_model_len(arm.arguments)
+            known.append(find(options.model).context if given is None else given)
     return min((tokens for tokens in known if tokens is not None), default=None)
 
 
@@ -139,14 +140,31 @@ def _max_model_len(arguments: Sequence[str]) -> int | None:
     return None
 
 
-def name_at_servers(options: Options) -> str:
-    return options.served_name or options.model
+def name_at(arm: Arm, options: Options) -> str:
+    """What an arm's server calls the model: the first of the names that it has.
+
+    Raises:
+        ArmError: a server that runs already has none of them.
+    """
+    if arm.url is None:
+        return _names(options)[0]
+    return _served_as(served_models(arm.url, options.key), options, arm.url)
+
+
+def _served_as(served: Mapping[str, Any], options: Options, url: str) -> str:
+    names = _names(options)
+    found = next((name for name in names if name in served), names[0])
+    return served_name(served, found, url)
+
+
+def _names(options: Options) -> Sequence[str]:
+    return options.served_names or (options.model,)
 
 
 def load(
     task: Task, options: Options, context: int | None, note: Callable[[str], None]
 ) -> Benchmark:
-    names = f"{options.model} {name_at_servers(options)}"
+    names = " ".join([options.model, *options.served_names])
     settings = Settings.of(task, options.settings, context, names)
 
     def tokenizer() -> Any:

@@ -22,7 +22,7 @@ from mixquant.evaluate.benchmarks.plan import (
     chosen_tasks,
     context_of,
     load,
-    name_at_servers,
+    name_at,
     on_cpu,
     work_of,
 )
@@ -126,19 +126,20 @@ def _run_arm(
 
     source = options.model if arm.url is not None else find(options.model).source
     log = options.out / f"{arm.name}.log"
-    with running(arm, source, name=name_at_servers(options), log=log, progress=starting) as url:
+    name = name_at(arm, options)
+    with running(arm, source, name=name, log=log, progress=starting) as url:
         if arm.url is None:
-            served = served_models(url, options.key)[name_at_servers(options)]
+            served = served_models(url, options.key)[name]
             if context is not None and served is not None and served < context:
                 raise ArmError(
                     f"{arm.name}: vLLM serves {served} tokens, but prompts were cut for {context}: "
                     f"give --context {served}"
                 )
-        asyncio.run(_ask(arm, url, work, options, progress))
+        asyncio.run(_ask(arm, url, name, work, options, progress))
 
 
 async def _ask(
-    arm: Arm, url: str, work: Sequence[Work], options: Options, progress: Progress
+    arm: Arm, url: str, name: str, work: Sequence[Work], options: Options, progress: Progress
 ) -> None:
     failed = 0
 
@@ -151,7 +152,7 @@ async def _ask(
 
     async with contextlib.AsyncExitStack() as stack:
         patience = {"retries": options.retries, "timeout": options.timeout}
-        endpoint = Endpoint(url, name_at_servers(options), key=options.key, **patience)  # type: ignore[arg-type]
+        endpoint = Endpoint(url, name, key=options.key, **patience)  # type: ignore[arg-type]
         await stack.enter_async_context(endpoint)
         judge = None
         if options.judge is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mixquant.checkpoints.errors import ModelError
-from mixquant.evaluate.benchmarks.plan import on_cpu, some_items
+from mixquant.evaluate.benchmarks.plan import Options, context_of, on_cpu, some_items
 from mixquant.evaluate.benchmarks.settings import MiddleCutter, Settings
 from mixquant.evaluate.tasks import Item, Task, TaskError
 from mixquant.servers.arms import Arm
@@ -104,6 +105,17 @@ def test_on_a_cpu_prompts_are_read_in_one_chunk(
     assert " ".join(on_cpu(arm, context).arguments) == f"{given} {added}".strip()
     running = Arm("bf16", url="http://x")
     assert on_cpu(running, context) == running
+
+
+def test_a_length_that_vllm_is_given_counts_more_than_the_checkpoints(smollm2_path: str) -> None:
+    def context(*arguments: str, limit: int | None = None) -> int | None:
+        arms = [Arm("bf16", arguments=arguments), Arm("mixquant", arguments=arguments)]
+        return context_of(Options(smollm2_path, [], arms, Path(), context=limit))
+
+    assert context() == 8192
+    assert context("--max-model-len", "4096") == 4096
+    assert context("--max-model-len=32768", "--hf-overrides", "{}") == 32768
+    assert context("--max-model-len=32768", limit=1000) == 1000
 
 
 ITEMS = st.lists(st.sampled_from("abc"), min_size=1, max_size=40).map(
