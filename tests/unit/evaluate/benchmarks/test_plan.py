@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import re
+import shlex
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from paths import REPOSITORY
 
 from mixquant.checkpoints.errors import ModelError
 from mixquant.evaluate.benchmarks.plan import Options, context_of, on_cpu, some_items
@@ -116,6 +120,37 @@ def test_a_length_that_vllm_is_given_counts_more_than_the_checkpoints(smollm2_pa
     assert context("--max-model-len", "4096") == 4096
     assert context("--max-model-len=32768", "--hf-overrides", "{}") == 32768
     assert context("--max-model-len=32768", limit=1000) == 1000
+
+
+@pytest.mark.slow
+def test_the_guides_arguments_for_yarn_are_vllms(tmp_path: Path) -> None:
+    config = pytest.importorskip("vllm.config")
+    page = (REPOSITORY / "docs" / "guide" / "benchmarks.md").read_text()
+    (given,) = re.findall(r"--hf-overrides '(.*)'$", page, re.MULTILINE)
+    (quoted,) = re.findall(r"^ +'(--max-model-len .*--hf-overrides .*)'$", page, re.MULTILINE)
+    assert json.loads(shlex.split(quoted)[-1]) == json.loads(given)
+    shape = {  # of Qwen3-8B
+        "architectures": ["Qwen3ForCausalLM"],
+        "model_type": "qwen3",
+        "hidden_size": 4096,
+        "num_hidden_layers": 36,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "intermediate_size": 12288,
+        "max_position_embeddings": 40960,
+        "rope_theta": 1000000,
+        "vocab_size": 151936,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(shape))
+    made = config.ModelConfig(
+        model=str(tmp_path),
+        hf_overrides=json.loads(given),
+        max_model_len=131072,
+        skip_tokenizer_init=True,
+    )
+    assert made.max_model_len == 131072
+    assert made.hf_config.rope_parameters["rope_type"] == "yarn"
 
 
 ITEMS = st.lists(st.sampled_from("abc"), min_size=1, max_size=40).map(
