@@ -23,7 +23,7 @@ from mixquant.cli.console import (
     write_results,
     write_so_far,
 )
-from mixquant.cli.options import FormatOption, JsonFile, Model, chosen_recipe, saved_recipe
+from mixquant.cli.options import FormatOption, JsonFile, Model, chosen_recipe, lengths, saved_recipe
 from mixquant.cli.progress import progress_bar
 from mixquant.core.recipe import PRESETS, Recipe
 
@@ -63,12 +63,11 @@ def fidelity(
     ] = None,
     format: FormatOption = None,
     length: Annotated[
-        list[int] | None,
+        list[str] | None,
         typer.Option(
             "--length",
-            min=1,
-            metavar="N",
-            help="Prompt length, in tokens. May be repeated.",
+            metavar="N[,N...]",
+            help="Prompt lengths, in tokens. May be repeated.",
             show_default="1024",
         ),
     ] = None,
@@ -111,7 +110,7 @@ def fidelity(
     Task scores of a few samples are mostly noise. The divergence of every token's distribution shows
     small differences.
     """
-    lengths = list(dict.fromkeys(length or [1024]))
+    prompts = lengths(length) or [1024]
     sources: list[str | None] = [*recipe] if recipe else [None]
     chosen = [chosen_recipe(source, format) for source in sources]
     names = _names(sources)
@@ -132,9 +131,9 @@ def fidelity(
 
     logging.disable_progress_bar()  # ours tells the same
 
-    check_lengths(checkpoint, lengths, answer_tokens)
+    check_lengths(checkpoint, prompts, answer_tokens)
     given = given or documentation(texts or BUILT_IN_TEXTS)
-    passages = cut(given, load_tokenizer(checkpoint), lengths, answer_tokens)
+    passages = cut(given, load_tokenizer(checkpoint), prompts, answer_tokens)
     recipes = {
         name: one or saved_recipe(checkpoint) for name, one in zip(names, chosen, strict=True)
     }

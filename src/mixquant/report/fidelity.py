@@ -178,7 +178,7 @@ def _by_length(
         for arm, found in of.items()
     ]
     lengths = sorted({d.prompt_tokens for d in results})
-    value = {(d.arm, d.prompt_tokens): number(d.kl_mean) for d in results}
+    value = {(d.arm, d.prompt_tokens): f"{number(d.kl_mean)} ({percent(d.top1)})" for d in results}
     return [
         Panel(
             "Distance from BF16 by prompt length",
@@ -206,7 +206,7 @@ def _by_length(
                 log_y=True,
             ),
             Table(
-                "Distance from BF16 by prompt length: KL in nats per token",
+                "Distance from BF16 by prompt length: KL in nats per token (same likeliest token)",
                 ("Prompt tokens", *of),
                 tuple(
                     (count(length), *(value.get((arm, length), "–") for arm in of))

@@ -5,8 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import tiny_models
 from refusals import refusal
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 from vllm_engines import ON_GPU, require_vllm
+
+from mixquant import cli, results
 
 
 @pytest.mark.parametrize(
@@ -15,6 +20,8 @@ from vllm_engines import ON_GPU, require_vllm
         (["--recipe", "quick"], "unknown recipe 'quick'"),
         (["--format", "fp3"], "unknown format 'fp3'"),
         (["--length", "0"], "'--length'"),
+        (["--length", "8,many"], "'--length': 'many' is no whole number from 1"),
+        (["--length", "8,9000"], "9000 tokens and a continuation of 96 exceed the context"),
         (["--text", "nowhere.txt"], "cannot read nowhere.txt: No such file"),
         (["--json", "nowhere/x.json"], "cannot write nowhere/x.json"),
         (["--length", "9000"], "9000 tokens and a continuation of 96 exceed the context"),
@@ -56,3 +63,31 @@ def test_a_format_that_vllm_would_emulate(
         pytest.skip("a GPU may have it")
     line = refusal(capsys, "fidelity", smollm2_path, "--engine", "vllm", "--format", "nvfp4")
     assert "does not multiply nvfp4 natively" in line
+
+
+@pytest.fixture(scope="module")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("tiny")
+    tiny_models.build("llama").bfloat16().save_pretrained(folder)
+    words = Tokenizer(models.WordLevel({"?": 3, "Why": 4, "sky": 5}, unk_token="?"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="?").save_pretrained(folder)
+    return str(folder)
+
+
+def test_several_lengths_in_one_run(
+    capsys: pytest.CaptureFixture[str], tiny_checkpoint: str, tmp_path: Path
+) -> None:
+    text, file = tmp_path / "text.txt", tmp_path / "fidelity.json"
+    text.write_text("Why is the sky blue? " * 40)
+    arguments = [tiny_checkpoint, "--text", str(text), "--length", "64,16", "--length", "32"]
+    arguments += ["--answer-tokens", "4", "--recipe", "exact", "--json", str(file)]
+    assert cli.main(["fidelity", *arguments, "--no-quantized"]) == 0
+    result = results.read(file)
+    assert isinstance(result, results.Fidelity)
+    assert [(one.arm, one.prompt_tokens) for one in result.results] == [
+        (arm, length) for arm in ("bf16", "exact") for length in (64, 16, 32)
+    ]
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "KL and top-1 by prompt length, in tokens arm 16 32 64" in shown
+    assert "exact 0.0000 0.0000 0.0000 100.0% 100.0% 100.0%" in shown

@@ -20,12 +20,14 @@ _CAPTION = (
 
 
 def tables(result: Fidelity) -> Iterator[Table]:
-    """For each prompt length: cost and fidelity of each arm, then how the KL fades after the
-    prompt."""
+    """For each prompt length: cost and fidelity of each arm. Then all lengths side by side, and how the
+    KL fades after each prompt."""
     lengths = list(dict.fromkeys(one.prompt_tokens for one in result.results))
     for length in lengths:
         here = [one for one in result.results if one.prompt_tokens == length]
         yield _figures(result, here, _CAPTION if length == lengths[-1] else None)
+    if len(lengths) > 1:
+        yield _by_length(result, sorted(lengths))
     for length in lengths:
         here = [one for one in result.results if one.prompt_tokens == length]
         if len(here) > 1:
@@ -76,6 +78,23 @@ def _nothing_quantized(result: Fidelity, here: Sequence[Divergence]) -> str:
     return " ".join(
         f"{' and '.join(arms)} quantized no prompt token: {why}." for why, arms in reasons.items()
     )
+
+
+def _by_length(result: Fidelity, lengths: Sequence[int]) -> Table:
+    table = _table("KL and top-1 by prompt length, in tokens")
+    table.add_column("arm", overflow="fold")
+    for length in lengths:
+        table.add_column(str(length), justify="right", no_wrap=True)
+    found = {(one.arm, one.prompt_tokens): one for one in result.results}
+    reference = result.results[0].arm
+    for arm in dict.fromkeys(one.arm for one in result.results):
+        if arm == reference:
+            continue
+        cells = (found.get((arm, length)) for length in lengths)
+        table.add_row(
+            arm, *("-" if one is None else f"{one.kl_mean:.4f}\n{one.top1:.1%}" for one in cells)
+        )
+    return table
 
 
 def _fading(here: Sequence[Divergence]) -> Table:
