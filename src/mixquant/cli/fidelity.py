@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 import shlex
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from mixquant.results import Fidelity
 
 BUILT_IN_TEXTS = 4
+NAME = re.compile(r"\w[\w.-]*")
 
 
 class EngineName(StrEnum):
@@ -58,10 +60,19 @@ def fidelity(
             metavar="RECIPE",
             help="Preset (fast, balanced, exact), JSON object or JSON file. May be repeated; each "
             "recipe is an arm.",
-            show_default="balanced",
+            show_default="balanced; none with --arm",
         ),
     ] = None,
     format: FormatOption = None,
+    arm: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--arm",
+            metavar="NAME=ARGUMENTS",
+            help="Add an arm: vLLM without mixquant, with these arguments, such as another --model or "
+            "--quantization. May be repeated. Needs --engine vllm.",
+        ),
+    ] = None,
     length: Annotated[
         list[str] | None,
         typer.Option(
@@ -111,10 +122,13 @@ def fidelity(
     small differences.
     """
     prompts = lengths(length) or [1024]
-    sources: list[str | None] = [*recipe] if recipe else [None]
+    sources: list[str | None] = [*recipe] if recipe else []
+    if not sources and (format is not None or not arm):
+        sources = [None]
     chosen = [chosen_recipe(source, format) for source in sources]
     names = _names(sources)
     runner = _engine(engine, vllm_args)
+    others = _others(engine, arm or (), vllm_args, {*names, "bf16", "quantized"})
     if text and texts is not None:
         raise InputError("--texts counts the built-in texts; leave it out with --text")
     given = {str(file): read_text(file) for file in text or ()}
@@ -137,7 +151,7 @@ def fidelity(
     recipes = {
         name: one or saved_recipe(checkpoint) for name, one in zip(names, chosen, strict=True)
     }
-    if quantized:
+    if quantized and recipes:
         recipes["quantized"] = replace(next(iter(recipes.values())), everywhere=True)
     _check_recipes(engine, recipes)
 
@@ -155,6 +169,7 @@ def fidelity(
                 checkpoint,
                 recipes,
                 passages,
+                others=others,
                 description={
                     "command": context.obj,
                     "engine": engine.value,
@@ -201,16 +216,45 @@ def _engine(engine: EngineName, vllm_args: str) -> Engine:
     if importlib.util.find_spec("vllm") is None:
         raise InputError("vLLM is not installed: pip install 'mixquant[vllm]', or '[cpu]' on a CPU")
     from mixquant.evaluate.fidelity.answers_vllm import DECIDED, VLLM
+
+    return VLLM(_arguments("--vllm-args", vllm_args, DECIDED))
+
+
+def _others(
+    engine: EngineName, arms: Sequence[str], vllm_args: str, taken: set[str]
+) -> dict[str, tuple[Engine, str]]:
+    """The arms that the user makes of vLLM's arguments, and these arguments."""
+    if not arms:
+        return {}
+    if engine is not EngineName.vllm:
+        raise InputError("--arm goes with --engine vllm")
+    from mixquant.evaluate.fidelity.answers_vllm import DECIDED, OF_ARMS, VLLM
+
+    shared = _arguments("--vllm-args", vllm_args, DECIDED)
+    decided = [option for option in DECIDED if option not in OF_ARMS]
+    found: dict[str, tuple[Engine, str]] = {}
+    for text in arms:
+        name, given, own = text.partition("=")
+        if not given or not NAME.fullmatch(name):
+            raise InputError(f"--arm {text!r}: expected NAME=ARGUMENTS with arguments for vLLM")
+        if name in taken or name in found:
+            raise InputError(f"two arms are called {name!r}")
+        arguments = (*shared, *_arguments(f"--arm {name}", own, decided))
+        found[name] = VLLM(arguments), shlex.join(arguments)
+    return found
+
+
+def _arguments(option: str, text: str, decided: Sequence[str]) -> tuple[str, ...]:
     from mixquant.servers.process import stands_for
 
     try:
-        arguments = tuple(shlex.split(vllm_args))
+        arguments = tuple(shlex.split(text))
     except ValueError as error:
-        raise InputError(f"--vllm-args: cannot read {vllm_args!r}: {error}") from None
+        raise InputError(f"{option}: cannot read {text!r}: {error}") from None
     for argument in arguments:
-        if (option := stands_for(argument, DECIDED)) is not None:
-            raise InputError(f"--vllm-args: {argument!r} is {option}, which this command sets")
-    return VLLM(arguments)
+        if (found := stands_for(argument, decided)) is not None:
+            raise InputError(f"{option}: {argument!r} is {found}, which this command sets")
+    return arguments
 
 
 def _check_recipes(engine: EngineName, recipes: dict[str, Recipe]) -> None:

@@ -32,7 +32,7 @@ def section(fidelity: Fidelity) -> Section:
         title="Fidelity",
         verdict=verdict(fidelity),
         key_figures=_key_figures(results),
-        notes=notes(results),
+        notes=notes(fidelity),
         panels=tuple(panels),
         tables=_tables(fidelity),
     )

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from mixquant.report.derived import BASELINE
 from mixquant.report.names import device_name, model_name
 from mixquant.report.text import count, listed, number, percent
-from mixquant.results import Divergence, Fidelity
+from mixquant.results import Fidelity
 
 
 def verdict(fidelity: Fidelity) -> str:
@@ -34,11 +32,13 @@ def verdict(fidelity: Fidelity) -> str:
     return said
 
 
-def notes(results: Sequence[Divergence]) -> tuple[str, ...]:
+def notes(fidelity: Fidelity) -> tuple[str, ...]:
     """A warning for each arm that quantized nothing: its distance says nothing of its recipe."""
+    # Arms with arguments run without mixquant, unless a recipe is known.
+    others = {arm.name for arm in fidelity.arms if arm.arguments is not None and not arm.recipe}
     idle: dict[str, list[str]] = {}
-    for d in results:
-        if d.arm != BASELINE and d.quantized_share == 0:
+    for d in fidelity.results:
+        if d.arm not in (BASELINE, *others) and d.quantized_share == 0:
             idle.setdefault(d.arm, []).append(count(d.prompt_tokens))
     return tuple(
         f"{arm} quantized no prompt token at prompts of {listed(lengths)} tokens, so its distance "

@@ -36,7 +36,7 @@ class Divergence(Record):
         perplexity: of the texts' own continuations.
         identical_tokens: tokens of the greedy answer before it first differs from BF16's; the mean.
         greedy_tokens: length of the greedy answers.
-        quantized_share: of the prompt tokens that were computed.
+        quantized_share: of the prompt tokens that were computed, those that mixquant quantized.
         by_position: the same by distance from the prompt's end.
     """
 
@@ -80,7 +80,7 @@ class Fidelity(Record):
         engine: what ran the model.
         texts: names of the texts.
         arms: in the order in which they ran.
-        costs: one for each arm.
+        costs: one for each arm of which mixquant knows the formats.
         results: one for each arm and prompt length.
     """
 

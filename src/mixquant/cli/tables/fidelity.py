@@ -41,7 +41,10 @@ def _figures(result: Fidelity, here: Sequence[Divergence], caption: str | None) 
         f"{result.model} ({result.engine}): {prompts} of {first.prompt_tokens} tokens, "
         f"{first.greedy_tokens} compared after each"
     )
-    notes = (_nothing_quantized(result, here), caption or "")
+    unknown = "-: vLLM's arguments decide, so the formats are not known."
+    known = {cost.arm for cost in result.costs}
+    others = caption is not None and any(arm.name not in known for arm in result.arms)
+    notes = (_nothing_quantized(result, here), caption or "", unknown * others)
     table.caption = "\n".join(note for note in notes if note) or None
     table.add_column("\narm", overflow="fold")
     table.add_column("\nin")
@@ -50,12 +53,12 @@ def _figures(result: Fidelity, here: Sequence[Divergence], caption: str | None) 
         table.add_column(heading, justify="right", no_wrap=True)
     costs = {cost.arm: cost for cost in result.costs}
     for one in here:
-        cost = costs[one.arm]
+        cost = costs.get(one.arm)  # none of arms without mixquant
         table.add_row(
             one.arm,
-            _shares(cost.share),
-            f"{cost.bits:.1f}",
-            f"{one.quantized_share:.1%}",
+            "-" if cost is None else _shares(cost.share),
+            "-" if cost is None else f"{cost.bits:.1f}",
+            "-" if cost is None else f"{one.quantized_share:.1%}",
             f"{one.kl_mean:.4f}",
             f"{one.kl_p99:.3f}",
             f"{one.kl_max:.3f}",
@@ -72,8 +75,8 @@ def _nothing_quantized(result: Fidelity, here: Sequence[Divergence]) -> str:
     recipes = {arm.name: arm.recipe for arm in result.arms}
     reasons: dict[str, list[str]] = {}
     for one in here:
-        if one.arm != reference and one.quantized_share == 0:
-            why = why_none(recipes.get(one.arm), one.prompt_tokens)
+        if one.arm != reference and one.quantized_share == 0 and recipes.get(one.arm):
+            why = why_none(recipes[one.arm], one.prompt_tokens)
             reasons.setdefault(why, []).append(one.arm)
     return " ".join(
         f"{' and '.join(arms)} quantized no prompt token: {why}." for why, arms in reasons.items()
@@ -82,6 +85,7 @@ def _nothing_quantized(result: Fidelity, here: Sequence[Divergence]) -> str:
 
 def _by_length(result: Fidelity, lengths: Sequence[int]) -> Table:
     table = _table("KL and top-1 by prompt length, in tokens")
+    table.min_width = 42  # of the title
     table.add_column("arm", overflow="fold")
     for length in lengths:
         table.add_column(str(length), justify="right", no_wrap=True)

@@ -21,7 +21,7 @@ from mixquant.evaluate.fidelity.answers import Answers, EngineError, Progress, R
 from mixquant.evaluate.fidelity.passages import Passages
 from mixquant.files import scratch
 from mixquant.servers.arms import terminated_like_interrupted
-from mixquant.servers.process import end, reason
+from mixquant.servers.process import end, reason, stands_for
 
 COMMAND = (sys.executable, "-m", "mixquant.evaluate.fidelity.vllm_worker")
 # Options of vLLM that every arm sets.
@@ -38,6 +38,8 @@ DECIDED = (
     "--worker-extension-cls",
     "-q",
 )
+# Of those, the ones that an arm of the user's may set: another checkpoint, another quantization.
+OF_ARMS = ("--additional-config", "--dtype", "--model", "--quantization", "-q")
 _LONGEST_START = 0.3  # share of an arm's time that the progress bar gives to the start
 
 
@@ -46,7 +48,8 @@ class VLLM:
     """Runs arms.
 
     Attributes:
-        arguments: vLLM's own, as ``vllm serve`` takes them.
+        arguments: vLLM's own, as ``vllm serve`` takes them. Without a recipe they may name another
+            checkpoint (``--model``) or quantization.
     """
 
     arguments: tuple[str, ...] = ()
@@ -65,8 +68,8 @@ class VLLM:
         """
         prompts = [(one, text) for one in passages for text in range(len(one.prompts))]
         spec = {
-            "arguments": self.arguments,
-            "options": self._options(checkpoint, recipe, passages),
+            "arguments": [*self._missing(checkpoint), *self.arguments],
+            "options": self._options(recipe, passages),
             "prompts": [one.prompts[text] for one, text in prompts],
             "answers": [one.continuations[text] for one, text in prompts],
         }
@@ -95,15 +98,21 @@ class VLLM:
         scratch.remove(folder)
         return run
 
-    def _options(
-        self, checkpoint: Checkpoint, recipe: Recipe | None, passages: Sequence[Passages]
-    ) -> dict[str, Any]:
+    def _missing(self, checkpoint: Checkpoint) -> list[str]:
+        """The model and its type, unless the arguments name others."""
+        usual = {"--model": checkpoint.source, "--dtype": "bfloat16"}
+        return [
+            part
+            for option, value in usual.items()
+            if not any(stands_for(argument, (option,)) for argument in self.arguments)
+            for part in (option, value)
+        ]
+
+    def _options(self, recipe: Recipe | None, passages: Sequence[Passages]) -> dict[str, Any]:
         import torch
 
         longest = max(one.prompt_tokens + len(one.continuations[0]) for one in passages)
         options: dict[str, Any] = {
-            "model": checkpoint.source,
-            "dtype": "bfloat16",
             "max_model_len": longest,
             # The continuation and the arm's own answer share the prompt; both have to read it.
             "enable_prefix_caching": False,

@@ -17,7 +17,7 @@ from torch import Tensor
 from mixquant.checkpoints.models import Checkpoint
 from mixquant.core.recipe import Recipe
 from mixquant.evaluate.divergence import divergence
-from mixquant.evaluate.fidelity.answers import Answers, Engine, Progress
+from mixquant.evaluate.fidelity.answers import Answers, Engine, EngineError, Progress
 from mixquant.evaluate.fidelity.cost import cost, cost_of_bf16
 from mixquant.evaluate.fidelity.passages import Passages
 from mixquant.results import Arm, Cost, Divergence, Environment, Fidelity, Position
@@ -31,6 +31,7 @@ def measure(
     recipes: Mapping[str, Recipe],
     passages: Sequence[Passages],
     *,
+    others: Mapping[str, tuple[Engine, str]] | None = None,
     description: Mapping[str, object],
     progress: Progress = lambda doing, share: None,
     done: Callable[[Fidelity], None] = lambda so_far: None,
@@ -41,11 +42,13 @@ def measure(
         engine: what runs an arm.
         recipes: by the name of their arm.
         passages: of every prompt length.
+        others: further arms by name: what runs each, and its arguments for readers.
         description: the result's ``command``, ``engine`` and ``texts``.
         progress: is told what is being done, and the share that is done.
         done: is given what is measured so far, after each arm.
 
     Raises:
+        EngineError: an arm's vocabulary is another.
         What the engine does.
     """
     environment = Environment.here()
@@ -53,21 +56,22 @@ def measure(
     costs: list[Cost] = []
     results: list[Divergence] = []
     reference: tuple[Answers, ...] = ()
-    plan: list[tuple[str, Recipe | None]] = [(REFERENCE, None), *recipes.items()]
-    for number, (name, recipe) in enumerate(plan):
+    plan: list[tuple[str, Engine, Recipe | None, str | None]] = [(REFERENCE, engine, None, None)]
+    plan += [(name, engine, recipe, None) for name, recipe in recipes.items()]
+    plan += [(name, other, None, arguments) for name, (other, arguments) in (others or {}).items()]
+    for number, (name, runs, recipe, arguments) in enumerate(plan):
 
         def report(doing: str, share: float, name: str = name, number: int = number) -> None:
             progress(f"{name}: {doing}", (number + share) / len(plan))
 
-        run = engine(checkpoint, recipe, passages, report)
-        if recipe is None:
+        run = runs(checkpoint, recipe, passages, report)
+        if name == REFERENCE:
             reference = run.answers
-        arms.append(Arm(name=name, recipe=run.recipe))
-        costs.append(
-            cost_of_bf16(name)
-            if recipe is None
-            else cost(name, run.layers, checkpoint.config, run.head)
-        )
+            costs.append(cost_of_bf16(name))
+        elif run.layers:
+            costs.append(cost(name, run.layers, checkpoint.config, run.head))
+        _check_vocabulary(name, reference, run.answers)
+        arms.append(Arm(name=name, recipe=run.recipe, arguments=arguments))
         results += [
             figures(name, one, wanted, own)
             for one, wanted, own in zip(passages, reference, run.answers, strict=True)
@@ -82,6 +86,15 @@ def measure(
         )
         done(so_far)
     return so_far
+
+
+def _check_vocabulary(name: str, reference: Sequence[Answers], own: Sequence[Answers]) -> None:
+    expected, found = (answers[0].logits[0].shape[-1] for answers in (reference, own))
+    if found != expected:
+        raise EngineError(
+            f"{name}: its vocabulary has {found} tokens, that of {REFERENCE} {expected}: compare "
+            "checkpoints with the same tokenizer"
+        )
 
 
 def figures(arm: str, passages: Passages, reference: Answers, own: Answers) -> Divergence:

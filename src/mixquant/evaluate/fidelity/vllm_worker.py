@@ -139,10 +139,13 @@ def main(folder: Path) -> None:
     spec = json.loads((folder / "spec.json").read_text())
     from vllm import LLM, SamplingParams
 
+    from mixquant.engines.vllm.config import PhaseQuantizationConfig
+
     options = spec["options"]
-    llm = LLM(**{**_given(options["model"], spec["arguments"]), **options})
-    config = llm.llm_engine.vllm_config
-    method = config.quant_config if options.get("quantization") else None
+    llm = LLM(**{**_given(spec["arguments"]), **options})
+    method = llm.llm_engine.vllm_config.quant_config
+    if not isinstance(method, PhaseQuantizationConfig):
+        method = None
     about = {
         "recipe": None if method is None else method.recipe.to_dict(),
         "layers": [] if method is None else llm.collective_rpc("mixquant_layers")[0],
@@ -185,13 +188,13 @@ def _rows(method: Any) -> tuple[int, int]:
     return rows["prefill", "quantized"], rows["prefill", "precise"]
 
 
-def _given(model: str, arguments: list[str]) -> dict[str, Any]:
+def _given(arguments: list[str]) -> dict[str, Any]:
     """vLLM's own arguments, as its servers take them, for its class."""
     from vllm.engine.arg_utils import EngineArgs
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     parser = EngineArgs.add_cli_args(FlexibleArgumentParser(prog="--vllm-args"))
-    given = EngineArgs.from_cli_args(parser.parse_args(["--model", model, *arguments]))
+    given = EngineArgs.from_cli_args(parser.parse_args(arguments))
     return {name: value for name, value in vars(given).items() if not name.startswith("_")}
 
 

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import math
+import re
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.console import Console
 
+from mixquant.checkpoints.models import Checkpoint
+from mixquant.cli.tables.fidelity import tables
 from mixquant.evaluate.fidelity import run as fidelity
-from mixquant.evaluate.fidelity.answers import Answers
+from mixquant.evaluate.fidelity.answers import Answers, Engine, EngineError, Run
 from mixquant.evaluate.fidelity.passages import Passages
+from mixquant.report.fidelity import section
+from mixquant.results import Fidelity
 
 
 class TestFigures:
@@ -83,3 +90,52 @@ def test_groups_of_places(texts: int, places: int, seed: int) -> None:
             kl[text, group.first - 1 + place] for text in range(texts) for place in range(size)
         ]
         assert group.kl_mean == pytest.approx(sum(inside) / len(inside))
+
+
+class TestArmsOfTheUsers:
+    """Arms that are vLLM's arguments instead of a recipe."""
+
+    CHECKPOINT = Checkpoint("some/model", "some/model", {})
+    PASSAGES = (Passages(5, ((1,) * 5,), ((3, 1),)),)
+
+    @staticmethod
+    def engine(vocabulary: int, shift: float) -> Engine:
+        def run(checkpoint: Any, recipe: Any, passages: Any, progress: Any) -> Run:
+            logits = torch.arange(2.0 * vocabulary).reshape(2, -1).remainder(7)
+            logits[:, 0] += shift
+            answers = Answers((logits,), ((0, 0),), 0.0)
+            return Run((answers,), recipe=None, layers=(), head=None)
+
+        return run
+
+    def measured(self, vocabulary: int) -> Fidelity:
+        return fidelity.measure(
+            self.engine(11, 0),
+            self.CHECKPOINT,
+            {},
+            self.PASSAGES,
+            others={"fp8": (self.engine(vocabulary, 3), "--quantization fp8")},
+            description={"command": "", "engine": "vllm", "texts": ("a",)},
+        )
+
+    def test_they_are_compared_and_have_no_cost(self) -> None:
+        result = self.measured(11)
+        bf16, fp8 = result.arms
+        assert (fp8.name, fp8.arguments, fp8.recipe) == ("fp8", "--quantization fp8", None)
+        assert bf16.arguments is None
+        assert [cost.arm for cost in result.costs] == ["bf16"]
+        assert [one.kl_mean > 0 for one in result.results] == [False, True]
+
+    def test_they_are_shown_without_a_cost_and_without_a_warning(self) -> None:
+        result = self.measured(11)
+        console = Console(width=120)
+        with console.capture() as shown:
+            console.print(*tables(result))
+        assert re.search(r"^ *fp8 +- +- +- +0\.\d{4} ", shown.get(), re.MULTILINE)
+        assert "quantized no prompt token" not in shown.get()
+        assert "-: vLLM's arguments decide" in shown.get()
+        assert section(result).notes == ()
+
+    def test_another_vocabulary_is_refused(self) -> None:
+        with pytest.raises(EngineError, match="fp8: its vocabulary has 12 tokens, that of bf16 11"):
+            self.measured(12)
