@@ -33,12 +33,15 @@ def comparison(values: dict[str, Any]) -> Iterable[list[str]]:
 
 
 def fidelity(values: dict[str, Any]) -> Iterable[list[str]]:
-    yield ["arm", "bits", "rows", "KL mean", "KL 99 %", "KL max", "top-1", "perplexity", "same"]
-    bits = {cost["arm"]: cost["bits"] for cost in values["costs"]}
+    heading = ["bits", "rows", "KL mean", "KL 99 %", "KL max", "top-1", "perplexity", "same"]
+    several = len({one["prompt_tokens"] for one in values["results"]}) > 1
+    yield ["arm", *["tokens"] * several, *heading]
+    bits = {cost["arm"]: f"{cost['bits']:.1f}" for cost in values["costs"]}
     for one in values["results"]:
         yield [
             one["arm"],
-            f"{bits[one['arm']]:.1f}",
+            *[f"{one['prompt_tokens']:,}"] * several,
+            bits.get(one["arm"], "-"),
             f"{one['quantized_share']:.1%}",
             f"{one['kl_mean']:.4f}",
             f"{one['kl_p99']:.3f}",
