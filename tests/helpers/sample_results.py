@@ -171,9 +171,25 @@ def evaluation() -> Evaluation:
                 items=500,
                 seeds=2,
                 failed=3 if (name, arm) == ("bfcl-v4", "quantized") else 0,
+                prompt_tokens=1234.5,
+                answer_tokens=5678.9,
             )
             for name, row in scores.items()
             for arm, score in zip(NAMES, row, strict=True)
+        ),
+        subscores=tuple(
+            Score(
+                benchmark=f"math500/{level}",
+                arm=arm,
+                score=0.9,
+                low=0.85,
+                high=0.925,
+                items=250,
+                seeds=2,
+                failed=0,
+            )
+            for level in ("level 1", "level 2")
+            for arm in NAMES
         ),
         differences=tuple(
             Difference(

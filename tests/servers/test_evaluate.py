@@ -91,3 +91,23 @@ def test_prompts_are_cut_to_what_the_server_takes(
     assert (score.items, score.failed) == (1, 0)
     asked = (metric(served, "vllm:prompt_tokens_total") - before) / score.seeds
     assert served.context / 2 < asked <= served.context - 16
+
+
+def test_needles(served: Served, tmp_path: Path, smollm2_path: str) -> None:
+    before = metric(served, "vllm:prompt_tokens_total")
+    read = evaluate(
+        served,
+        tmp_path,
+        smollm2_path,
+        "--benchmark=needle",
+        "--length=512",
+        "--limit=8",
+        "--max-tokens=64",  # the last one counts
+    )
+    (score,) = read.scores
+    assert (score.items, score.failed) == (8, 0)
+    assert len(read.subscores) == 8  # each kind once; the only length is the whole
+    # 512 tokens with the answer; the template that this server has is shorter than SmolLM2's.
+    asked = (metric(served, "vllm:prompt_tokens_total") - before) / score.items
+    assert score.prompt_tokens == asked
+    assert 512 - 128 - 80 < asked <= 512 - 128

@@ -132,7 +132,13 @@ class TestPage:
             update={"results": (), "costs": (), "texts": ()}
         )
         evaluation = sample_results.evaluation().model_copy(
-            update={"scores": (), "differences": (), "recoveries": (), "settings": {}}
+            update={
+                "scores": (),
+                "subscores": (),
+                "differences": (),
+                "recoveries": (),
+                "settings": {},
+            }
         )
         for empty in (bench, fidelity, evaluation):
             document = Document(page([("x.json", empty)]))

@@ -157,6 +157,22 @@ class TestNothingQuantized:
         assert _section(sample).notes == ()
 
 
+class TestTables:
+    def test_an_evaluation_has_extraction_rates_lengths_and_sub_scores(self) -> None:
+        tables = {table.caption: table for table in _section(sample_results.evaluation()).tables}
+        answers = tables["Answers with something to score, and mean lengths"]
+        assert ("math500", "bf16", "100.0 %", "1,234", "5,679") in answers.rows
+        parts = tables["Sub-scores (95 % interval)"]
+        assert parts.columns == ("Group", "bf16", "quantized", "mixquant")
+        assert [row[0] for row in parts.rows] == ["math500/level 1", "math500/level 2"]
+        assert parts.rows[0][1] == "90.0 % (85.0 % to 92.5 %)"
+
+    def test_fidelity_by_length_has_both_figures(self) -> None:
+        panels = {panel.title: panel for panel in _section(sample_results.fidelity()).panels}
+        table = panels["Distance from BF16 by prompt length"].table
+        assert table.rows[0][:3] == ("512", "0.0900 (91.0 %)", "0.0300 (97.0 %)")
+
+
 class TestHeader:
     def test_title_names_the_model(self) -> None:
         document = Document(page([(None, sample_results.bench())]))

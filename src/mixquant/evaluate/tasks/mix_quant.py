@@ -32,8 +32,6 @@ _CORRECT = (
     re.compile(r"The correct answer is ([A-D])"),
 )
 _BOXED = "Put your final answer within \\boxed{{}}.\n{problem}"
-
-
 _DIRECT = (
     "I will give you several history chats between you and a user. Please answer the question based "
     "on the relevant chat history.\n\n\nHistory Chats:\n\n{history}\n\nCurrent Date: {date}\n"
