@@ -7,9 +7,12 @@ from typing import Any, ClassVar
 
 import numpy as np
 import pytest
+from vllm_engines import require_vllm
 
-from mixquant.engines.vllm import first_prompts
-from mixquant.engines.vllm.patches import beams
+require_vllm()
+
+from mixquant.engines.vllm import first_prompts  # noqa: E402
+from mixquant.engines.vllm.patches import beams  # noqa: E402
 
 
 class Processor:
