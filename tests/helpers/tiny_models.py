@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -203,6 +204,10 @@ class Recorder:
         return taken
 
 
+class _EnoughError(Exception):
+    """The rows that were asked for are known."""
+
+
 def _first_rows(model: PreTrainedModel, known: Tensor) -> tuple[Tensor, Tensor]:
     """The known tokens, and the directions in which they enter the first layer's projections."""
     layer = model.get_decoder().layers[0]
@@ -212,8 +217,13 @@ def _first_rows(model: PreTrainedModel, known: Tensor) -> tuple[Tensor, Tensor]:
         if name.rpartition(".")[2] in ("q_proj", "qkv_proj", "in_proj_qkv")
     )
     entered: list[Tensor] = []
-    hook = first.register_forward_pre_hook(lambda _, args: entered.append(args[0].flatten(0, -2)))
-    with torch.no_grad():
+
+    def enter(_: nn.Module, args: Any) -> None:
+        entered.append(args[0].flatten(0, -2))
+        raise _EnoughError  # the layers behind it take long, and say nothing more
+
+    hook = first.register_forward_pre_hook(enter)
+    with torch.no_grad(), suppress(_EnoughError):
         model(known[:, None], use_cache=False)
     hook.remove()
     directions = normalize(entered[0].float())
