@@ -19,15 +19,20 @@ unexport PYTHONDONTWRITEBYTECODE
 
 # `make --keep-going test-all` goes on with one part where another fails. Never two at once.
 .NOTPARALLEL:
-.PHONY: demo check test rest test-all coverage versions lint format docs benchmark clean
+.PHONY: demo check test rest test-all coverage versions lint style format docs benchmark clean
 .PHONY: unit real slow-unit slow-real
 
 demo: $(VENV)/.ready
 	@mkdir -p build/demo
 	$(BIN)/mixquant compare smollm2 --max-new-tokens 16 --json build/demo/compare.json --report build/demo/report.html
 
-check: lint $(VENV)/.ready-check
-	$(UNIT) -m "not slow and not browser"
+# mypy is one thread and some tests only wait, so they share the cores.
+check: style
+	@mkdir -p build
+	@$(BIN)/mypy > build/mypy.log 2>&1 & mypy=$$!; \
+	$(UNIT) -m "not slow and not browser"; tests=$$?; \
+	wait $$mypy; types=$$?; cat build/mypy.log; \
+	exit $$((tests || types))
 
 test: unit real
 
@@ -57,10 +62,12 @@ coverage: $(VENV)/.ready-dev
 versions: $(VENV)/.ready-dev
 	scripts/other_vllm_versions.sh $(BIN)/python
 
-lint: $(VENV)/.ready-check
+lint: style
+	$(BIN)/mypy
+
+style: $(VENV)/.ready-check
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/mypy
 
 format: $(VENV)/.ready-check
 	$(BIN)/ruff format .
