@@ -18,7 +18,8 @@ from typing import Any
 from mixquant.checkpoints import llm_compressor, models
 from mixquant.checkpoints.errors import ModelError
 from mixquant.checkpoints.llm_compressor import Progress, Scheme
-from mixquant.core.recipe import Recipe, is_router
+from mixquant.core.layer_names import is_router
+from mixquant.core.recipe import Recipe
 from mixquant.errors import one_line
 from mixquant.files import scratch
 from mixquant.files.writing import is_out_of_space, sync

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from fnmatch import fnmatchcase
 
 # The rows of towers are not token rows. Nor are those of the layers that project their output.
 _TOWER = re.compile(
@@ -27,6 +28,33 @@ _AROUND_A_DECODER = frozenset(
         "transformer",
     )
 )
+
+# Projections that write the KV cache or the recurrent state, which prefill leaves to decode, so that
+# precision pays here: attention's keys and values, latent attention's (MLA), and the inputs of gated
+# delta nets.
+STATE_WRITERS = (
+    "k_proj",
+    "v_proj",
+    "kv_a_proj_with_mqa",
+    "kv_b_proj",
+    "in_proj_qkv",
+    "in_proj_qkvz",
+    "in_proj_ba",
+    "in_proj_a",
+    "in_proj_b",
+)
+
+# Layers that some checkpoints or engines fuse out of several projections, stacked along the output.
+FUSED_PROJECTIONS: dict[str, tuple[str, ...]] = {
+    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
+    "gate_up_proj": ("gate_proj", "up_proj"),
+}
+# Fused layers whose projections may be interleaved: BLOOM's, GPT-NeoX', InternLM2's, ...
+INTERLEAVED = ("query_key_value", "Wqkv", "wqkv", "W_pack", "c_attn")
+FUSED_PROJECTIONS |= dict.fromkeys(INTERLEAVED, FUSED_PROJECTIONS["qkv_proj"])
+
+# A router chooses an expert, and a wrong choice is not a small error. The layers are tiny, too.
+_ROUTER = re.compile(r"(^|\.)(router|gate|shared_expert_gate)(\.|$)")
 
 
 def is_tower(name: str) -> bool:
@@ -64,3 +92,13 @@ def from_layers(name: str) -> str:
     if not _AROUND_A_DECODER.issuperset(around):
         return name
     return name[found.start() :].removeprefix(".")
+
+
+def is_router(layer: str) -> bool:
+    """Whether the layer of this full dotted name chooses experts; it stays precise."""
+    return _ROUTER.search(layer) is not None
+
+
+def matches(pattern: str, layer: str) -> bool:
+    """Whether a recipe's name or glob pattern is that of a layer, or of its last component."""
+    return fnmatchcase(layer, pattern) or fnmatchcase(layer.rpartition(".")[2], pattern)

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, fields, replace
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
+from mixquant.core.layer_names import FUSED_PROJECTIONS, STATE_WRITERS, matches
 from mixquant.errors import MixquantError
 from mixquant.files.reading import ReadingError, parse_json, shown
 
@@ -25,33 +24,6 @@ Tokens = Annotated[int, Field(ge=0, lt=2**31, strict=True)]
 
 FORMATS: tuple[FormatName, ...] = ("nvfp4", "fp8", "int8", "bf16")
 PRESETS: tuple[PresetName, ...] = ("fast", "balanced", "exact")
-
-# Projections that write the KV cache or the recurrent state, which prefill leaves to decode, so that
-# precision pays here: attention's keys and values, latent attention's (MLA), and the inputs of gated
-# delta nets.
-STATE_WRITERS = (
-    "k_proj",
-    "v_proj",
-    "kv_a_proj_with_mqa",
-    "kv_b_proj",
-    "in_proj_qkv",
-    "in_proj_qkvz",
-    "in_proj_ba",
-    "in_proj_a",
-    "in_proj_b",
-)
-
-# Layers that some checkpoints or engines fuse out of several projections, stacked along the output.
-FUSED_PROJECTIONS: dict[str, tuple[str, ...]] = {
-    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
-    "gate_up_proj": ("gate_proj", "up_proj"),
-}
-# Fused layers whose projections may be interleaved: BLOOM's, GPT-NeoX', InternLM2's, ...
-INTERLEAVED = ("query_key_value", "Wqkv", "wqkv", "W_pack", "c_attn")
-FUSED_PROJECTIONS |= dict.fromkeys(INTERLEAVED, FUSED_PROJECTIONS["qkv_proj"])
-
-# A router chooses an expert, and a wrong choice is not a small error. The layers are tiny, too.
-_ROUTER = re.compile(r"(^|\.)(router|gate|shared_expert_gate)(\.|$)")
 
 _PRECISE_HEAD: dict[str, int] = {"nvfp4": 4, "fp8": 0, "int8": 0, "bf16": 0}
 
@@ -285,19 +257,19 @@ class Recipe:
         used = {"default", *unasked}
         for layer in layers:
             if not self.ignores(layer):
-                used.update([key for key in formats if _matches(key, layer)][:1])
+                used.update([key for key in formats if matches(key, layer)][:1])
         every = [*layers, *others]
         found = [
             f"recipe key 'ignore': {pattern!r} matches no linear layer of this model"
             for pattern in dict.fromkeys(self.ignore)
-            if pattern not in Recipe.ignore and not any(_matches(pattern, one) for one in every)
+            if pattern not in Recipe.ignore and not any(matches(pattern, one) for one in every)
         ]
         for key, fmt in formats.items():
             if key in used:
                 continue
-            if any(_matches(key, layer) for layer in layers):
+            if any(matches(key, layer) for layer in layers):
                 why = "changes nothing: 'ignore', or a key before it, names the same layers"
-            elif not any(_matches(key, layer) for layer in others):
+            elif not any(matches(key, layer) for layer in others):
                 why = "matches no linear layer of this model"
             elif fmt != "bf16":
                 why = "changes nothing: such layers stay BF16 whatever the recipe says"
@@ -308,7 +280,7 @@ class Recipe:
 
     def ignores(self, layer: str) -> bool:
         """Whether the layer of this full dotted name is to stay BF16."""
-        return any(_matches(pattern, layer) for pattern in self.ignore)
+        return any(matches(pattern, layer) for pattern in self.ignore)
 
     def format_of(self, layer: str) -> FormatName:
         """The format of the layer of this full dotted name, of a resolved recipe.
@@ -320,7 +292,7 @@ class Recipe:
         if self.ignores(layer):
             return "bf16"
         for pattern, name in self.format.items():
-            if pattern != "default" and _matches(pattern, layer):
+            if pattern != "default" and matches(pattern, layer):
                 return name
         return self.format["default"]
 
@@ -342,7 +314,7 @@ class Recipe:
         parts = parts or FUSED_PROJECTIONS.get(last)
         if parts is None or self.ignores(layer):
             return None
-        if any(key != "default" and _matches(key, layer) for key in self.format):
+        if any(key != "default" and matches(key, layer) for key in self.format):
             return None
         return tuple(self.format_of(f"{path}.{part}" if path else part) for part in parts)
 
@@ -351,15 +323,6 @@ def fastest(native: frozenset[str]) -> FormatName:
     """The fastest of the formats that a device multiplies natively; int8 if there is none."""
     order: tuple[FormatName, ...] = ("nvfp4", "fp8", "int8")
     return next((name for name in order if name in native), "int8")
-
-
-def is_router(layer: str) -> bool:
-    """Whether the layer of this full dotted name chooses experts; it stays precise."""
-    return _ROUTER.search(layer) is not None
-
-
-def _matches(pattern: str, layer: str) -> bool:
-    return fnmatchcase(layer, pattern) or fnmatchcase(layer.rpartition(".")[2], pattern)
 
 
 def _known_keys() -> str:

@@ -12,12 +12,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mixquant.core.layer_names import STATE_WRITERS
 from mixquant.core.recipe import (
     FORMATS,
     LEAST_ON_CPU,
     LEAST_ON_GPU,
     PRESETS,
-    STATE_WRITERS,
     Recipe,
     RecipeError,
     fastest,

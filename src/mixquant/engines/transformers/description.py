@@ -11,7 +11,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from mixquant.core.recipe import FUSED_PROJECTIONS, Recipe, is_router
+from mixquant.core.layer_names import FUSED_PROJECTIONS, is_router
+from mixquant.core.recipe import Recipe
 from mixquant.core.rows import Part
 from mixquant.core.summary import Layer, Summary
 from mixquant.engines.transformers.layout import (

@@ -10,8 +10,9 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
+from mixquant.core.layer_names import is_router
 from mixquant.core.phase import Range
-from mixquant.core.recipe import Recipe, is_router
+from mixquant.core.recipe import Recipe
 from mixquant.core.summary import IGNORED, THE_RECIPE
 from mixquant.engines.source import statements_of_forward
 from mixquant.formats import BY_NAME

@@ -12,8 +12,8 @@ from vllm.model_executor.layers.quantization.base_config import (
     QuantizeMethodBase,
 )
 
-from mixquant.core.layer_names import is_drafter, is_tower
-from mixquant.core.recipe import Recipe, is_router
+from mixquant.core.layer_names import is_drafter, is_router, is_tower
+from mixquant.core.recipe import Recipe
 from mixquant.engines.vllm import versions
 from mixquant.engines.vllm.loading.memory import Ledger
 from mixquant.engines.vllm.log import refusals

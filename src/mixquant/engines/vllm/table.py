@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from mixquant.core.recipe import FUSED_PROJECTIONS, Recipe
+from mixquant.core.layer_names import FUSED_PROJECTIONS
+from mixquant.core.recipe import Recipe
 from mixquant.core.summary import IGNORED, THE_RECIPE, Layer, Summary
 from mixquant.engines.vllm.log import logger
 

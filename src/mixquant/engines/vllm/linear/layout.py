@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from mixquant.core.layer_names import FUSED_PROJECTIONS, INTERLEAVED
 from mixquant.core.phase import Range
-from mixquant.core.recipe import FUSED_PROJECTIONS, INTERLEAVED, Recipe
+from mixquant.core.recipe import Recipe
 from mixquant.core.summary import IGNORED, THE_RECIPE
 from mixquant.engines.vllm.loading.second_checkpoint import opened
 from mixquant.engines.vllm.products.base import unsupported_shape
