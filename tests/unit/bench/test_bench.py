@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import importlib
 import json
 from collections import Counter
 from pathlib import Path
@@ -11,6 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import sample_results
 from hypothesis import given
 from hypothesis import strategies as st
 from paths import DATA
@@ -452,11 +454,12 @@ def test_what_cannot_be_measured_is_refused_before_a_server_is_started(
 
 
 def test_without_vllm_one_line_says_so(
-    tmp_path: Path,
     smollm2_path: str,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
+    bench = importlib.import_module("mixquant.cli.bench")
+    monkeypatch.setattr(bench, "environment", lambda elsewhere: sample_results.ENVIRONMENT)
     monkeypatch.setattr(generator.importlib.util, "find_spec", lambda name: None)
     assert cli.main(["bench", smollm2_path, "--lengths", "5", "--trace", "none"]) == 2
     assert "vLLM, whose load generator this uses, is not installed" in capsys.readouterr().err

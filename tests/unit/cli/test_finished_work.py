@@ -60,6 +60,9 @@ def finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Command:
 
     monkeypatch.setattr("mixquant.evaluate.fidelity.run.measure", measure)
     monkeypatch.setattr("mixquant.bench.in_process.run", run)
+    here = sample_results.ENVIRONMENT
+    bench = importlib.import_module("mixquant.cli.bench")
+    monkeypatch.setattr(bench, "environment", lambda elsewhere: here)
     points = [SimpleNamespace(name="512 tokens", workload="length", longest=544)]
     monkeypatch.setattr("mixquant.bench.workloads.points", lambda *_: points)
 
