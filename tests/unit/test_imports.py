@@ -4,6 +4,7 @@ import ast
 import functools
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -11,11 +12,13 @@ from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
+from paths import HELPERS, REPOSITORY
 
 import mixquant
 
 SOURCES = Path(mixquant.__file__).parent
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(SOURCES.parent)}
+ASKS_FOR_VLLM = r"(require_vllm\(\)|pytest\.importorskip\(['\"]vllm['\"])"
 HEAVY = ("torch", "transformers", "torchao", "gguf", "vllm")
 # From the ground up: a module imports from its own layer and from those before it. What is in
 # mixquant/__init__, and what it needs to stay lean, stands above the engines that it exports.
@@ -73,6 +76,22 @@ def imports() -> dict[str, set[str]]:
     return graph
 
 
+def when_loaded(file: Path) -> Iterator[str]:
+    """What a file imports when it is loaded, up to where it asks whether vLLM is there."""
+    rest: list[ast.stmt] = ast.parse(file.read_text()).body
+    while rest:
+        node, *rest = rest
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield str(node.module)
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.If) and ast.unparse(node.test) != "TYPE_CHECKING":
+            rest = [*node.body, *node.orelse, *rest]
+        elif isinstance(node, ast.Expr) and re.match(ASKS_FOR_VLLM, ast.unparse(node)):
+            return
+
+
 def layer(module: str) -> int:
     room = [*module.split("."), "mixquant"][1]
     return next(index for index, rooms in enumerate(LAYERS) if room in rooms)
@@ -114,6 +133,24 @@ def test_the_engines_do_not_import_each_other() -> None:
 
 def test_nothing_imports_the_package_itself() -> None:
     assert not [module for module, names in imports().items() if "mixquant" in names]
+
+
+def test_unit_tests_can_be_collected_without_vllm() -> None:
+    """As `make check` does. With vLLM, as in CI, no other test would see an import too many."""
+    files = modules() | {file.stem: file for file in HELPERS.glob("*.py")}
+    loaded = {name: set(when_loaded(file)) for name, file in files.items()}
+    need, before = {"vllm"}, 0
+    while len(need) > before:
+        before = len(need)
+        need |= {
+            name
+            for name, imported in loaded.items()
+            if any(one in need or one.startswith("vllm.") for one in imported)
+        }
+    assert len(need) > 10
+    for file in (REPOSITORY / "tests" / "unit").rglob("*.py"):
+        found = {one for one in when_loaded(file) if one in need or one.startswith("vllm.")}
+        assert not found, f"{file}: needs vLLM before it asks for it"
 
 
 def test_importing_mixquant_loads_no_library() -> None:
