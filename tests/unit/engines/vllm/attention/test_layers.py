@@ -17,7 +17,12 @@ from vllm_engines import require_vllm
 
 require_vllm()
 
-from mixquant.core.phase import Thresholds, in_force, plan_pass  # noqa: E402
+from mixquant.core.phase import (  # noqa: E402
+    Thresholds,
+    everything_quantized,
+    in_force,
+    plan_pass,
+)
 from mixquant.engines.vllm.attention import layers as attention  # noqa: E402
 from mixquant.engines.vllm.attention.fp8 import Run, Shape  # noqa: E402
 from mixquant.engines.vllm.attention.layers import PrefillAttention, is_plain  # noqa: E402
@@ -121,6 +126,15 @@ def test_runs_are_pieces_of_sequences_that_follow_each_other(
                         piece.keys - piece.stop
                     )
     assert set(of_pieces) <= set(rows) and rows == sorted(set(rows))
+
+
+def test_where_everything_is_quantized_generated_tokens_attend_in_bf16() -> None:
+    batch = batch_of([(10, 20, 25), (40, 1, 30), (5, 4, 9)])
+    pieces = pieces_of(everything_quantized(25), batch, lambda rows, keys: True)
+    assert [(one.sequence, one.start, one.stop, one.keys) for one in pieces] == [
+        (0, 0, 15, 25),  # five generated tokens follow
+        (2, 21, 25, 9),
+    ]
 
 
 def test_where_fp8_is_asked_for_every_row_attends_in_it() -> None:
