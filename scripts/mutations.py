@@ -110,7 +110,7 @@ MUTATIONS = {
         "formats/nvfp4_blocks.py",
         "scale = global_scale * (amax * (1 / e2m1.MAX))",
         "scale = global_scale * (amax * (1 / 4.0))",
-        ("formats/test_nvfp4_blocks.py",),
+        ("formats/test_nvfp4_blocks.py", "formats/test_nvfp4.py"),
     ),
     "experts of other rows": Mutation(
         "engines/vllm/experts/base.py",
@@ -124,6 +124,48 @@ MUTATIONS = {
         "        if True:\n            kept[name] = _kept(one, known.get(name, DATA), ",
         ("serve/test_accepted.py", "serve/test_front.py"),
         ("servers/test_set.py",),
+    ),
+    "a graph serves too many precise rows": Mutation(
+        "engines/vllm/graphs.py",
+        "plan.precise_rows > FEW_ROWS:",
+        "plan.precise_rows > 2 * FEW_ROWS:",
+        ("engines/vllm/patches/test_runners.py",),
+    ),
+    "a graph's precise rows are not filled in": Mutation(
+        "engines/vllm/graphs.py",
+        "        if plan.precise:\n",
+        "        if False:\n",
+        ("engines/vllm/patches/test_runners.py",),
+    ),
+    "a first chunk's own keys in FP8": Mutation(
+        "engines/vllm/attention/rows.py",
+        "return self.context < max(self.rows, PRECISE_KEYS)",
+        "return False",
+        ("engines/vllm/attention/test_fp8.py", "engines/vllm/attention/test_layers.py"),
+    ),
+    "generated tokens attend in FP8": Mutation(
+        "engines/vllm/attention/rows.py",
+        "min(stop, row + count, row + prompt - first)",
+        "min(stop, row + count)",
+        ("engines/vllm/attention/test_layers.py",),
+    ),
+    "on a CPU a row sees the next key": Mutation(
+        "kernels/cpu/attention.cpp",
+        "sees = end + first + r - first_key;",
+        "sees = end + first + r + 1 - first_key;",
+        ("kernels/cpu/test_attention.py",),
+    ),
+    "on a CPU the mean of the values is left out": Mutation(
+        "kernels/cpu/attention.cpp",
+        "_mm512_mul_ps(mean, _mm512_set1_ps(tile.weight[r]))",
+        "_mm512_setzero_ps()",
+        ("kernels/cpu/test_attention.py",),
+    ),
+    "on a CPU the precise tail does not attend": Mutation(
+        "engines/transformers/attention.py",
+        "            for piece in ((0, start), (stop, rows)) if start < stop else ((0, rows),):",
+        "            for piece in ((0, start),) if start < stop else ((0, rows),):",
+        ("engines/transformers/test_attention.py",),
     ),
 }  # fmt: skip
 
@@ -146,10 +188,12 @@ def failures(mutation: Mutation, *, real: bool) -> list[str]:
         files = mutation.real if real else tuple(f"unit/{one}" for one in mutation.unit)
         command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=no"]
         command += [] if real else ["-m", "not slow"]
+        # The user's compiled libraries stay as they are.
+        compiled_in = {"TORCH_EXTENSIONS_DIR": name} if file.suffix == ".cpp" else {}
         done = subprocess.run(
             [*command, *(f"tests/{one}" for one in files)],
             cwd=tree,
-            env={**os.environ, "PYTHONPATH": str(tree / "src")},
+            env={**os.environ, "PYTHONPATH": str(tree / "src")} | compiled_in,
             capture_output=True,
             text=True,
         )
