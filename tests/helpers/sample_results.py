@@ -18,8 +18,11 @@ from mixquant.results import (
     Measurement,
     Piece,
     Position,
+    Predicted,
     Recovery,
     Score,
+    Tried,
+    Tuning,
 )
 
 ENVIRONMENT = Environment(
@@ -252,4 +255,46 @@ def comparison() -> Comparison:
                 ("mixquant", 3140, (2.03, 0.12), 0.0605, 0.0122),
             )
         ),
+    )
+
+
+def tuning() -> Tuning:
+    tried = (
+        ("quantized", None, 4.5, None, 0.371, 0.366, 0.0),
+        ("plain", 1.0, 4.5, 0.104, 0.11, 0.108, 0.705),
+        ("candidate at 1.082", 1.082, 4.71, 0.0171, 0.0192, 0.0197, 0.946),
+        ("tuned", 1.097, 4.75, 0.0152, 0.0164, 0.0171, 0.953),
+    )
+    return Tuning(
+        environment=ENVIRONMENT,
+        command="mixquant tune some/model --target blackwell --recovered 0.95",
+        model="some/model",
+        target="blackwell",
+        rates={"nvfp4": 4.0, "fp8": 2.0, "bf16": 1.0},
+        budget="recovered",
+        at_most=0.95,
+        prompt_tokens=1024,
+        cost_tokens=8192,
+        texts=("one", "another"),
+        held_out=("a third",),
+        arms=tuple(
+            Arm(name=arm, recipe={"format": {"default": "nvfp4"}, "everywhere": arm == "quantized"})
+            for arm, *_ in tried
+        ),
+        tried=tuple(
+            Tried(
+                arm=arm,
+                time=time,
+                bits=bits,
+                predicted=predicted,
+                searched=searched,
+                held_out=held_out,
+                recovered=recovered,
+            )
+            for arm, time, bits, predicted, searched, held_out, recovered in tried
+        ),
+        frontier=tuple(
+            Predicted(time=1 + n / 50, bits=4.5 + n / 20, kl=0.1 / (1 + n) ** 2) for n in range(40)
+        ),
+        rank=1.0,
     )

@@ -153,6 +153,7 @@ SAMPLES = [
         sample_results.fidelity,
         sample_results.evaluation,
         sample_results.comparison,
+        sample_results.tuning,
     )
 ]
 FIGURES = st.sampled_from([0, 0.0, -1.5, 1e-320, 1e-9, 1e15, 1e30, -1e30, 2**53, 10**15])

@@ -14,7 +14,7 @@ def report(
     files: Annotated[
         list[Path],
         typer.Argument(
-            metavar="FILE...", help="Results files of bench, fidelity, evaluate or compare."
+            metavar="FILE...", help="Results files of bench, fidelity, tune, evaluate or compare."
         ),
     ],
     out_file: Annotated[

@@ -8,12 +8,12 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from mixquant.report import bench, comparison, evaluation, fidelity
+from mixquant.report import bench, comparison, evaluation, fidelity, tuning
 from mixquant.report.names import described, model_name, with_labels
 from mixquant.report.parts import Panel, Section
 from mixquant.report.plots import Alt
 from mixquant.report.text import listed, plain
-from mixquant.results import Bench, Comparison, Evaluation, Fidelity, Results
+from mixquant.results import Bench, Comparison, Evaluation, Fidelity, Results, Tuning
 
 
 def page(files: Sequence[tuple[str | None, Results]]) -> str:
@@ -76,6 +76,8 @@ def _section(results: Results) -> Section:
             return evaluation.section(results)
         case Comparison():
             return comparison.section(results)
+        case Tuning():
+            return tuning.section(results)
 
 
 def _panel(identity: str, panel: Panel) -> dict[str, Any]:

@@ -227,8 +227,14 @@ def scatter(
     front: Sequence[Point],
     x_label: str,
     y_label: str,
+    *,
+    front_name: str = "Pareto front",
 ) -> Markup:
-    """One point a series, the better the lower and the further left, and the Pareto front."""
+    """One point a series, the better the lower and the further left, and a front.
+
+    The front is ringed where it is of some of the points, and a line where it has many of its own.
+    """
+    few = len(front) <= len(series)
     with figure_and_axes(_HEIGHT + 0.3) as (figure, axes):
         dashed = (0, (4, 3))
         axes.plot(
@@ -237,7 +243,7 @@ def scatter(
             color=color("muted"),
             linestyle=dashed,
             linewidth=1.4,
-            marker="o",
+            marker="o" if few else "",
             markersize=15,
             markerfacecolor="none",
             markeredgewidth=1.4,
@@ -264,10 +270,10 @@ def scatter(
             color=color("muted"),
             linestyle=dashed,
             linewidth=1.4,
-            marker="o",
+            marker="o" if few else "",
             markersize=10,
             markerfacecolor="none",
             markeredgewidth=1.4,
         )
-        add_legend(figure, [*keys, (ring, "Pareto front")])
+        add_legend(figure, [*keys, (ring, front_name)])
         return inline(figure, alt.identity, alt.title, alt.description)

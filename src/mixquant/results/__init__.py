@@ -10,6 +10,7 @@ from mixquant.results.comparison import ComparedArm, Comparison
 from mixquant.results.evaluation import Difference, Evaluation, Recovery, Score
 from mixquant.results.fidelity import Cost, Divergence, Fidelity, Position
 from mixquant.results.reading import Results, ResultsError, read, to_json
+from mixquant.results.tuning import Predicted, Tried, Tuning
 
 __all__ = [
     "Arm",
@@ -25,10 +26,13 @@ __all__ = [
     "Measurement",
     "Piece",
     "Position",
+    "Predicted",
     "Recovery",
     "Results",
     "ResultsError",
     "Score",
+    "Tried",
+    "Tuning",
     "read",
     "to_json",
 ]

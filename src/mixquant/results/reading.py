@@ -17,6 +17,7 @@ from mixquant.results.bench import Bench
 from mixquant.results.comparison import Comparison
 from mixquant.results.evaluation import Evaluation
 from mixquant.results.fidelity import Fidelity
+from mixquant.results.tuning import Tuning
 
 
 class ResultsError(MixquantError, ValueError):
@@ -24,7 +25,7 @@ class ResultsError(MixquantError, ValueError):
 
 
 _LARGEST = 1e30  # a larger figure could make a square, a sum or an axis infinite
-Results = Bench | Fidelity | Evaluation | Comparison
+Results = Bench | Fidelity | Evaluation | Comparison | Tuning
 
 
 def to_json(results: Results) -> str:
@@ -57,7 +58,7 @@ def read(path: Path) -> Results:
         if first["type"].startswith("union_tag"):
             raise ResultsError(
                 f"{path} is not a results file of mixquant: field 'kind' must be bench, fidelity, "
-                "evaluation or comparison"
+                "evaluation, comparison or tuning"
             ) from None
         where = ".".join(str(part) for part in first["loc"][1:]) or "kind"
         raise ResultsError(

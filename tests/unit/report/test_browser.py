@@ -112,6 +112,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
             sample_results.fidelity,
             sample_results.evaluation,
             sample_results.comparison,
+            sample_results.tuning,
         )
     ]
     long = [

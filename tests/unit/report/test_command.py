@@ -19,6 +19,7 @@ SAMPLES: list[Any] = [
     sample_results.fidelity,
     sample_results.evaluation,
     sample_results.comparison,
+    sample_results.tuning,
 ]
 
 
@@ -41,7 +42,13 @@ class TestCommand:
         text = Path("report.html").read_text()
         assert text == page([(f"{make.__name__}.json", make()) for make in SAMPLES])
         headings = Document(text).text("h2")
-        assert headings == ["Speed", "Fidelity", "Benchmark scores", "Comparison in three arms"]
+        assert headings == [
+            "Speed",
+            "Fidelity",
+            "Benchmark scores",
+            "Comparison in three arms",
+            "Tuning",
+        ]
 
     @pytest.mark.parametrize(
         ("content", "says"),
@@ -51,7 +58,7 @@ class TestCommand:
             ("", "is not JSON: line 1"),
             ("[]", "not a results file"),
             ("{}", "field 'kind'"),
-            ('{"kind": "else"}', "field 'kind' must be bench, fidelity, evaluation or comparison"),
+            ('{"kind": "else"}', "field 'kind' must be bench, fidelity, evaluation, comparison"),
             ('{"kind": "bench"}', "field 'environment'"),
             (
                 results.to_json(sample_results.bench()).replace('"value": 50.0', '"value": "fast"'),

@@ -27,6 +27,7 @@ SAMPLES: list[Any] = [
     sample_results.fidelity,
     sample_results.evaluation,
     sample_results.comparison,
+    sample_results.tuning,
 ]
 
 
@@ -75,7 +76,7 @@ class TestPage:
     def test_plots_have_alt_text_and_table(self) -> None:
         document = Document(everything())
         plots = document.all("svg")
-        assert len(plots) == len(document.all("figure")) == len(document.all("summary")) - 4
+        assert len(plots) == len(document.all("figure")) == len(document.all("summary")) - 5
         assert all(plot["role"] == "img" for plot in plots)
         descriptions = document.text("desc")
         assert len(descriptions) == len(plots)
@@ -114,8 +115,8 @@ class TestPage:
 
     def test_environment_command_and_notes(self) -> None:
         document = Document(everything())
-        assert document.text("dd").count("NVIDIA Imaginary") == 4
-        assert document.text("dd").count("2.13.0") == 4
+        assert document.text("dd").count("NVIDIA Imaginary") == 5
+        assert document.text("dd").count("2.13.0") == 5
         for make in SAMPLES:
             assert make().command in document.text("code")
         (note,) = [text for text in document.text("p") if "count as wrong" in text]

@@ -106,6 +106,19 @@ class TestVerdict:
         assert "with mixquant are 0.0360 nats per token from BF16's" in distances
         assert "the furthest is fast (0.132)" in distances
 
+    def test_tuning(self) -> None:
+        section = _section(sample_results.tuning())
+        assert section.verdict.startswith(
+            "For at least 95.0 % of the loss recovered, the cheapest recipe found for model on "
+            "blackwell takes 1.10 times the prefill time of the fastest format everywhere"
+        )
+        assert "0.0171 nats per token from BF16 and wins back 95.3 %" in section.verdict
+        assert (
+            "1.06 to 1.12 times the predicted ones; their rank correlation is 1.00"
+            in (section.notes[0])
+        )
+        assert [figure.value for figure in section.key_figures] == ["95.3 %", "1.10"]
+
 
 class TestNothingQuantized:
     """A ratio would be noise, so none is shown, and the page says why."""
