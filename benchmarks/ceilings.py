@@ -5,7 +5,8 @@
 Measures the linear layers' shapes of a model (config.json) in BF16 (cuBLAS) and FP8 (vLLM's CUTLASS
 kernels, with which the prefill is added up, and cuBLASLt; rows quantized beforehand), and causal
 attention of a chunk in BF16 (vLLM's FlashAttention) and FP8 (fa3-fwd, codes made beforehand). A
-prefill cannot be faster than its products and its attention.
+prefill cannot be faster than its products and its attention. With --json, the rates of all the products
+of a layer together, in BF16 and in FP8 by CUTLASS, are written for `mixquant tune --rates`.
 """
 
 from __future__ import annotations
@@ -103,6 +104,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path, required=True, help="a directory with a config.json")
     parser.add_argument("--lengths", default="2048,8192,32768,131072")
+    parser.add_argument(
+        "--json", type=Path, help="also write the products' rates, for mixquant tune --rates"
+    )
     options = parser.parse_args()
     config = json.loads((options.model / "config.json").read_text())
     hidden, wide = config["hidden_size"], config["intermediate_size"]
@@ -122,6 +126,12 @@ def main() -> None:
             cells = " | ".join(f"{tflop / one:.0f}" for one in ms)
             print(f"| {rows} x {shape[1]} x {shape[0]} | {cells} |")
         linear[rows] = tuple(sum(column) for column in zip(*times, strict=True))
+    if options.json is not None:
+        tflop = sum(2 * CHUNK * features * width for features, width in shapes) / 1e9
+        rates = dict(zip(("bf16", "fp8"), linear[CHUNK], strict=False))
+        options.json.write_text(
+            json.dumps({"tflops": {name: tflop / ms for name, ms in rates.items()}}, indent=2)
+        )
     print("\n| rows x width | SiLU-and-multiply ms | quantizer ms | both in one kernel ms |")
     print("| --- | --- | --- | --- |")
     for rows in (2048, CHUNK):

@@ -33,6 +33,7 @@ LAYERS = (
     ("mixquant", "_registration"),
     ("servers",),
     ("bench", "evaluate", "report", "serve"),
+    ("tune",),
     ("cli",),
 )
 

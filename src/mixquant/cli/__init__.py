@@ -24,6 +24,7 @@ from mixquant.cli.info import info
 from mixquant.cli.quantize import quantize
 from mixquant.cli.report import report
 from mixquant.cli.serve import serve
+from mixquant.cli.tune import tune
 from mixquant.errors import MixquantError
 
 app = typer.Typer(
@@ -31,7 +32,19 @@ app = typer.Typer(
     add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (generate, chat, serve, compare, bench, evaluate, fidelity, quantize, report, info):
+for command in (
+    generate,
+    chat,
+    serve,
+    compare,
+    bench,
+    evaluate,
+    fidelity,
+    tune,
+    quantize,
+    report,
+    info,
+):
     app.command()(command)
 
 

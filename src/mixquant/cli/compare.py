@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -26,6 +25,7 @@ from mixquant.cli.options import (
     RecipeOption,
     chosen_recipe,
     saved_recipe,
+    wait_briefly,
 )
 from mixquant.cli.progress import progress_bar
 
@@ -72,7 +72,7 @@ def compare(
     for file in (json_file, report_file):
         if file is not None:
             check_writable(file)
-    _wait_briefly()
+    wait_briefly()
     checkpoint = find(model, say)
 
     from transformers.utils import logging
@@ -105,16 +105,6 @@ def compare(
         out.print(table(result))
         if (sentence := reading(result)) is not None:
             out.print(sentence, highlight=False)
-
-
-def _wait_briefly() -> None:
-    """Makes the threads of GNU OpenMP, in PyTorch, sleep after waiting some 0.1 ms for each other.
-
-    By default they spin for milliseconds. Where anything else runs on the machine, that keeps a core
-    from the thread that is waited for. The variable is read when PyTorch is loaded, which comes later.
-    """
-    if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.setdefault("GOMP_SPINCOUNT", "5000")
 
 
 def _write_report(file: Path, result: Comparison) -> None:

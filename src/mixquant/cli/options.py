@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -130,3 +131,13 @@ def chosen_recipe(recipe: str | None, format: str | None) -> Recipe | None:
 
 def saved_recipe(checkpoint: Checkpoint) -> Recipe:
     return Recipe.from_dict(checkpoint.recipe or {})
+
+
+def wait_briefly() -> None:
+    """Makes the threads of GNU OpenMP, in PyTorch, sleep after waiting some 0.1 ms for each other.
+
+    By default they spin for milliseconds. Where anything else runs on the machine, that keeps a core
+    from the thread that is waited for. The variable is read when PyTorch is loaded, which comes later.
+    """
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "5000")

@@ -19,6 +19,7 @@ from mixquant import cli, results
 from mixquant.checkpoints.models import Checkpoint
 from mixquant.cli import console
 from mixquant.cli.console import write_whole
+from mixquant.core.recipe import Recipe
 from mixquant.servers.arms import Arm
 
 Command = Callable[..., int]
@@ -39,7 +40,7 @@ def finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Command:
     def tokenizer(*_: Any) -> Any:
         return lambda text, **_: {"input_ids": [5] * (len(text) // 4)}
 
-    for one in ("compare", "fidelity", "bench", "evaluate"):
+    for one in ("compare", "fidelity", "bench", "evaluate", "tune"):
         module = importlib.import_module(f"mixquant.cli.{one}")
         monkeypatch.setattr(module, "find", find)
         monkeypatch.setattr(module, "load_tokenizer", tokenizer, raising=False)
@@ -59,6 +60,10 @@ def finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Command:
             yield arm, figures
 
     monkeypatch.setattr("mixquant.evaluate.fidelity.run.measure", measure)
+    tuned = SimpleNamespace(results=sample_results.tuning(), recipe=Recipe())
+    monkeypatch.setattr(
+        "mixquant.tune.run.Tuner", lambda *_, **__: SimpleNamespace(run=lambda: tuned)
+    )
     monkeypatch.setattr("mixquant.bench.in_process.run", run)
     here = sample_results.ENVIRONMENT
     bench = importlib.import_module("mixquant.cli.bench")
@@ -87,6 +92,7 @@ def full(path: Path, text: str) -> None:
         ("evaluate", "math500"),
         ("fidelity", "with two groups"),
         ("bench", "mixquant"),
+        ("tune", "tuned"),
     ],
 )
 def test_on_a_full_disk_results_are_printed_and_kept_aside(
@@ -110,7 +116,7 @@ def test_on_a_full_disk_results_are_printed_and_kept_aside(
     assert list((tmp_path / "work").iterdir()) == []
 
 
-@pytest.mark.parametrize("name", ["compare", "evaluate", "fidelity", "bench"])
+@pytest.mark.parametrize("name", ["compare", "evaluate", "fidelity", "bench", "tune"])
 def test_results_are_written_though_nobody_reads_what_is_printed(
     finished: Command, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:

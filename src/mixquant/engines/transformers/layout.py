@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from mixquant.core.layer_names import is_router
+from mixquant.core.layer_names import FUSED_PROJECTIONS, is_router
 from mixquant.core.phase import Range
 from mixquant.core.recipe import Recipe
 from mixquant.core.summary import IGNORED, THE_RECIPE
@@ -116,6 +116,23 @@ def _format_of(recipe: Recipe, name: str, linear: nn.Linear, model: PreTrainedMo
 def names_in_recipes(name: str, linear: nn.Linear, model: PreTrainedModel) -> tuple[str, ...]:
     """A layer's name, and for the output head the one by which recipes know it."""
     return (name, "lm_head") if linear is model.get_output_embeddings() else (name,)
+
+
+def projections(
+    name: str, linear: nn.Linear, model: PreTrainedModel
+) -> tuple[tuple[str, Range], ...]:
+    """The projections in a layer: their full names and output features. Itself if it is not fused,
+    or if it is not known where they lie."""
+    path, _, last = name.rpartition(".")
+    whole = (0, linear.weight.shape[0])
+    boundaries = _boundaries(name, whole[1], model)
+    if boundaries is None:
+        return ((name, whole),)
+    parts = FUSED_PROJECTIONS[last]
+    return tuple(
+        (f"{path}.{part}" if path else part, features)
+        for part, features in zip(parts, boundaries, strict=True)
+    )
 
 
 def _boundaries(name: str, out_features: int, model: PreTrainedModel) -> list[Range] | None:

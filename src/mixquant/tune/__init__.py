@@ -1,0 +1,1 @@
+"""`mixquant tune`: the cheapest recipe that stays within a budget."""

@@ -1,0 +1,414 @@
+"""The run: sensitivities, the search, candidates measured, and the texts held out that decide."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mixquant._version import __version__
+from mixquant.checkpoints.models import Checkpoint
+from mixquant.core.recipe import Recipe
+from mixquant.evaluate.fidelity.passages import Passages
+from mixquant.results import Arm, Environment, Predicted, Tried, Tuning
+from mixquant.tune import measure
+from mixquant.tune.budget import Budget
+from mixquant.tune.choice import BlockScale, Choice
+from mixquant.tune.cost import CostModel
+from mixquant.tune.search import Point, Predictor, by_bits, by_time
+from mixquant.tune.sensitivity import draw, edges, variants_of
+from mixquant.tune.targets import Target
+from mixquant.tune.units import Units, units_of
+from mixquant.tune.work import Work, WorkError
+
+HEADS = (0, 1, 4, 16, 64)
+TAILS = (1, 16, 32, 64, 128, 256)
+DRAWS = 64  # more would pay less than more texts
+ROWS_AT_ONCE = 4096  # of the passes with gradients
+MEASURED = 8  # candidates at most, on each kind of texts
+
+Progress = Callable[[str, float], None]
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Passages of one prompt length with the names of their texts."""
+
+    names: tuple[str, ...]
+    passages: Passages
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """The outcome: the recipe, and everything that led to it."""
+
+    recipe: Recipe
+    results: Tuning
+
+
+class Tuner:
+    """One run.
+
+    Attributes:
+        checkpoint: of the model.
+        target: what the recipe is for.
+        budget: what it has to stay within.
+        searched: the texts that the search sees.
+        held_out: the texts that decide.
+        cost_tokens: of the prompt whose prefill the cost model times.
+        folder: where the work is kept.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        target: Target,
+        budget: Budget,
+        searched: Texts,
+        held_out: Texts,
+        cost_tokens: int,
+        folder: Path,
+        *,
+        command: str,
+        progress: Progress = lambda doing, share: None,
+        say: Say = lambda message: None,
+    ) -> None:
+        if shared := set(searched.passages.prompts) & set(held_out.passages.prompts):
+            raise WorkError(
+                f"{len(shared)} of the texts held out begin like texts searched on; hold out others"
+            )
+        self.checkpoint, self.target, self.budget = checkpoint, target, budget
+        self.searched, self.held_out, self.cost_tokens = searched, held_out, cost_tokens
+        self.command, self.progress, self.say = command, progress, say
+        self.work = Work(folder, self._what())
+        self._references: dict[str, measure.Logits] = {}
+        rows = searched.passages.prompt_tokens
+        # At most half of the passages' rows precise, or the recipe would be of short prompts alone.
+        self.heads = tuple(head for head in HEADS if head <= rows // 4)
+        self.tails = tuple(tail for tail in TAILS if tail <= rows // 4 or tail == 1)
+
+    def run(self) -> Tuned:
+        """Finds the recipe.
+
+        Raises:
+            ModelError, PrepareError: the model cannot be loaded, or not prepared.
+            WorkError: the folder cannot be used.
+        """
+        self.progress("loading", 0.0)
+        units = self._in_bf16(lambda model: units_of(model, self.target.formats))
+        if not len(units):
+            raise WorkError(
+                f"{self.checkpoint.name} has no layer that {', '.join(self.target.formats)} can hold"
+            )
+        cost = CostModel(units, self.target, self.cost_tokens)
+        plain = Choice((self.target.plain,) * len(units), "6", 0, 1)
+        self.progress("quantizing both phases, for comparison", 0.02)
+        lost = {of: self._kl(plain, units, of, everywhere=True) for of in ("searched", "held_out")}
+        block_scale = self._block_scale(plain, units)
+        predictor = self._predictor(units, block_scale)
+        frontier = self._frontier(predictor, cost, block_scale)
+        begun = replace(plain, block_scale=block_scale)
+        first_ratio = self._kl(begun, units, "searched") / predictor.kl(begun)
+        chosen, measured = self._decide(frontier, units, lost, first_ratio)
+        return self._outcome(units, cost, predictor, plain, frontier, chosen, measured, lost)
+
+    def _what(self) -> dict[str, object]:
+        """What the measured numbers depend on; not the budget, so that another one can reuse them."""
+        texts = {
+            name: hashlib.sha256(
+                json.dumps([texts.passages.prompts, texts.passages.continuations]).encode()
+            ).hexdigest()
+            for name, texts in (("searched", self.searched), ("held_out", self.held_out))
+        }
+        config = json.dumps(self.checkpoint.config, sort_keys=True, default=str).encode()
+        return {
+            "mixquant": __version__,
+            "model": self.checkpoint.source,
+            "config": hashlib.sha256(config).hexdigest(),
+            "weights": _files(Path(self.checkpoint.source)),
+            "formats": sorted(self.target.formats),
+            "plain": self.target.plain,
+            "texts": texts,
+        }
+
+    def _in_bf16(self, use: Callable[[Any], Any]) -> Any:
+        return measure.in_bf16(self.checkpoint, use)
+
+    def _kl(self, choice: Choice, units: Units, of: str, *, everywhere: bool = False) -> float:
+        """The divergence of a choice on the texts searched on or held out, measured once."""
+        recipe = choice.recipe(units, self.target.plain)
+        said = json.dumps([replace(recipe, everywhere=everywhere).to_dict(), of], sort_keys=True)
+
+        def compute() -> float:
+            texts = self.searched if of == "searched" else self.held_out
+            if of not in self._references:
+                self._references[of] = self._in_bf16(
+                    lambda model: measure.logits(model, texts.passages)
+                )
+            return measure.kl(
+                self.checkpoint,
+                replace(recipe, everywhere=everywhere),
+                texts.passages,
+                self._references[of],
+            )
+
+        return self.work.number(hashlib.sha256(said.encode()).hexdigest()[:16], compute)
+
+    def _block_scale(self, plain: Choice, units: Units) -> BlockScale:
+        """The better of the two, which cost the same: as measured on the texts searched on."""
+        if self.target.plain != "nvfp4":
+            return "6"
+        self.progress("block scales", 0.06)
+        scales: tuple[BlockScale, ...] = ("6", "4/6")
+        of = {
+            scale: self._kl(replace(plain, block_scale=scale), units, "searched")
+            for scale in scales
+        }
+        self.say(
+            f"block scales: KL {of['6']:.4f} with 6, {of['4/6']:.4f} with 4/6, nothing else done"
+        )
+        return min(scales, key=of.__getitem__)
+
+    def _predictor(self, units: Units, block_scale: BlockScale) -> Predictor:
+        """The sensitivities, a batch of texts at a time."""
+        passages = self.searched.passages
+        variants = tuple(
+            variant
+            for variant in variants_of(self.target.formats)
+            if variant[0] != "nvfp4" or variant[1] == block_scale
+        )
+        borders = edges(passages.prompt_tokens, self.heads, self.tails)
+        at_once = max(1, ROWS_AT_ONCE // passages.prompt_tokens)
+        count = len(passages.prompts)
+        samples = -(-DRAWS // count)
+        batches = [range(first, min(first + at_once, count)) for first in range(0, count, at_once)]
+        model: list[Any] = []
+
+        def compute(batch: range) -> np.ndarray:
+            if not model:
+                model.append(measure.load_model(self.checkpoint))
+            some = Passages(
+                passages.prompt_tokens,
+                tuple(passages.prompts[text] for text in batch),
+                tuple(passages.continuations[text] for text in batch),
+            )
+            return draw(model[0], units, some, variants, borders, samples, seed=batch.start)
+
+        drawn = []
+        for number, batch in enumerate(batches):
+            self.progress("sensitivities", 0.1 + 0.5 * number / len(batches))
+            name = f"draws-{block_scale.replace('/', '-')}-{batch.start}-{batch.stop}-{samples}"
+            drawn.append(self.work.array(name, lambda batch=batch: compute(batch)))  # type: ignore[misc]
+        model.clear()
+        measure.free()
+        return Predictor(np.concatenate(drawn), variants, tuple(borders))
+
+    def _frontier(
+        self, predictor: Predictor, cost: CostModel, block_scale: BlockScale
+    ) -> list[Point]:
+        self.progress("searching", 0.6)
+        if self.budget.kind == "bits":
+            head = max(head for head in self.heads if head <= 4)
+            return by_bits(predictor, cost, block_scale, head, 1)
+        tails = [tail for tail in self.tails if tail <= self.cost_tokens]
+        heads = [head for head in self.heads if head + max(tails) <= self.cost_tokens]
+        return by_time(predictor, cost, block_scale, heads or [0], tails)
+
+    def _decide(
+        self,
+        frontier: Sequence[Point],
+        units: Units,
+        lost: Mapping[str, float],
+        first_ratio: float,
+    ) -> tuple[Point, dict[str, dict[int, float]]]:
+        """The point of the frontier to take, and what was measured: by kind of texts, by point."""
+        measured: dict[str, dict[int, float]] = {"searched": {}, "held_out": {}}
+        if self.budget.kind == "bits":
+            within = [i for i, point in enumerate(frontier) if point.bits <= self.budget.value]
+            if not within:
+                raise WorkError(
+                    f"no recipe has {self.budget.value:g} bits or fewer: the fewest are "
+                    f"{frontier[0].bits:.2f}, with every layer in {self.target.plain}"
+                )
+            taken = within[-1]
+            for of in measured:
+                measured[of][taken] = self._kl(frontier[taken].choice, units, of)
+            return frontier[taken], measured
+        for place, of in enumerate(("searched", "held_out")):
+            limit = self.budget.limit(lost[of])
+            assert limit is not None
+            # Where the search would begin on texts that nothing is known of yet: as on the others.
+            ratios = _ratios(frontier, measured["searched"]) or {0: first_ratio}
+            start = 0.62 + 0.19 * place
+
+            def look(
+                index: int, ratios: Mapping[int, float] = ratios, of: str = of, start: float = start
+            ) -> float:
+                share = len(measured[of]) / MEASURED
+                self.progress(f"measuring candidates, {_TEXTS[of]}", start + 0.19 * share)
+                measured[of][index] = self._kl(frontier[index].choice, units, of)
+                return measured[of][index]
+
+            taken = cheapest_within(frontier, limit, ratios, look)
+        # A candidate that was only met on the texts held out: for the report.
+        measured["searched"][taken] = self._kl(frontier[taken].choice, units, "searched")
+        return frontier[taken], measured
+
+    def _outcome(
+        self,
+        units: Units,
+        cost: CostModel,
+        predictor: Predictor,
+        plain: Choice,
+        frontier: Sequence[Point],
+        chosen: Point,
+        measured: Mapping[str, Mapping[int, float]],
+        lost: Mapping[str, float],
+    ) -> Tuned:
+        self.progress("plain, on all texts", 0.98)
+        default = self.target.plain
+        plain_kl = {of: self._kl(plain, units, of) for of in ("searched", "held_out")}
+        arms = [
+            Arm(
+                name="quantized",
+                recipe=replace(plain.recipe(units, default), everywhere=True).to_dict(),
+            ),
+            Arm(name="plain", recipe=plain.recipe(units, default).to_dict()),
+        ]
+        tried = [
+            Tried(
+                arm="quantized",
+                time=None,
+                bits=cost.bits(plain),
+                predicted=None,
+                searched=lost["searched"],
+                held_out=lost["held_out"],
+                recovered=0.0,
+            ),
+            Tried(
+                arm="plain",
+                time=1.0,
+                bits=cost.bits(plain),
+                predicted=None
+                if plain.block_scale != chosen.choice.block_scale and default == "nvfp4"
+                else predictor.kl(plain),
+                searched=plain_kl["searched"],
+                held_out=plain_kl["held_out"],
+                recovered=_recovered(plain_kl["held_out"], lost["held_out"]),
+            ),
+        ]
+        for index in sorted({*measured["searched"], *measured["held_out"]}):
+            point = frontier[index]
+            name = "tuned" if point is chosen else f"candidate at {point.time:.3f}"
+            held_out = measured["held_out"].get(index)
+            arms.append(Arm(name=name, recipe=point.choice.recipe(units, default).to_dict()))
+            tried.append(
+                Tried(
+                    arm=name,
+                    time=point.time,
+                    bits=point.bits,
+                    predicted=point.predicted,
+                    searched=measured["searched"].get(index),
+                    held_out=held_out,
+                    recovered=_recovered(held_out, lost["held_out"]),
+                )
+            )
+        results = Tuning(
+            environment=Environment.here(),
+            command=self.command,
+            model=self.checkpoint.name,
+            target=self.target.name,
+            rates={fmt: self.target.rates[fmt] for fmt in (*self.target.formats, "bf16")},
+            budget=self.budget.kind,
+            at_most=self.budget.value,
+            prompt_tokens=self.searched.passages.prompt_tokens,
+            cost_tokens=self.cost_tokens,
+            texts=self.searched.names,
+            held_out=self.held_out.names,
+            arms=tuple(arms),
+            tried=tuple(tried),
+            frontier=tuple(
+                Predicted(time=point.time, bits=point.bits, kl=point.predicted)
+                for point in frontier
+            ),
+            rank=_rank([(one.predicted, one.searched) for one in tried]),
+        )
+        return Tuned(chosen.choice.recipe(units, default), results)
+
+
+def _files(folder: Path) -> list[list[object]]:
+    """The weight files of a directory, with what changes when they do; none for a name on the hub."""
+    if not folder.is_dir():
+        return []
+    found = sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")])
+    return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in found]
+
+
+_TEXTS = {"searched": "texts searched on", "held_out": "texts held out"}
+
+
+def cheapest_within(
+    frontier: Sequence[Point],
+    limit: float,
+    ratios: Mapping[int, float],
+    measured: Callable[[int], float],
+) -> int:
+    """The number of the cheapest point that is measured within a limit.
+
+    Measured and predicted divergences differ by a ratio that changes slowly along the frontier. So the
+    cheapest point is measured that is within the limit by the ratio of the nearest point measured, until
+    that is a point measured already.
+
+    Args:
+        frontier: descending in predicted divergence; the last is 0.
+        limit: the largest divergence, in nats per answer token.
+        ratios: measured over predicted by point, to begin with; from other texts.
+        measured: measures a point.
+    """
+    known: dict[int, float] = {}
+
+    def ratio(index: int) -> float:
+        of = known or ratios
+        return of[min(of, key=lambda one: abs(one - index))] if of else 1.0
+
+    def within(index: int) -> bool:
+        return ratio(index) * frontier[index].predicted <= limit
+
+    while True:
+        index = next(filter(within, range(len(frontier))), len(frontier) - 1)
+        if index in known:
+            return index
+        divergence = measured(index)
+        predicted = frontier[index].predicted
+        if not predicted:
+            return index  # nothing is quantized
+        known[index] = divergence / predicted
+        if len(known) >= MEASURED and (enough := list(filter(within, known))):
+            return min(enough)
+
+
+def _ratios(frontier: Sequence[Point], measured: Mapping[int, float]) -> dict[int, float]:
+    return {
+        index: value / frontier[index].predicted
+        for index, value in measured.items()
+        if frontier[index].predicted
+    }
+
+
+def _recovered(kl: float | None, quantized: float) -> float | None:
+    return None if kl is None or quantized <= 0 else 1 - kl / quantized
+
+
+def _rank(pairs: Sequence[tuple[float | None, float | None]]) -> float | None:
+    """Spearman's correlation of the pairs that have both."""
+    both = np.array([pair for pair in pairs if None not in pair], dtype=np.float64)
+    if len(both) < 3:
+        return None
+    ranks = both.argsort(axis=0).argsort(axis=0)
+    return float(np.corrcoef(ranks.T)[0, 1])

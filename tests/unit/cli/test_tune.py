@@ -1,0 +1,106 @@
+"""`mixquant tune`: a tiny model from the command line, and what it refuses before it loads one."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+import tiny_models
+from refusals import refusal
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from mixquant import cli, results
+from mixquant.core.recipe import Recipe
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A random model in which each word is a token."""
+    folder = tmp_path_factory.mktemp("tiny")
+    words = {f"w{number}": number for number in range(tiny_models.VOCABULARY)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()  # type: ignore[assignment]
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
+    tiny_models.build("llama").save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def texts(tmp_path: Path) -> list[str]:
+    """The options of two texts to search on and two to hold out."""
+    options = []
+    for number, option in enumerate(("--text", "--text", "--held-out", "--held-out")):
+        file = tmp_path / f"{number}.txt"
+        words = random.Random(number).choices(range(3, tiny_models.VOCABULARY), k=160)
+        file.write_text(" ".join(f"w{word}" for word in words))
+        options += [option, str(file)]
+    return options
+
+
+def test_a_recipe_and_its_report(
+    capsys: pytest.CaptureFixture[str], tiny: str, texts: list[str], tmp_path: Path
+) -> None:
+    recipe, frontier, page = (tmp_path / name for name in ("r.json", "f.json", "p.html"))
+    command = ["tune", tiny, "--target", "blackwell", "--recovered", "0.9", *texts]
+    short = ["--length", "128", "--answer-tokens", "16"]
+    command += [*short, "--cost-length", "4096"]
+    command += ["--out", str(recipe), "--json", str(frontier)]
+    assert cli.main(command) == 0
+    printed = capsys.readouterr()
+    assert "tuned" in printed.out and "Measured over predicted" in printed.out
+    assert f"Recipe written to {recipe}" in " ".join(printed.err.split())
+
+    found = results.read(frontier)
+    assert isinstance(found, results.Tuning)
+    tuned = next(one for one in found.tried if one.arm == "tuned")
+    assert tuned.recovered is not None and tuned.recovered >= 0.9
+    assert tuned.time is not None and tuned.time > 1
+    written = Recipe.load(recipe)
+    assert written.to_dict() == next(arm.recipe for arm in found.arms if arm.name == "tuned")
+
+    assert cli.main(["fidelity", tiny, "--recipe", str(recipe), *texts[:2], *short]) == 0
+    assert cli.main(["report", str(frontier), "--out", str(page)]) == 0
+    assert "Tuning" in page.read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--kl", "0.1", "--bits", "5"], "give one budget: --kl, --recovered or --bits"),
+        (["--recovered", "1.5"], "'--recovered'"),
+        (["--kl", "inf"], "inf is not a finite number"),
+        (["--target", "volta"], "'--target'"),
+        (["--text", __file__], "--text and --held-out go together"),
+        (["--held-out", __file__], "--text and --held-out go together"),
+        (["--text", __file__, "--held-out", __file__, "--texts", "4"], "leave it out with --text"),
+        (["--out", "nowhere/x.json"], "cannot write nowhere/x.json"),
+        (["--length", "1000"], "exceed the context"),
+        (["--rates", "nowhere.json"], "cannot read rates from nowhere.json"),
+        (["--rates", __file__], "cannot read rates from"),
+        (
+            ["--text", __file__, "--held-out", __file__, "--length", "8", "--answer-tokens", "2"],
+            "of the texts held out begin like texts searched on",
+        ),
+    ],
+)
+def test_before_anything_is_loaded(
+    capsys: pytest.CaptureFixture[str],
+    tiny: str,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    arguments: list[str],
+    says: str,
+) -> None:
+    monkeypatch.setattr("mixquant.tune.measure.load_model", None)
+    monkeypatch.chdir(tmp_path)
+    assert says in refusal(capsys, "tune", tiny, *arguments)
+    assert not list(tmp_path.iterdir())
+
+
+def test_rates(capsys: pytest.CaptureFixture[str], tiny: str, tmp_path: Path) -> None:
+    file = tmp_path / "rates.json"
+    for text in ('{"tflops": {"fp8": 1200}}', '{"tflops": {"bf16": 0}}', '{"bf16": 650}', "[]"):
+        file.write_text(text)
+        assert "holds no rates" in refusal(capsys, "tune", tiny, "--rates", str(file))
