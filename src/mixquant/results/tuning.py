@@ -61,8 +61,8 @@ class Tuning(Record):
         cost_tokens: of the prompt whose prefill the cost model times.
         texts: names of those searched on.
         held_out: names of those that decide.
-        arms: ``quantized`` (both phases in the fastest format), ``plain`` (prefill alone), candidates,
-            and ``tuned``, the recipe that was written.
+        arms: ``quantized`` (both phases in the fastest format), ``plain`` (prefill alone), ``plain 4/6``
+            (with the better block scale), candidates, and ``tuned``, the recipe that was written.
         tried: one for each arm.
         frontier: ascending in time, or in bits for that budget.
         rank: Spearman's correlation of predicted and measured divergence over the arms; None for

@@ -30,6 +30,7 @@ HEADS = (0, 1, 4, 16, 64)
 TAILS = (1, 16, 32, 64, 128, 256)
 DRAWS = 64  # more would pay less than more texts
 ROWS_AT_ONCE = 4096  # of the passes with gradients
+QUANTIZED = "quantized"  # the arm that quantizes both phases
 MEASURED = 8  # candidates at most, on each kind of texts
 
 Progress = Callable[[str, float], None]
@@ -273,51 +274,46 @@ class Tuner:
     ) -> Tuned:
         self.progress("plain, on all texts", 0.98)
         default = self.target.plain
-        plain_kl = {of: self._kl(plain, units, of) for of in ("searched", "held_out")}
-        arms = [
-            Arm(
-                name="quantized",
-                recipe=replace(plain.recipe(units, default), everywhere=True).to_dict(),
-            ),
-            Arm(name="plain", recipe=plain.recipe(units, default).to_dict()),
-        ]
-        tried = [
-            Tried(
-                arm="quantized",
-                time=None,
-                bits=cost.bits(plain),
-                predicted=None,
-                searched=lost["searched"],
-                held_out=lost["held_out"],
-                recovered=0.0,
-            ),
-            Tried(
-                arm="plain",
-                time=1.0,
-                bits=cost.bits(plain),
-                predicted=None
-                if plain.block_scale != chosen.choice.block_scale and default == "nvfp4"
-                else predictor.kl(plain),
-                searched=plain_kl["searched"],
-                held_out=plain_kl["held_out"],
-                recovered=_recovered(plain_kl["held_out"], lost["held_out"]),
-            ),
-        ]
-        for index in sorted({*measured["searched"], *measured["held_out"]}):
-            point = frontier[index]
-            name = "tuned" if point is chosen else f"candidate at {point.time:.3f}"
-            held_out = measured["held_out"].get(index)
-            arms.append(Arm(name=name, recipe=point.choice.recipe(units, default).to_dict()))
+        arms: list[Arm] = []
+        tried: list[Tried] = []
+
+        def add(
+            name: str, choice: Choice, searched: float | None, held_out: float | None, **known: Any
+        ) -> None:
+            recipe = replace(choice.recipe(units, default), everywhere=name == QUANTIZED)
+            arms.append(Arm(name=name, recipe=recipe.to_dict()))
+            found = {"time": cost.time(choice), "predicted": None, **known}
             tried.append(
                 Tried(
                     arm=name,
-                    time=point.time,
-                    bits=point.bits,
-                    predicted=point.predicted,
-                    searched=measured["searched"].get(index),
+                    bits=cost.bits(choice),
+                    searched=searched,
                     held_out=held_out,
                     recovered=_recovered(held_out, lost["held_out"]),
+                    **found,
                 )
+            )
+
+        add(QUANTIZED, plain, lost["searched"], lost["held_out"], time=None)
+        held_out = self._kl(plain, units, "held_out")
+        begun = replace(plain, block_scale=chosen.choice.block_scale)
+        predicted = predictor.kl(begun)
+        if begun == plain:
+            add("plain", plain, self._kl(plain, units, "searched"), held_out, predicted=predicted)
+        else:  # its sensitivities were not looked for
+            add("plain", plain, self._kl(plain, units, "searched"), held_out)
+            name = f"plain {begun.block_scale}"
+            add(name, begun, self._kl(begun, units, "searched"), None, predicted=predicted)
+        number = 0
+        for index in sorted({*measured["searched"], *measured["held_out"]}):
+            point = frontier[index]
+            number += point is not chosen
+            add(
+                "tuned" if point is chosen else f"candidate {number}",
+                point.choice,
+                measured["searched"].get(index),
+                measured["held_out"].get(index),
+                predicted=point.predicted,
             )
         results = Tuning(
             environment=Environment.here(),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import tiny_models
@@ -15,7 +16,7 @@ from mixquant.core.recipe import FormatName
 from mixquant.evaluate.fidelity.cost import cost
 from mixquant.tune.choice import Choice
 from mixquant.tune.cost import CostModel
-from mixquant.tune.targets import NOMINAL, Target, target
+from mixquant.tune.targets import NOMINAL, Target, target, with_rates
 from mixquant.tune.units import Unit, Units, units_of
 
 BLACKWELL = Target("blackwell", ("nvfp4", "fp8"), NOMINAL)
@@ -93,3 +94,15 @@ def test_targets() -> None:
         (None, ("int8",)),
     ):
         assert target(name, cpu).formats == formats
+
+
+def test_measured_rates(tmp_path: Path) -> None:
+    file = tmp_path / "rates.json"
+    file.write_text('{"tflops": {"bf16": 600, "fp8": 900}}')
+    measured = with_rates(BLACKWELL, file)
+    assert measured.rates == {"nvfp4": 2400, "fp8": 900, "int8": 1200, "bf16": 600}
+    assert measured.formats == ("nvfp4", "fp8")
+    cost = CostModel(units(300, 100), measured, 1001)
+    plain = 1000 * 400 / 2400 + 400 / 600
+    with_fp8 = 1000 * (300 / 2400 + 100 / 900) + 400 / 600
+    assert cost.time(choice("nvfp4", "fp8")) == pytest.approx(with_fp8 / plain)
