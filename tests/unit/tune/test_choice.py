@@ -1,4 +1,4 @@
-"""What a choice looks like as a recipe: every layer has the format that was chosen, in both engines."""
+"""What a choice looks like as a recipe: every layer has the format that was chosen."""
 
 from __future__ import annotations
 
@@ -10,9 +10,8 @@ import tiny_models
 import mixquant
 from mixquant.core.recipe import FormatName, Recipe
 from mixquant.engines.transformers.module import PhaseLinear
-from mixquant.engines.vllm.linear.layout import lay_out
 from mixquant.tune.choice import Choice
-from mixquant.tune.units import Unit, Units, units_of
+from mixquant.tune.units import Unit, units_of
 
 FORMATS: tuple[FormatName, ...] = ("nvfp4", "fp8", "bf16")
 
@@ -40,27 +39,6 @@ def test_a_prepared_model_has_the_formats(architecture: str) -> None:
         assert formats == [fmt]
     fused = [unit for unit in found.chosen if unit.name != unit.layer]
     assert bool(fused) == (architecture == "phi3")
-
-
-def test_vllm_has_the_formats() -> None:
-    """vLLM has fused layers, and models of several parts have other names before their layers."""
-    names = ("q_proj", "k_proj", "v_proj")
-    found = Units(
-        tuple(
-            Unit(f"model.language_model.layers.{n}.self_attn.{name}", "", (0, 64), 1)
-            for n in range(12)
-            for name in names
-        ),
-        0,
-    )
-    chosen = random.Random(5).choices(FORMATS, k=len(found))
-    recipe = Choice(tuple(chosen), "6", 4, 1).recipe(found, "nvfp4").resolved(frozenset({"nvfp4"}))
-    for n in range(12):
-        prefix = f"language_model.model.layers.{n}.self_attn.qkv_proj"
-        assert recipe.formats_of_fused(prefix) == tuple(chosen[3 * n : 3 * n + 3])
-        parts = lay_out(recipe, prefix, [64, 64, 64], 64)
-        shown = [part.format for part in parts for _ in part.projections]
-        assert shown == chosen[3 * n : 3 * n + 3]
 
 
 @pytest.mark.parametrize(
