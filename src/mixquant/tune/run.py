@@ -208,7 +208,13 @@ class Tuner:
             drawn.append(self.work.array(name, lambda batch=batch: compute(batch)))  # type: ignore[misc]
         model.clear()
         measure.free()
-        return Predictor(np.concatenate(drawn), variants, tuple(borders))
+        draws = np.concatenate(drawn)
+        if not np.isfinite(draws).all():
+            raise WorkError(
+                f"the gradients of {self.checkpoint.name} are not finite on the texts searched on; give "
+                "other texts with --text"
+            )
+        return Predictor(draws, variants, tuple(borders))
 
     def _frontier(
         self, predictor: Predictor, cost: CostModel, block_scale: BlockScale
@@ -248,9 +254,7 @@ class Tuner:
             ratios = _ratios(frontier, measured["searched"]) or {0: first_ratio}
             start = 0.62 + 0.19 * place
 
-            def look(
-                index: int, ratios: Mapping[int, float] = ratios, of: str = of, start: float = start
-            ) -> float:
+            def look(index: int, of: str = of, start: float = start) -> float:
                 share = len(measured[of]) / MEASURED
                 self.progress(f"measuring candidates, {_TEXTS[of]}", start + 0.19 * share)
                 measured[of][index] = self._kl(frontier[index].choice, units, of)
