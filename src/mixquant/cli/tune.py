@@ -21,7 +21,7 @@ from mixquant.cli.console import (
 from mixquant.cli.options import JsonFile, Model, finite, wait_briefly
 from mixquant.cli.progress import progress_bar
 
-BUILT_IN_TEXTS = 12
+BUILT_IN_TEXTS = 8
 
 
 class TargetName(StrEnum):
