@@ -183,11 +183,18 @@ class TestOnVLLM:
         arguments = [model, *_arguments(texts, file), "--recipe", str(recipe)]
         arguments += ["--no-quantized", "--engine", "vllm"]
         arguments += ["--vllm-args", "--max-num-batched-tokens 128 --max-num-seqs 4"]
+        arguments += [
+            "--arm",
+            f"again=--model {model} --seed 1",
+        ]  # greedy: the seed decides nothing
         assert cli.main(["fidelity", *arguments]) == 0
         result = read(file)
         assert isinstance(result, Fidelity)
         assert result.engine == "vllm"
-        assert [arm.name for arm in result.arms] == ["bf16", "my"]
+        assert [arm.name for arm in result.arms] == ["bf16", "my", "again"]
+        assert result.arms[2].arguments == (
+            f"--max-num-batched-tokens 128 --max-num-seqs 4 --model {model} --seed 1"
+        )
         ours, theirs = _by_arm(result), _by_arm(measured)
         # Both are BF16, with sums in another order: so far, and no further, do they differ.
         for name in ("bf16", "my"):
@@ -195,11 +202,13 @@ class TestOnVLLM:
             loss, expected = (math.log(one[name].perplexity) for one in (ours, theirs))
             assert loss == pytest.approx(expected, abs=0.05)
         assert ours["bf16"].kl_max == 0
+        assert ours["again"] == ours["bf16"].model_copy(update={"arm": "again"})
         my = ours["my"]
         assert theirs["my"].kl_mean / 2.5 < my.kl_mean < theirs["my"].kl_mean * 2.5
         assert my.top1 == pytest.approx(theirs["my"].top1, abs=0.1)
         if not ON_GPU:  # pieces of 128 rows are replayed from graphs there
             assert my.quantized_share == (LENGTH - 1) / LENGTH
+        assert [cost.arm for cost in result.costs] == ["bf16", "my"]
         assert result.costs[1] == measured.costs[1]
 
     def test_an_engine_that_does_not_start(
