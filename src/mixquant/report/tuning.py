@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 
 from mixquant.report.axes import Point, Series
@@ -10,9 +11,10 @@ from mixquant.report.parts import KeyFigure, Panel, Section, Table
 from mixquant.report.plots import scatter
 from mixquant.report.style import looks
 from mixquant.report.text import clauses, count, number, percent
-from mixquant.results import Tried, Tuning
+from mixquant.results import Predicted, Tried, Tuning
 
 TUNED = "tuned"
+_MOST_POINTS = 15  # of the frontier, as numbers
 
 
 def section(tuning: Tuning) -> Section:
@@ -115,14 +117,22 @@ def _against_cost(tuning: Tuning) -> list[Panel]:
                 front_name="predicted frontier",
             ),
             Table(
-                "The predicted frontier",
+                "The predicted frontier" + ", in part" * (len(tuning.frontier) > _MOST_POINTS),
                 ("Time next to plain", "Bits", "KL predicted, nats per token"),
                 tuple(
-                    (number(one.time), number(one.bits), number(one.kl)) for one in tuning.frontier
+                    (number(one.time), number(one.bits), number(one.kl))
+                    for one in _some(tuning.frontier)
                 ),
             ),
         )
     ]
+
+
+def _some(frontier: Sequence[Predicted]) -> list[Predicted]:
+    """Points from all over the frontier, as many as fit on a printed page, first and last among them."""
+    most = min(len(frontier), _MOST_POINTS)
+    last = len(frontier) - 1
+    return [frontier[round(last * place / max(most - 1, 1))] for place in range(most)]
 
 
 def _tables(tuning: Tuning) -> tuple[Table, ...]:

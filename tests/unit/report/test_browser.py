@@ -163,7 +163,7 @@ names = pytest.mark.parametrize("name", ["h200", "turns", "all", "long"])
 def test_plots_are_there(visit: Any, name: str, scheme: str) -> None:
     tab = visit(name, scheme=scheme)
     plots = tab.locator("figure > svg")
-    assert plots.count() == {"h200": 3, "turns": 1, "all": 19, "long": 19}[name]
+    assert plots.count() == {"h200": 3, "turns": 1, "all": 20, "long": 20}[name]
     for n in range(plots.count()):
         box = plots.nth(n).bounding_box()
         assert box["width"] > 300
