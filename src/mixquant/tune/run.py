@@ -31,7 +31,8 @@ TAILS = (1, 16, 32, 64, 128, 256)
 DRAWS = 64  # more would pay less than more texts
 ROWS_AT_ONCE = 4096  # of the passes with gradients
 QUANTIZED = "quantized"  # the arm that quantizes both phases
-MEASURED = 8  # candidates at most, on each kind of texts
+MEASURED = 8  # candidates, on each kind of texts; more only if none of them is within the budget
+CLOSE = 0.005  # in time next to plain: a smaller saving is not worth another measurement
 
 Progress = Callable[[str, float], None]
 Say = Callable[[str], None]
@@ -363,7 +364,7 @@ def cheapest_within(
 
     Measured and predicted divergences differ by a ratio that changes slowly along the frontier. So the
     cheapest point is measured that is within the limit by the ratio of the nearest point measured, until
-    that is a point measured already.
+    that is, or saves less than `CLOSE` against, a point measured to be within.
 
     Args:
         frontier: descending in predicted divergence; the last is 0.
@@ -382,15 +383,16 @@ def cheapest_within(
 
     while True:
         index = next(filter(within, range(len(frontier))), len(frontier) - 1)
-        if index in known:
-            return index
+        enough = min(filter(within, known), default=None)
+        if enough is not None and (
+            len(known) >= MEASURED or frontier[enough].time - frontier[index].time < CLOSE
+        ):
+            return enough
         divergence = measured(index)
         predicted = frontier[index].predicted
         if not predicted:
             return index  # nothing is quantized
         known[index] = divergence / predicted
-        if len(known) >= MEASURED and (enough := list(filter(within, known))):
-            return min(enough)
 
 
 def _ratios(frontier: Sequence[Point], measured: Mapping[int, float]) -> dict[int, float]:
