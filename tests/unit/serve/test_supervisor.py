@@ -503,7 +503,7 @@ def test_one_that_never_answers_ends_all(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_one_that_hangs_is_started_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(supervisor, "UNRESPONSIVE", 0.5)
+    monkeypatch.setattr(supervisor, "UNRESPONSIVE", 2)  # others must not seem to hang
     monkeypatch.setattr(supervisor, "PROBE", 0.2)
     whole = Set(tmp_path, ALL)
 
