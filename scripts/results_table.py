@@ -2,8 +2,8 @@
 
     python scripts/results_table.py benchmarks/results/compare_cpu.json
 
-For files of `mixquant compare`, `mixquant fidelity` and `benchmarks/linear_cpu.py`. The other benchmarks
-print their own with ``--show FILE``.
+For files of `mixquant compare`, `mixquant fidelity`, `mixquant tune` and `benchmarks/linear_cpu.py`. The
+other benchmarks print their own with ``--show FILE``.
 """
 
 from __future__ import annotations
@@ -52,6 +52,22 @@ def fidelity(values: dict[str, Any]) -> Iterable[list[str]]:
         ]
 
 
+def tuning(values: dict[str, Any]) -> Iterable[list[str]]:
+    yield ["arm", "time", "bits", "KL predicted", "searched", "held out", "recovered"]
+
+    def shown(value: float | None, form: str) -> str:
+        return "-" if value is None else format(value, form)
+
+    for one in values["tried"]:
+        yield [
+            one["arm"],
+            shown(one["time"], ".3f"),
+            f"{one['bits']:.2f}",
+            *(shown(one[name], ".4f") for name in ("predicted", "searched", "held_out")),
+            shown(one["recovered"], ".1%"),
+        ]
+
+
 def linear(values: dict[str, Any]) -> Iterable[list[str]]:
     """INT8 against the faster of FP32 and BF16."""
     rows = sorted({one["rows"] for one in values["results"]})
@@ -69,7 +85,8 @@ def linear(values: dict[str, Any]) -> Iterable[list[str]]:
 
 def table(values: dict[str, Any]) -> str:
     """The table of a results file, as Markdown."""
-    make = {"comparison": comparison, "fidelity": fidelity}.get(values.get("kind", ""), linear)
+    known = {"comparison": comparison, "fidelity": fidelity, "tuning": tuning}
+    make = known.get(values.get("kind", ""), linear)
     heading, *rows = make(values)
     lines = [heading, ["---"] * len(heading), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
