@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shlex
 import statistics
 import sys
 from collections.abc import Callable
@@ -23,6 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from command_line import command_line
 from torch import Tensor
 
 from mixquant.engines.vllm.attention.fp8 import Run, Shape, attend
@@ -136,10 +136,11 @@ def main() -> None:
             times = {"bf16_ms": round(bf16, 4), "fp8_ms": round(fp8, 4)}
             rows.append({"tokens": new, "cached": cached, **times})
             print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
-    command = shlex.join(["python", *sys.argv])
-    if options.json:
-        command = command.replace(str(options.json), options.json.name)
-    found = {"command": command, "device": torch.cuda.get_device_name(), "heads": heads}
+    found = {
+        "command": command_line(options.json),
+        "device": torch.cuda.get_device_name(),
+        "heads": heads,
+    }
     found |= {"kv_heads": kv_heads, "head_size": size, "rows": rows}
     print(table(found))
     if options.json:

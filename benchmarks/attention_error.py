@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,6 +26,7 @@ from typing import Any
 import attention_reference as reference
 import numpy as np
 import torch
+from command_line import command_line
 from torch import Tensor
 
 from mixquant.engines.vllm.attention import fp8 as fp8_attention
@@ -311,10 +311,12 @@ def main() -> None:
                 record(f"{options.model}, layer {number}", layer)
     print(table(rows))
     if options.json:
-        command = shlex.join(["python", *sys.argv]).replace(str(options.json), options.json.name)
         how = torch.cuda.get_device_name() if ON_HOPPER else "emulated"
         options.json.write_text(
-            json.dumps({"command": command, "device": how, "rows": rows}, indent=1) + "\n"
+            json.dumps(
+                {"command": command_line(options.json), "device": how, "rows": rows}, indent=1
+            )
+            + "\n"
         )
 
 

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from command_line import command_line
 
 from mixquant.bench.counts import read_counts
 from mixquant.bench.generator import Generator, generator
@@ -177,10 +178,9 @@ def main() -> None:
         for server in (colocated, apart):
             found += measure(server, load, asked, options.repeats)
     if options.json:
-        command = shlex.join(["python", *sys.argv]).replace(str(options.json), options.json.name)
         bench = Bench(
             environment=Environment.here(),
-            command=command,
+            command=command_line(options.json),
             model=Path(options.model).name,
             arms=tuple(
                 Arm(name=name, arguments=shlex.join(["--recipe", "fast", *OPTIONS[name]]))

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shlex
 import statistics
 import sys
 from collections.abc import Callable
@@ -21,6 +20,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from command_line import command_line
 from torch import Tensor
 
 from mixquant.engines.vllm.linear.fp8_layer import Fp8Layer
@@ -142,10 +142,11 @@ def main() -> None:
         times = {"bf16_ms": milliseconds(one.bf16), "fp8_ms": milliseconds(one.fp8)}
         rows.append({"tokens": count, **{name: round(ms, 3) for name, ms in times.items()}})
         print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
-    command = shlex.join(["python", *sys.argv])
-    if options.json:
-        command = command.replace(str(options.json), options.json.name)
-    found = {"command": command, "device": torch.cuda.get_device_name(), "rows": rows}
+    found = {
+        "command": command_line(options.json),
+        "device": torch.cuda.get_device_name(),
+        "rows": rows,
+    }
     print(table(found))
     if options.json:
         options.json.write_text(json.dumps(found, indent=1) + "\n")

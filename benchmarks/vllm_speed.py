@@ -34,6 +34,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from command_line import command_line
 from filelock import FileLock
 from kernel_times import by_kind, count_launches, events, longest, trace_of
 
@@ -409,12 +410,9 @@ def main() -> None:
                 rows += measured["results"]
                 pieces += measured["breakdown"]
         if options.json:
-            command = shlex.join(["python", *sys.argv])
-            for path in filter(None, (options.json, options.traces)):
-                command = command.replace(str(path), path.name)
             bench = Bench(
                 environment=Environment.here(),
-                command=command,
+                command=command_line(options.json, options.traces),
                 model=options.model,
                 arms=tuple(
                     Arm(name=name, arguments=arguments(ARMS[name]))
