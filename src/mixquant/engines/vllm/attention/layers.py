@@ -52,12 +52,12 @@ class PrefillAttention:
     ) -> Tensor:
         plan = plan_in_force()
         runs = []
-        # A precise pass is over soonest: it may be a decode step.
+        # A pass may have nothing quantized, and layers may be given fewer rows than their pass has.
         if (
             plan is not None
             and plan.quantized
             and key is not None
-            and self._whole(plan, query, key)
+            and len(query) == len(key) == plan.rows
         ):
             runs = self._runs(plan, attn_metadata, query.device)
         if not runs:
@@ -79,11 +79,6 @@ class PrefillAttention:
             some, into = query[rest.rows], output[rest.rows]
             self._forward(layer, some, key, value, kv_cache, rest.metadata, into, *args, **kwargs)
         return output
-
-    @staticmethod
-    def _whole(plan: PhasePlan, query: Tensor, key: Tensor) -> bool:
-        """Whether these are all rows of the pass: later layers may be given fewer."""
-        return len(query) == len(key) == plan.rows
 
     def _worth(self, rows: int, keys: int) -> bool:
         if self._always:
