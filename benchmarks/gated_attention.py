@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import shlex
 import sys
 import time
 from collections.abc import Mapping
@@ -25,6 +24,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from command_line import command_line
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, Qwen3NextConfig
 
@@ -132,6 +132,7 @@ def measured(model: Any, texts: Tensor, formats: Mapping[str, FormatName]) -> di
             min_prefill_tokens=0,
             everywhere=everywhere,
             emulate=True,
+            prefill_attention="bf16",  # what is measured is products
         )
         prepare(arm, recipe)
         kl, _ = divergence(expected, logits_of(arm, texts))
@@ -170,10 +171,7 @@ def main() -> None:
     for arm, formats in ARMS.items():
         rows.append({"arm": arm, **measured(model, texts, formats)})
         print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
-    command = shlex.join(["python", *sys.argv])
-    if options.json:
-        command = command.replace(str(options.json), options.json.name)
-    found = {"command": command, "steps": options.steps, "rows": rows}
+    found = {"command": command_line(options.json), "steps": options.steps, "rows": rows}
     print(table(found))
     if options.json:
         options.json.write_text(json.dumps(found, indent=1) + "\n")
