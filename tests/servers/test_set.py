@@ -285,7 +285,8 @@ def long_chat(question: str) -> list[dict[str, str]]:
 
 def test_a_stream_says_what_an_answer_says(served: Served) -> None:
     messages = long_chat("Which statement is this?")
-    options = {"max_tokens": 12, "extra_body": {"cache_salt": "stream"}}
+    # Many: vLLM joins what it has not sent yet, and on a busy machine that was all of twelve.
+    options = {"max_tokens": 200, "extra_body": {"cache_salt": "stream", "ignore_eos": True}}
     chunks = list(
         served.chat(messages, stream=True, stream_options={"include_usage": True}, **options)
     )
@@ -293,7 +294,7 @@ def test_a_stream_says_what_an_answer_says(served: Served) -> None:
         c.choices[0].delta.content for c in chunks if c.choices and c.choices[0].delta.content
     ]
     assert len(pieces) > 1, "it came in one piece"
-    assert chunks[-1].usage.completion_tokens <= 12
+    assert chunks[-1].usage.completion_tokens == 200
     whole = served.chat(messages, **options)
     assert whole.choices[0].message.content == "".join(pieces)
 
