@@ -52,6 +52,12 @@ def tuner(checkpoint: Checkpoint, folder: Path, budget: Budget, **changes: Any) 
     )
 
 
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One folder for runs of several budgets, which measure much of the same."""
+    return tmp_path_factory.mktemp("tuned") / "work"
+
+
 def same(one: Tuned, other: Tuned) -> bool:
     results = [
         tuned.results.model_copy(update={"environment": one.results.environment})
@@ -150,9 +156,9 @@ def test_draws_are_derivatives(checkpoint: Checkpoint, monkeypatch: pytest.Monke
 @pytest.mark.parametrize(
     "budget", [Budget("recovered", 0.9), Budget("kl", 0.2), Budget("bits", 6.0)]
 )
-def test_a_budget_is_kept(checkpoint: Checkpoint, tmp_path: Path, budget: Budget) -> None:
+def test_a_budget_is_kept(checkpoint: Checkpoint, work: Path, budget: Budget) -> None:
     said: list[str] = []
-    tuned = tuner(checkpoint, tmp_path / "work", budget, say=said.append).run()
+    tuned = tuner(checkpoint, work, budget, say=said.append).run()
     results = tuned.results
     one = next(one for one in results.tried if one.arm == "tuned")
     lost = next(one for one in results.tried if one.arm == "quantized")
@@ -177,6 +183,7 @@ def test_a_budget_is_kept(checkpoint: Checkpoint, tmp_path: Path, budget: Budget
     assert measure.kl(checkpoint, again, held_out, reference) == pytest.approx(one.held_out)
 
 
+@pytest.mark.slow
 def test_a_run_that_was_interrupted(
     checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -256,12 +263,12 @@ def test_damaged_work(tmp_path: Path) -> None:
         Work(tmp_path / "work", {"model": "m"})
 
 
-def test_too_few_bits(checkpoint: Checkpoint, tmp_path: Path) -> None:
+def test_too_few_bits(checkpoint: Checkpoint, work: Path) -> None:
     with pytest.raises(WorkError, match=r"no recipe has 4 bits or fewer: the fewest are 4\.50"):
-        tuner(checkpoint, tmp_path / "work", Budget("bits", 4.0)).run()
+        tuner(checkpoint, work, Budget("bits", 4.0)).run()
 
 
-@pytest.mark.parametrize("name", ["hopper", "cpu"])
+@pytest.mark.parametrize("name", ["hopper", pytest.param("cpu", marks=pytest.mark.slow)])
 def test_other_targets(checkpoint: Checkpoint, tmp_path: Path, name: str) -> None:
     aim = replace(target(name, torch.device("cpu")), rates=NOMINAL)
     tuned = tuner(checkpoint, tmp_path / "work", Budget("recovered", 0.8), target=aim).run()

@@ -179,6 +179,7 @@ def test_a_fused_model_answers_as_its_projections_would() -> None:
     }
 
 
+@pytest.mark.slow
 def test_smollm2_keeps_its_answer(smollm2_path: Path) -> None:
     plain = AutoModelForCausalLM.from_pretrained(smollm2_path, dtype=torch.bfloat16)
     ids = torch.randint(100, 40000, (1, 96), generator=torch.Generator().manual_seed(0))

@@ -58,7 +58,15 @@ def test_seeds_that_vary_by_chance_tell_more_but_never_more_than_that_many_items
 @pytest.mark.parametrize(
     "items", [10, *(pytest.param(n, marks=pytest.mark.slow) for n in (30, 200))]
 )
-@pytest.mark.parametrize(("seeds", "alike"), [(1, 1.0), (8, 0.0), (8, 0.3), (8, 0.7)])
+@pytest.mark.parametrize(
+    ("seeds", "alike"),
+    [
+        (1, 1.0),
+        pytest.param(8, 0.0, marks=pytest.mark.slow),
+        (8, 0.3),
+        pytest.param(8, 0.7, marks=pytest.mark.slow),
+    ],
+)
 def test_score_intervals_cover(items: int, seeds: int, alike: float) -> None:
     """``alike``: the correlation of an item's seeds. 95 % are meant on the average over true scores."""
     rng = np.random.default_rng(items)
