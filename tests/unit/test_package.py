@@ -19,6 +19,7 @@ from packaging.metadata import Metadata
 from paths import REPOSITORY, RESULTS
 
 import mixquant
+from mixquant.serve.containers import WHEEL
 
 pytestmark = pytest.mark.slow
 
@@ -73,6 +74,10 @@ def run(
         )
 
     return run
+
+
+def test_the_image_of_rendered_sets_installs_this_wheel(built: Built) -> None:
+    assert built.wheel.name == WHEEL
 
 
 def test_the_wheel_holds_the_package_and_nothing_else(built: Built) -> None:

@@ -18,10 +18,13 @@ CACHE = "/cache"  # files of the hub, and compiled code of vLLM, whatever user t
 PORT, SIDE_CHANNEL, METRICS = 8000, 5600, 29000
 PROBE_SECONDS = 10
 
+WHEEL = f"mixquant-{__version__}-py3-none-any.whl"
+
 # vLLM's own image, in which NIXL and CUDA fit together, and the packages that it lacks. It has `uv`.
 DOCKERFILE = f"""\
 FROM vllm/vllm-openai:v0.32.0
-RUN uv pip install --system 'mixquant[serve]=={__version__}' vllm==0.32.0 \\
+COPY {WHEEL} /tmp/
+RUN uv pip install --system 'mixquant[serve] @ file:///tmp/{WHEEL}' vllm==0.32.0 \\
  && uv pip install --system --no-deps nixl
 """
 

@@ -17,6 +17,7 @@ from mixquant.serve.containers import (
     CACHE,
     DOCKERFILE,
     PROBE_SECONDS,
+    WHEEL,
     alone,
     as_yaml,
     folders,
@@ -63,7 +64,9 @@ def render(deployment: Deployment, image: str | None = None) -> str:
             secret: _source(deployment) if secret == "api-key" else {"file": "./engine-key"}
             for secret in sorted(secrets)
         }
-    steps = ["docker compose build"] if image is None else []
+    steps = []
+    if image is None:
+        steps += [f"With {WHEEL} beside this file:", "docker compose build"]
     if deployment.disaggregated:
         steps.append("(umask 077; openssl rand -hex 32 > engine-key)")
     return as_yaml([document], "\n".join([*steps, "docker compose up --detach --wait"]))

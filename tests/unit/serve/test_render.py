@@ -20,7 +20,7 @@ from paths import REPOSITORY
 from mixquant import cli
 from mixquant.serve import render_compose, render_kubernetes
 from mixquant.serve.commands import Process, processes
-from mixquant.serve.containers import DOCKERFILE, METRICS, PYTHON, alone, is_engine
+from mixquant.serve.containers import DOCKERFILE, METRICS, PYTHON, WHEEL, alone, is_engine
 from mixquant.serve.description import Deployment, ServeError
 
 yaml = pytest.importorskip("yaml")
@@ -411,6 +411,8 @@ def test_the_image_that_compose_builds_is_the_documented_one() -> None:
     built = [one for one in document["services"].values() if "build" in one]
     (build,) = (interpolated(one["build"]) for one in built)
     assert build["dockerfile_inline"] == DOCKERFILE
+    # No package index has mixquant: a name would install nothing, or somebody else's package.
+    assert f"COPY {WHEEL} " in DOCKERFILE
     assert {one["image"] for one in document["services"].values()} == {built[0]["image"]}
     assert DOCKERFILE in (DOCS / "guide" / "containers.md").read_text()
 
