@@ -413,4 +413,4 @@ def _rank(pairs: Sequence[tuple[float | None, float | None]]) -> float | None:
     if len(both) < 3:
         return None
     ranks = both.argsort(axis=0).argsort(axis=0)
-    return float(np.corrcoef(ranks.T)[0, 1])
+    return float(np.asarray(np.corrcoef(ranks.T))[0, 1])
