@@ -1,4 +1,4 @@
-"""Makes docs/images/report.png anew: the page of the H200's figures, in Debian's Chromium.
+"""Makes docs/images/report.png anew: the page of an H100's figures, in Debian's Chromium.
 
 python scripts/report_screenshot.py
 """
@@ -15,7 +15,7 @@ from mixquant.report import page
 from mixquant.results import read
 
 ROOT = Path(__file__).parent.parent
-SOURCE = ROOT / "benchmarks" / "results" / "h200.json"
+SOURCE = ROOT / "benchmarks" / "results" / "attention_speed_h100.json"
 PICTURE = ROOT / "docs" / "images" / "report.png"
 
 
