@@ -21,6 +21,7 @@ from mixquant.cli.options import (
     Temperature,
     chosen_recipe,
 )
+from mixquant.files.reading import shown
 
 HELP = (
     "/reset forgets the conversation, /exit ends the chat, /help shows this line; "
@@ -82,7 +83,7 @@ def _converse(
             elif message == "/help":
                 err.print(f"[dim]{HELP}[/dim]")
             else:
-                print_error(f"unknown command {message.split()[0]}; {HELP}")
+                print_error(f"unknown command {shown(message)}; {HELP}")
             continue
         tokens = answerer.tokens
         if tokens:

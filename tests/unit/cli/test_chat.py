@@ -34,11 +34,11 @@ def chat(
 
 
 def test_commands_are_not_sent_to_the_model(chat: Chat) -> None:
-    errors, read = chat("/help", "/quit", "/rest the conversation", "/", "/exit", "Hi")
+    errors, read = chat("/help", "/quit", "/help me", "/", "/exit", "Hi")
     assert read == []
     assert errors.count("/reset forgets the conversation") == 4
-    for unknown in ("/quit", "/rest", "/"):
-        assert f"error: unknown command {unknown};" in errors
+    for unknown in ("/quit", "/help me", "/"):
+        assert f"error: unknown command '{unknown}';" in errors
 
 
 def test_a_path_is_a_message(chat: Chat) -> None:
