@@ -136,7 +136,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 2
         # typer's error, whose class is in another module in each version.
         if hasattr(error, "format_message"):
-            print_error(f"{error.format_message()} (mixquant --help)")
+            command = getattr(getattr(error, "ctx", None), "command_path", "mixquant")
+            print_error(f"{error.format_message()} ({command} --help)")
             return 2
         print_error(f"{type(error).__name__}: {error} (MIXQUANT_TRACEBACK=1 shows where)")
         return 1

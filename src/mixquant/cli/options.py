@@ -56,13 +56,14 @@ def lengths(given: list[str] | None) -> list[int]:
     """The numbers of options that each hold one or several, separated by commas.
 
     Raises:
-        typer.BadParameter: one is no whole number from 1.
+        typer.BadParameter: one is not a whole number from 1 to `MOST`.
     """
     found: list[int] = []
     for text in ",".join(given or ()).split(",") if given else ():
         if not text.strip().isdecimal() or not 1 <= int(text) <= MOST:
             raise typer.BadParameter(
-                f"{text.strip()!r} is no whole number from 1", param_hint="'--length'"
+                f"expected a whole number from 1 to {MOST}, got {text.strip()!r}",
+                param_hint="'--length'",
             )
         found.append(int(text))
     return list(dict.fromkeys(found))
@@ -71,14 +72,14 @@ def lengths(given: list[str] | None) -> list[int]:
 def finite(value: float | None) -> float | None:
     """For options with bounds: NaN passes typer's check of bounds."""
     if value is not None and not math.isfinite(value):
-        raise typer.BadParameter(f"{value} is not a finite number")
+        raise typer.BadParameter(f"expected a finite number, got {value}")
     return value
 
 
 def temperature_option(value: float | None) -> float | None:
     """Takes 0, or a value that logits can be divided by: at least 0.01, as in vLLM."""
     if value and not 0.01 <= value <= 100:  # not NaN, either
-        raise typer.BadParameter(f"{value} is neither 0 nor from 0.01 to 100")
+        raise typer.BadParameter(f"expected 0, or a number from 0.01 to 100, got {value}")
     return value
 
 

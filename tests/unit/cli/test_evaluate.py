@@ -420,7 +420,10 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
         (["--benchmark=gsm8k", "--no-cot"], "--cot is for longbench-v2, not among the"),
         (["--benchmark=gsm8k", "--protocol=ours"], "'ours' is not one of 'mix-quant'"),
         (["--benchmark=longbench-v2", "--no-context", "--retrieved=2"], "exclude each other"),
-        (["--benchmark=needle", "--length=1k"], "'--length': '1k' is no whole number from 1"),
+        (
+            ["--benchmark=needle", "--length=1k"],
+            "'--length': expected a whole number from 1 to 2147483647, got '1k'",
+        ),
         (["--benchmark=longmemeval"], "longmemeval needs a second model"),
         (["--benchmark=longmemeval", "--judge-url=http://x"], "go together"),
         (["--benchmark=longmemeval", "--judge-model=x"], "go together"),

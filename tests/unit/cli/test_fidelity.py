@@ -20,7 +20,10 @@ from mixquant import cli, results
         (["--recipe", "quick"], "unknown recipe 'quick'"),
         (["--format", "fp3"], "unknown format 'fp3'"),
         (["--length", "0"], "'--length'"),
-        (["--length", "8,many"], "'--length': 'many' is no whole number from 1"),
+        (
+            ["--length", "8,many"],
+            "'--length': expected a whole number from 1 to 2147483647, got 'many'",
+        ),
         (["--length", "8,9000"], "9000 tokens and a continuation of 96 exceed the context"),
         (["--text", "nowhere.txt"], "cannot read nowhere.txt: No such file"),
         (["--json", "nowhere/x.json"], "cannot write nowhere/x.json"),

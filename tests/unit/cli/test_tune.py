@@ -70,7 +70,7 @@ def test_a_recipe_and_its_report(
     [
         (["--kl", "0.1", "--bits", "5"], "give one budget: --kl, --recovered or --bits"),
         (["--recovered", "1.5"], "'--recovered'"),
-        (["--kl", "inf"], "inf is not a finite number"),
+        (["--kl", "inf"], "expected a finite number, got inf"),
         (["--target", "volta"], "'--target'"),
         (["--text", __file__], "--text and --held-out go together"),
         (["--held-out", __file__], "--text and --held-out go together"),
