@@ -170,8 +170,8 @@ def _on_hub(name: str) -> tuple[str, Path]:
             file = Path(hf_hub_download(name, "config.json", local_files_only=True))
         except Exception:
             raise ModelError(
-                f"{name} is not a model: there is no such directory, and the Hugging Face Hub "
-                f"does not give it ({one_line(error)})"
+                f"{name} is not a model: there is no such directory, and it cannot be downloaded "
+                f"from the Hugging Face Hub ({one_line(error)})"
             ) from error
         return str(file.parent), file
 

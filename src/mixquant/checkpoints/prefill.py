@@ -155,9 +155,9 @@ def check_is_of(tensors: Fp8Tensors | Nvfp4Tensors, weight: Tensor, what: str) -
     size = float(expected.norm())
     if not error <= _LARGEST_ERROR[fmt] * size:
         raise CheckpointError(
-            f"the prefill_model's weight of {what} is not of the weight that was loaded (relative "
-            f"difference {error / size if size else math.inf:.2f}); it has to be the same model's, and "
-            "its rows in the same order"
+            f"the prefill_model's weight of {what} differs from the loaded weight (relative difference "
+            f"{error / size if size else math.inf:.2f}); both must be the same model, with rows in the "
+            "same order"
         )
 
 

@@ -112,8 +112,8 @@ def directory_of(source: str, revision: str | None = None) -> Path:
             return Path(snapshot_download(source, **wanted, local_files_only=True))
         except Exception:
             raise CheckpointError(
-                f"{source} is not a checkpoint: there is no such directory, and the Hugging Face Hub "
-                f"does not give it ({one_line(error)})"
+                f"{source} is not a checkpoint: there is no such directory, and it cannot be downloaded "
+                f"from the Hugging Face Hub ({one_line(error)})"
             ) from error
 
 

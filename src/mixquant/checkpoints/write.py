@@ -167,7 +167,7 @@ def _left_alone(model: Any, scheme: Scheme, ignore: Sequence[str]) -> list[str]:
                 f"the weight of {name} holds NaN or infinity; the checkpoint is damaged"
             )
     if len(names) == len(linears):
-        raise QuantizeError("no linear layer is left to quantize")
+        raise QuantizeError("no linear layer is left to quantize; ignore fewer layers")
     return names
 
 

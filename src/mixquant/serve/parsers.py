@@ -123,7 +123,7 @@ def _template(source: str) -> str:
 
 
 def _text(source: str, name: str) -> str:
-    """A file of a checkpoint; empty if the checkpoint has none, or the hub does not give it."""
+    """A file of a checkpoint; empty if the checkpoint has none, or it cannot be downloaded."""
     path = Path(source) / name
     if not Path(source).is_dir():
         from huggingface_hub import hf_hub_download

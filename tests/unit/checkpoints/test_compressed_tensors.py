@@ -130,7 +130,7 @@ class TestOpen:
         assert "no such directory" in _refused("/no/such/directory")
 
     def test_hub_name_that_cannot_be_fetched(self) -> None:
-        assert "Hub does not give it" in _refused("nobody/has-this-one")
+        assert "cannot be downloaded from the Hugging Face Hub" in _refused("nobody/has-this-one")
 
     def test_not_quantized(self, main: Path) -> None:
         assert "is not quantized" in _refused(main)

@@ -22,7 +22,9 @@ class TestFind:
             find(name)
 
     def test_hub_name_that_cannot_be_fetched(self) -> None:
-        with pytest.raises(ModelError, match="Hub does not give it") as caught:
+        with pytest.raises(
+            ModelError, match="cannot be downloaded from the Hugging Face Hub"
+        ) as caught:
             find("nobody/has-this-one")
         assert "\n" not in str(caught.value)
 
