@@ -149,7 +149,7 @@ def tune(
     ] = None,
     json_file: JsonFile = None,
 ) -> None:
-    """Search the cheapest recipe within a budget (--kl, --recovered or --bits), and write it to a file.
+    """Find the cheapest recipe within a budget (--kl, --recovered or --bits), and write it to a file.
 
     The recipe names a format for each projection of each layer, the block scale of NVFP4, and the tokens
     that stay precise at a prompt's start and end. Cost is the time of prefill's products by a model of
@@ -165,7 +165,7 @@ def tune(
     budget = Budget(kind, value)  # type: ignore[arg-type]
     if (text is None) != (held_out is None):
         raise InputError(
-            "--text and --held-out go together: some texts to search, others to decide"
+            "give both --text and --held-out: texts to search on, and texts that decide"
         )
     if text and texts is not None:
         raise InputError("--texts counts the built-in texts; leave it out with --text")

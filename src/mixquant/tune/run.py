@@ -83,7 +83,7 @@ class Tuner:
     ) -> None:
         if shared := set(searched.passages.prompts) & set(held_out.passages.prompts):
             raise WorkError(
-                f"{len(shared)} of the texts held out begin like texts searched on; hold out others"
+                f"{len(shared)} of the texts of --held-out begin like texts of --text; give other texts"
             )
         self.checkpoint, self.target, self.budget = checkpoint, target, budget
         self.searched, self.held_out, self.cost_tokens = searched, held_out, cost_tokens
@@ -105,8 +105,9 @@ class Tuner:
         self.progress("loading", 0.0)
         units = self._in_bf16(lambda model: units_of(model, self.target.formats))
         if not len(units):
+            formats = " or ".join(self.target.formats)
             raise WorkError(
-                f"{self.checkpoint.name} has no layer that {', '.join(self.target.formats)} can hold"
+                f"{self.checkpoint.name}: no layer has a shape that {formats} can store"
             )
         cost = CostModel(units, self.target, self.cost_tokens)
         plain = Choice((self.target.plain,) * len(units), "6", 0, 1)

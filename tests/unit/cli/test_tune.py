@@ -72,8 +72,8 @@ def test_a_recipe_and_its_report(
         (["--recovered", "1.5"], "'--recovered'"),
         (["--kl", "inf"], "expected a finite number, got inf"),
         (["--target", "volta"], "'--target'"),
-        (["--text", __file__], "--text and --held-out go together"),
-        (["--held-out", __file__], "--text and --held-out go together"),
+        (["--text", __file__], "give both --text and --held-out"),
+        (["--held-out", __file__], "give both --text and --held-out"),
         (["--text", __file__, "--held-out", __file__, "--texts", "4"], "leave it out with --text"),
         (["--out", "nowhere/x.json"], "cannot write nowhere/x.json"),
         (["--length", "1000"], "exceed the context"),
@@ -81,7 +81,7 @@ def test_a_recipe_and_its_report(
         (["--rates", __file__], "cannot read rates from"),
         (
             ["--text", __file__, "--held-out", __file__, "--length", "8", "--answer-tokens", "2"],
-            "of the texts held out begin like texts searched on",
+            "of the texts of --held-out begin like texts of --text",
         ),
     ],
 )

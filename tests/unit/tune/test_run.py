@@ -243,7 +243,7 @@ def test_other_work_is_refused(checkpoint: Checkpoint, tmp_path: Path) -> None:
     (tmp_path / "mine" / "letter.txt").write_text("Dear")
     with pytest.raises(WorkError, match="holds other files"):
         tuner(checkpoint, tmp_path / "mine", Budget("kl", 0.1))
-    with pytest.raises(WorkError, match="begin like texts searched on"):
+    with pytest.raises(WorkError, match="begin like texts of --text"):
         tuner(checkpoint, tmp_path / "new", Budget("kl", 0.1), held_out=texts(1))
     assert not (tmp_path / "new").exists()
 
