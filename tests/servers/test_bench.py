@@ -169,7 +169,7 @@ def ask(served: Served, smollm2_path: str, *arguments: str) -> int:
         (
             Served.key,
             ["--lengths", str(Served.context - 3)],
-            f"at most {Served.context} tokens in a request; {Served.context + 1} are needed for: length",
+            f"at most {Served.context} tokens in a request; 'length",
         ),
     ],
 )

@@ -29,8 +29,8 @@ def check_server(url: str, name: str, points: Sequence[Point]) -> None:
     for point in points:
         if context is not None and point.longest > context:
             raise ArmError(
-                f"{url} reads and writes at most {context} tokens in a request; "
-                f"{point.longest} are needed for: {point.name}"
+                f"{url} takes at most {context} tokens in a request; "
+                f"'{point.name}' needs {point.longest}"
             )
 
 

@@ -193,7 +193,7 @@ def bench(
         for option, value in given.items():
             if value and value != "none":
                 raise InputError(
-                    f"{option} needs --engine vllm: with transformers, requests run one at a time"
+                    f"{option} needs --engine vllm: --engine transformers measures prompt lengths only"
                 )
         batches = concurrencies = trace = "none"
     numbers = {

@@ -122,5 +122,5 @@ def _arms(text: str) -> list[str]:
         if name not in ARMS:
             raise InputError(f"unknown arm {name!r}; expected {', '.join(ARMS)}")
     if not names:
-        raise InputError(f"--arms names none of {', '.join(ARMS)}")
+        raise InputError(f"--arms: expected one or more of {', '.join(ARMS)}")
     return names

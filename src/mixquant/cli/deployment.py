@@ -27,7 +27,7 @@ def rendered(deployment: Deployment, kind: str, image: str | None) -> str:
         return renderer.render(_with_parsers(deployment, found), image)
     text = renderer.render(deployment, image)
     say(
-        f"{deployment.model} is no local directory, so its chat template is not read: give "
+        f"{deployment.model} is not a local directory, so its chat template is not read: give "
         "--tool-parser and --reasoning-parser, or requests with tools are refused"
     )
     return text
@@ -85,7 +85,10 @@ def _with_parsers(described: Deployment, checkpoint: models.Checkpoint) -> Deplo
                 "(--tool-parser none turns this off)"
             )
         else:
-            say("tool calls are not parsed: no parser fits the chat template (--tool-parser NAME)")
+            say(
+                "tool calls are not parsed: no parser fits the chat template (--tool-parser NAME names "
+                "one)"
+            )
     if described.reasoning_parser == "auto":
         reasoning = parser_for("reasoning", checkpoint.source, model_type)
         found["reasoning_parser"] = reasoning or "none"

@@ -337,7 +337,7 @@ def _judge(url: str | None, model: str | None) -> Judge | None:
     if url is None and model is None:
         return None
     if url is None or model is None:
-        raise InputError("--judge-url and --judge-model go together")
+        raise InputError("give both --judge-url and --judge-model")
     if not url.startswith(("http://", "https://")):
         raise InputError(f"--judge-url {url!r}: expected a URL with http:// or https://")
     key = next((os.environ[name] for name in JUDGE_KEYS if os.environ.get(name)), None)

@@ -209,7 +209,7 @@ def _names(sources: Sequence[str | None]) -> list[str]:
 def _engine(engine: EngineName, vllm_args: str) -> Engine:
     if engine is EngineName.transformers:
         if vllm_args:
-            raise InputError("--vllm-args goes with --engine vllm")
+            raise InputError("--vllm-args needs --engine vllm")
         from mixquant.evaluate.fidelity.answers_transformers import run
 
         return run
@@ -227,7 +227,7 @@ def _others(
     if not arms:
         return {}
     if engine is not EngineName.vllm:
-        raise InputError("--arm goes with --engine vllm")
+        raise InputError("--arm needs --engine vllm")
     from mixquant.evaluate.fidelity.answers_vllm import DECIDED, OF_ARMS, VLLM
 
     shared = _arguments("--vllm-args", vllm_args, DECIDED)

@@ -63,7 +63,7 @@ def check_packages(deployment: Deployment) -> None:
         importlib.util.find_spec(backend) for backend in backends
     ):
         raise ServeError(
-            "a disaggregated set needs NIXL, which is not installed whole: "
+            "a disaggregated set needs NIXL, which is not completely installed: "
             "pip install nixl-cu13 (or nixl-cu12), then pip install --no-deps nixl"
         )
 
@@ -72,7 +72,9 @@ def check_gpus(deployment: Deployment, gpus: list[Gpu]) -> None:
     """Raises ServeError if the description names or needs GPUs that this machine does not have."""
     named = [*(deployment.prefill_gpus or ()), *(deployment.decode_gpus or ())]
     if named and not gpus:
-        raise ServeError("GPUs are named, and this machine has none that can be seen")
+        raise ServeError(
+            "prefill_gpus or decode_gpus names GPUs, but this machine shows none; leave them out"
+        )
     if missing := [gpu for gpu in named if gpu >= len(gpus)]:
         raise ServeError(
             f"there is no GPU {missing[0]}: this machine shows {len(gpus)}, numbered from 0"

@@ -319,8 +319,8 @@ def api_key(deployment: Deployment) -> str | None:
         key = os.environ.get(deployment.api_key_variable, "").strip()
         if not key:
             raise ServeError(
-                f"the environment variable {deployment.api_key_variable}, which is to hold the API "
-                "key, is not set"
+                f"the environment variable {deployment.api_key_variable} is not set; it must hold the "
+                "API key"
             )
     else:
         return None

@@ -160,7 +160,7 @@ def served_models(
         reason = getattr(error, "reason", None) or error
         raise ArmError(f"no server answers at {url}: {reason}") from None
     except (ValueError, KeyError, TypeError, AttributeError):
-        raise ArmError(f"{url} is no OpenAI-compatible server: it lists no models") from None
+        raise ArmError(f"{url} is not an OpenAI-compatible server: it lists no models") from None
 
 
 def _context(tokens: Any) -> int | None:

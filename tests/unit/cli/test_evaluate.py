@@ -414,10 +414,13 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
         (["--benchmark=gsm8k", "--url=a=http://x", "--url=a=http://y"], "two arms are called 'a'"),
         (["--benchmark=gsm8k", "--arm=a=--x 'y"], "cannot read"),
         (["--benchmark=gsm8k", "--json=."], "it is a directory"),
-        (["--benchmark=gsm8k", "--length=1024"], "--length is for needle, not among the"),
-        (["--benchmark=needle", "--length=1024,9"], "--length 9: a needle's haystack has 512 to"),
-        (["--benchmark=gsm8k", "--no-context"], "--no-context is for longbench-v2, not among the"),
-        (["--benchmark=gsm8k", "--no-cot"], "--cot is for longbench-v2, not among the"),
+        (["--benchmark=gsm8k", "--length=1024"], "--length is an option of needle only; add"),
+        (["--benchmark=needle", "--length=1024,9"], "--length 9: expected 512 to 131072 tokens"),
+        (
+            ["--benchmark=gsm8k", "--no-context"],
+            "--no-context is an option of longbench-v2 only; add",
+        ),
+        (["--benchmark=gsm8k", "--no-cot"], "--cot is an option of longbench-v2 only; add"),
         (["--benchmark=gsm8k", "--protocol=ours"], "'ours' is not one of 'mix-quant'"),
         (["--benchmark=longbench-v2", "--no-context", "--retrieved=2"], "exclude each other"),
         (
@@ -425,8 +428,8 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
             "'--length': expected a whole number from 1 to 2147483647, got '1k'",
         ),
         (["--benchmark=longmemeval"], "longmemeval needs a second model"),
-        (["--benchmark=longmemeval", "--judge-url=http://x"], "go together"),
-        (["--benchmark=longmemeval", "--judge-model=x"], "go together"),
+        (["--benchmark=longmemeval", "--judge-url=http://x"], "give both --judge-url"),
+        (["--benchmark=longmemeval", "--judge-model=x"], "give both --judge-url"),
         (
             ["--benchmark=longmemeval", "--judge-url=http://x", "--judge-model=x"],
             "the judge's key is missing: set the environment variable MIXQUANT_JUDGE_KEY or OPENAI",

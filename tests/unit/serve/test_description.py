@@ -381,7 +381,7 @@ def test_gpus_that_are_not_there() -> None:
     for values, gpus, message in (
         ({**SET}, GPUS, "3 engines of 1 GPUs each need 3 GPUs, and this machine shows 2"),
         ({"prefill": 1, "decode": 1, "decode_gpus": [7]}, GPUS, "there is no GPU 7"),
-        ({"prefill": 1, "decode": 1, "decode_gpus": [0]}, [], "this machine has none"),
+        ({"prefill": 1, "decode": 1, "decode_gpus": [0]}, [], "this machine shows none"),
         ({"tensor_parallel_size": 4}, GPUS, "need 4 GPUs"),
     ):
         with pytest.raises(ServeError, match=message):

@@ -44,7 +44,7 @@ def settle(vllm_config: Any) -> None:
             logger.warning(sentence)
     if recipe.prefill_attention == "int8":
         logger.warning(
-            "recipe key 'prefill_attention': int8 is for Transformers on a CPU; attention is vLLM's here"
+            "recipe key 'prefill_attention': int8 has no effect in vLLM; it is for Transformers on a CPU"
         )
     if recipe.prefill_model is not None:
         checkpoint = opened(recipe.prefill_model).checkpoint
@@ -128,8 +128,8 @@ def _with_format_of(recipe: Recipe) -> Recipe:
     wanted = {"default": name}
     if recipe.preset == "exact" or recipe.format not in ("auto", name, wanted):
         raise RecipeError(
-            f"the formats are those of {recipe.prefill_model}; leave out the recipe's 'format', and "
-            "preset exact"
+            f"the recipe's formats come from {recipe.prefill_model}; remove 'format' from the recipe, "
+            "and use a preset other than exact"
         )
     return replace(recipe, format=wanted)
 

@@ -76,11 +76,17 @@ def chosen_tasks(options: Options) -> list[Task]:
     tasks = [find_task(name, options.task_options, options.protocol) for name in names]
     for key in options.task_options:
         if not any(key in task.options for task in tasks):
-            takers = " and ".join(name for name in TASKS if key in find_task(name).options)
-            raise EvaluationError(f"{OPTIONS[key]} is for {takers}, not among the benchmarks")
+            takers = " or ".join(name for name in TASKS if key in find_task(name).options)
+            raise EvaluationError(
+                f"{OPTIONS[key]} is an option of {takers} only; add --benchmark {takers}, or leave the "
+                "option out"
+            )
     for name, file in options.data.items():
         if name not in names:
-            raise EvaluationError(f"--data is for {name!r}, which is not among the benchmarks")
+            raise EvaluationError(
+                f"--data names {name!r}, which is not among the benchmarks; add --benchmark {name}, or "
+                "leave the file out"
+            )
         if not os.path.exists(file):
             raise EvaluationError(f"cannot read {file}: no such file")
     for task in tasks:

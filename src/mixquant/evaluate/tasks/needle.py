@@ -115,13 +115,11 @@ class Needle(Task):
         self._lengths = tuple(dict.fromkeys(lengths))
         for length in self._lengths:
             if not SHORTEST <= length <= LONGEST:
-                raise TaskError(
-                    f"--length {length}: a needle's haystack has {SHORTEST} to {LONGEST} tokens"
-                )
+                raise TaskError(f"--length {length}: expected {SHORTEST} to {LONGEST} tokens")
 
     def load(self, data: Path | None, cut: Cut) -> list[Item]:
         if self.room is None:
-            raise TaskError("needle needs to know how many tokens a prompt has")
+            raise TaskError("needle: no tokenizer to count a prompt's tokens with")
         words = _words(data)
         items = []
         for length in self._fitting():
