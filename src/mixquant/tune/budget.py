@@ -10,9 +10,9 @@ from typing import Literal
 class Budget:
     """A limit.
 
-    ``kl``: nats per token from BF16 at most. ``recovered``: of what quantizing both phases in the
-    fastest format loses, the share won back at least. ``bits``: mean bits of a multiplied weight at
-    most.
+    ``kl``: the largest KL from BF16, in nats per token. ``recovered``: the smallest share won back of
+    the loss of quantizing both phases in the fastest format. ``bits``: the largest mean bits of a
+    multiplied weight.
     """
 
     kind: Literal["kl", "recovered", "bits"]

@@ -16,8 +16,10 @@ from mixquant.tune.units import Units
 
 @dataclass(frozen=True)
 class CostModel:
-    """Time of the products of a prompt's linear layers; attention, the same in every recipe, is left
-    out, so ratios are the largest that a whole prefill can show.
+    """Time of the products of a prompt's linear layers.
+
+    Attention takes the same time in every recipe and is left out, so ratios of whole prefills are nearer
+    to 1.
 
     A quantized row multiplies each projection at the rate of its format, a precise row at BF16's.
     The output head, which reads one row of a prompt, does not count.
@@ -42,7 +44,7 @@ class CostModel:
         return self._time(formats, precise=1)
 
     def time(self, choice: Choice) -> float:
-        """Of a prefill, next to plain: every unit in the fastest format, the last token precise."""
+        """Of a prefill, relative to plain: every unit in the fastest format, the last token precise."""
         precise = min(choice.precise_head + choice.precise_tail, self.tokens)
         return self._time(choice.formats, precise) / self._plain
 

@@ -73,7 +73,7 @@ def logits(model: Any, passages: Passages, everywhere: bool = False) -> Logits:
 
 
 def in_bf16(checkpoint: Checkpoint, use: Callable[[Any], Any]) -> Any:
-    """What a function makes of the model in BF16, which is in memory only meanwhile."""
+    """Loads the model in BF16, applies a function to it, frees it, and returns the result."""
     model = load_model(checkpoint, torch.bfloat16)
     made = use(model)
     del model

@@ -28,7 +28,7 @@ from mixquant.tune.work import Work, WorkError
 
 HEADS = (0, 1, 4, 16, 64)
 TAILS = (1, 16, 32, 64, 128, 256)
-DRAWS = 64  # more would pay less than more texts
+DRAWS = 64  # more texts help more than more draws
 ROWS_AT_ONCE = 4096  # of the passes with gradients
 QUANTIZED = "quantized"  # the arm that quantizes both phases
 MEASURED = 8  # candidates, on each kind of texts; more only if none of them is within the budget
@@ -91,7 +91,8 @@ class Tuner:
         self.work = Work(folder, self._what())
         self._references: dict[str, measure.Logits] = {}
         rows = searched.passages.prompt_tokens
-        # At most half of the passages' rows precise, or the recipe would be of short prompts alone.
+        # At most half of a prompt's rows stay precise: a recipe tuned on more would suit short prompts
+        # only.
         self.heads = tuple(head for head in HEADS if head <= rows // 4)
         self.tails = tuple(tail for tail in TAILS if tail <= rows // 4 or tail == 1)
 
@@ -252,7 +253,7 @@ class Tuner:
         for place, of in enumerate(("searched", "held_out")):
             limit = self.budget.limit(lost[of])
             assert limit is not None
-            # Where the search would begin on texts that nothing is known of yet: as on the others.
+            # Before anything is measured on these texts: plain's ratio, or those of the other texts.
             ratios = _ratios(frontier, measured["searched"]) or {0: first_ratio}
             start = 0.62 + 0.19 * place
 
@@ -263,7 +264,7 @@ class Tuner:
                 return measured[of][index]
 
             taken = cheapest_within(frontier, limit, ratios, look)
-        # A candidate that was only met on the texts held out: for the report.
+        # For the report: the chosen candidate may be measured on the held-out texts only.
         measured["searched"][taken] = self._kl(frontier[taken].choice, units, "searched")
         return frontier[taken], measured
 
@@ -306,7 +307,7 @@ class Tuner:
         predicted = predictor.kl(begun)
         if begun == plain:
             add("plain", plain, self._kl(plain, units, "searched"), held_out, predicted=predicted)
-        else:  # its sensitivities were not looked for
+        else:  # nothing predicts plain: the sensitivities are those of the other block scale
             add("plain", plain, self._kl(plain, units, "searched"), held_out)
             name = f"plain {begun.block_scale}"
             add(name, begun, self._kl(begun, units, "searched"), None, predicted=predicted)
@@ -363,9 +364,10 @@ def cheapest_within(
 ) -> int:
     """The number of the cheapest point that is measured within a limit.
 
-    Measured and predicted divergences differ by a ratio that changes slowly along the frontier. So the
-    cheapest point is measured that is within the limit by the ratio of the nearest point measured, until
-    that is, or saves less than `CLOSE` against, a point measured to be within.
+    Measured and predicted divergences differ by a ratio that changes slowly along the frontier. So this
+    measures the cheapest point that the nearest measured ratio puts within the limit. It stops once a
+    point is measured within the limit and the next one to measure is that point or saves less than
+    `CLOSE`.
 
     Args:
         frontier: descending in predicted divergence; the last is 0.

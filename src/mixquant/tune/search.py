@@ -2,8 +2,8 @@
 
 The predicted divergence of a choice is the sum over its units, so for given head and tail the search is
 a knapsack with one option to take for each unit. Along the lower convex hull of each unit's options, the
-steps of all units in the order of divergence saved by cost added give choices that are optimal for what
-they cost: no other choice costs as little and is predicted nearer. Each head is tried with each tail.
+steps of all units in the order of divergence saved by cost added give choices that are optimal for their
+cost: no other choice costs as little and is predicted nearer. Each head is tried with each tail.
 """
 
 from __future__ import annotations
@@ -69,8 +69,8 @@ class Predictor:
 class Point:
     """A choice with what it costs.
 
-    ``time`` is next to plain, ``bits`` the mean of a multiplied weight's, ``predicted`` in nats per
-    answer token.
+    ``time`` is relative to plain. ``bits`` is the mean over multiplied weights. ``predicted`` is a KL in
+    nats per answer token.
     """
 
     choice: Choice
@@ -100,7 +100,7 @@ def by_time(
 def by_bits(
     predictor: Predictor, cost: CostModel, block_scale: BlockScale, head: int, tail: int
 ) -> list[Point]:
-    """The frontier of mean bits, which know no head and no tail, so that both are given."""
+    """The frontier of mean bits. Bits do not depend on head and tail, so both are given."""
     formats: tuple[FormatName, ...] = (*cost.target.formats, "bf16")
     costs = np.stack([cost.bits_of(fmt) for fmt in formats], axis=1)
     added = predictor.by_unit(formats, block_scale, head, tail)
@@ -134,7 +134,7 @@ def path(costs: np.ndarray, added: np.ndarray) -> Iterator[np.ndarray]:
 
 
 def pareto(points: Iterable[Point], cost: Callable[[Point], float]) -> list[Point]:
-    """The points that no other is both as cheap as and nearer than."""
+    """The points that no other equals or beats in both cost and predicted divergence."""
     best: list[Point] = []
     for point in sorted(points, key=lambda one: (cost(one), one.predicted)):
         if not best or point.predicted < best[-1].predicted:

@@ -36,7 +36,7 @@ def variants_of(formats: Sequence[str]) -> tuple[Variant, ...]:
 
 
 def edges(prompt_tokens: int, heads: Sequence[int], tails: Sequence[int]) -> list[int]:
-    """Where the groups of positions begin and end, so that each head and tail is some whole groups."""
+    """Borders of groups of positions, chosen so that every head and tail is a whole number of groups."""
     return sorted({*heads, *(prompt_tokens - tail for tail in tails), prompt_tokens})
 
 
