@@ -45,7 +45,7 @@ class AttendedRows:
     _masks: dict[tuple[int, int], tuple[Tensor | None, Causal | None]] = field(default_factory=dict)
 
     def under(self, mask: Tensor | None, sequences: int, rows: int, keys: int) -> Causal | None:
-        """The pass's numbers under a mask, looked at once a pass; None if the mask is another one."""
+        """The `Causal` of a mask, computed once a pass. None: it is not causal, or no row attends."""
         seen = (id(mask), keys)
         if seen not in self._masks:
             # Kept with the mask itself: while it lives, no other has its identity.
