@@ -124,7 +124,7 @@ class Needle(Task):
         items = []
         for length in self._fitting():
             for kind in KINDS:
-                pieces = 0  # of the sample before: a good first guess
+                pieces = 0  # the previous sample's number: a good first guess
                 for number in range(SAMPLES):
                     sample = _Sample(kind, words, f"{kind.name} {length} {number}")
                     pieces = fill(sample.prompt, self.room.tokens, length - ANSWER, pieces)
@@ -190,7 +190,11 @@ class _Sample:
         self._others: list[str] = []  # needles that nobody asks for
 
     def prompt(self, pieces: int) -> str:
-        """The prompt with a haystack of so many words, repetitions of the noise, or needles."""
+        """The prompt whose haystack has a number of pieces.
+
+        Args:
+            pieces: words of a text, repetitions of the noise, or other needles.
+        """
         if self._kind.haystack == "text":
             repeats = -(-pieces // len(self._words))
             text = " ".join((list(self._words) * repeats)[:pieces])
@@ -229,7 +233,7 @@ class _Sample:
         if self._kind.key == "uuids":
             return self._uuid()
         key = f"{self._draw.choice(_ADJECTIVES)}-{self._draw.choice(_NOUNS)}"
-        # A haystack with nearly all keys: tokens are longer than they ever were.
+        # Nearly all keys are used: a second noun makes more.
         return key if len(self._used) < _MANY else f"{key}-{self._draw.choice(_NOUNS)}"
 
     def _value(self) -> str:
@@ -244,15 +248,16 @@ class _Sample:
 def fill(
     prompt: Callable[[int], str], tokens: Callable[[str], int], limit: int, guess: int = 0
 ) -> int:
-    """About the largest number of pieces with which a prompt has at most so many tokens.
+    """The largest number of pieces (about) whose prompt has at most ``limit`` tokens.
 
     Args:
-        prompt: the text of one with so many pieces.
-        tokens: of a text.
+        prompt: gives the prompt with a number of pieces.
+        tokens: counts the tokens of a text.
+        limit: in tokens.
         guess: a number that is near; 0: none is known.
 
     Raises:
-        TaskError: it has more tokens without any piece.
+        TaskError: the prompt has more tokens without any piece.
     """
     empty = tokens(prompt(0))
     if empty > limit:
