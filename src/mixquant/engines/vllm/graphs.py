@@ -30,7 +30,9 @@ MOST = 4096
 """Rows of the largest graph: longer passes take the GPU longer than the CPU."""
 
 MARGIN = 64
-"""Rows beyond the least quantizable ones from which on graphs are quantized: precise rows, padding."""
+"""A graph is quantized if it has more rows than the threshold and this margin together.
+
+The margin leaves room for precise rows and padding."""
 
 
 def sizes(own: list[int], least: int, most: int) -> tuple[list[int], list[int]]:
@@ -60,15 +62,16 @@ class QuantizedGraphs:
         self.sizes = sizes  # of all graphs, precise ones and vLLM's own, too
         self._precise_until = precise_until
         self._largest = largest
-        # The numbers of the precise rows, as int64, and for each row which of those it is, as int32.
+        # First the numbers of `FEW_ROWS` precise rows, as int64. Then each row's index among those, or
+        # -1, as int32.
         self._static = torch.full((2 * FEW_ROWS + largest,), -1, dtype=torch.int32, device=device)
 
     def holds(self, rows: int) -> bool:
-        """Whether a graph for so many rows, padding among them, is quantized."""
+        """Whether a graph of this many rows, padding included, is quantized."""
         return self._precise_until < rows <= self._largest
 
     def plan_to_capture(self, rows: int) -> PhasePlan:
-        """The plan of the pass that is captured: precise are the rows that are filled in later."""
+        """The plan under which a pass is captured; `serve` fills in precise rows before each replay."""
         plan = PhasePlan(rows, ((0, rows),), ())
         index, numbers = self._views(self._static, rows)
         state_of(plan).route = StaticRoute(rows, index, numbers)
