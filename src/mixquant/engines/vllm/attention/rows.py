@@ -17,11 +17,11 @@ PRECISE_KEYS = 16
 UNIT = 16
 """Consecutive keys that stay together where others are put in another order."""
 
-# Of one launch. A chunk with more is cut: the longer it is, the less is its values' mean that of the
-# keys which its first rows see.
+# Rows of one launch. Longer chunks are cut: the longer a chunk, the further the mean of its values is
+# from the mean of the keys that its first rows see.
 MAX_ROWS = 8192
 
-# Of sequences that are attended to together; a longer one stands alone.
+# Keys of the sequences in one launch. A longer sequence has a launch of its own.
 MAX_KEYS = 32768
 
 
@@ -154,9 +154,9 @@ def stride_of(units: int) -> int:
 def worth(rows: int, keys: int, heads: int, kv_heads: int, size: int) -> bool:
     """Whether a chunk takes less time here than in vLLM's attention.
 
-    The product is faster for each pair of a row and a key: that of codes, and, a quarter as much, that
-    of keys which need no looking up in pages. Codes take time for each key and each row, and launches
-    take time. The numbers are an H100's: `benchmarks/attention_crossover.py`.
+    FP8 saves time for each pair of a row and a coded key, and a quarter as much for each pair with a
+    BF16 key, which is not looked up in pages. Encoding takes time for each key and each row, and
+    launches take time. The numbers are an H100's: `benchmarks/attention_crossover.py`.
     """
     piece = Piece(0, 0, rows, keys)
     own = rows * rows / 2
