@@ -31,7 +31,7 @@ _INSTRUCTIONS = ("avx2", "fma", "avx512f", "avx512bw", "avx512vl", "avx512dq", "
 
 
 def why_not(precision: Precision) -> str | None:
-    """Why this machine does not attend in a precision, and faster than PyTorch does, or None.
+    """Why attention in this precision is not available here, or not faster than PyTorch's; else None.
 
     The first question that depends on the library compiles it, which takes some 15 seconds.
     """
