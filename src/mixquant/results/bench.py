@@ -21,8 +21,8 @@ class Measurement(Record):
         metric: ``ttft``, ``tpot``, ``itl``, ``e2e`` (ms); ``prefill``, ``output``, ``total`` (tok/s);
             ``quantized``, ``cached`` (share); ``launches`` of one pass (calls).
         workload: ``length``, ``batch``, ``concurrency``, ``turns`` or ``agent``.
-        tokens: of each prompt, without those ``cached``; of the agent trace, the mean.
-        cached: tokens of a turn's prompt that the KV cache holds already; None where there are no turns.
+        tokens: of each prompt, without those ``cached``; for the agent trace, the mean.
+        cached: tokens of a turn's prompt that the KV cache holds already; None if there are no turns.
         concurrency: requests, or sessions of the agent trace, at a time.
         value: the median.
         unit: of the three numbers.

@@ -16,14 +16,14 @@ class ComparedArm(Record):
         compute_dtype: of precise products: the faster of bfloat16 and float32 for ``bf16``.
         prefill_tokens: read in all turns; tokens in the KV cache are not read again.
         quantized_prefill_tokens: of these, multiplied in the prefill format.
-        ttft_s: sum over the turns of: prompt given until the logits of the first answer token.
-        ttft_s_per_turn: each the median of the rounds.
+        ttft_s: time from the prompt to the logits of the first answer token, summed over the turns.
+        ttft_s_per_turn: the same of each turn; the median of the rounds.
         prefill_tokens_per_s: ``prefill_tokens`` over ``ttft_s``.
-        tpot_s: median over all answer tokens but each first; None if there are none.
+        tpot_s: median over all answer tokens except the first of each answer; None if there are none.
         kl_mean: KL(reference, arm) in nats per token, teacher-forced on the reference.
         top1_agreement: share of answer positions where the likeliest token is the reference's.
         extra_bytes: memory of the quantized copies.
-        text: the arm's own greedy answer to the last question, after the reference's others.
+        text: the arm's own greedy answer to the last question. Earlier answers are the reference's.
     """
 
     name: str
@@ -56,12 +56,12 @@ class Comparison(Record):
         kernel: what multiplies quantized rows.
         native: whether that kernel multiplies in the format, or emulates it.
         recipe: with everything decided.
-        attention: what quantized rows attend in, in words; empty if nothing is known of it.
+        attention: what quantized rows attend in, in words; empty if it is not known.
         workload: what the arms read, in words.
         prompt_tokens_per_turn: tokens that are new in each turn.
         answer_tokens_per_turn: of the reference.
         prefill_rounds: how often each arm read a prompt.
-        probed_prefill_s: by dtype, of the first prompt's start: why ``bf16`` computes in what it does.
+        probed_prefill_s: time to read the first prompt's beginning, by dtype; ``bf16`` takes the faster.
         answers: the reference's.
         arms: in the order of the table.
     """

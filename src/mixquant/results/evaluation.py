@@ -21,8 +21,8 @@ class Score(Record):
         failed: requests that got no answer in the end; they count as wrong.
         unjudged: answers that no judge gave a verdict on; they do not count.
         unextracted: answers that hold nothing to score (no letter, no call); they count as wrong.
-        prompt_tokens: of an answer's requests together; the mean. None where no server said.
-        answer_tokens: of an answer with its reasoning; the mean. None where no server said.
+        prompt_tokens: the sum over an answer's requests; the mean. None if no server reported it.
+        answer_tokens: of an answer with its reasoning; the mean. None if no server reported it.
     """
 
     benchmark: str
@@ -65,7 +65,7 @@ class Recovery(Record):
     Attributes:
         benchmark: its name, or ``mean``.
         arm: the name of the arm.
-        recovery: (arm - quantized) / (bf16 - quantized); None where quantizing everything lost nothing.
+        recovery: (arm - quantized) / (bf16 - quantized); None if quantizing everything lost nothing.
     """
 
     benchmark: str

@@ -36,7 +36,7 @@ class Divergence(Record):
         perplexity: of the texts' own continuations.
         identical_tokens: tokens of the greedy answer before it first differs from BF16's; the mean.
         greedy_tokens: length of the greedy answers.
-        quantized_share: of the prompt tokens that were computed, those that mixquant quantized.
+        quantized_share: the share of the computed prompt tokens that mixquant quantized.
         by_position: the same by distance from the prompt's end.
     """
 

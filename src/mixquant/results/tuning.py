@@ -12,14 +12,14 @@ class Tried(Record):
 
     Attributes:
         arm: the name of the arm.
-        time: of prefill's products by the cost model, next to ``plain``; None for ``quantized``,
+        time: of prefill's products by the cost model, relative to ``plain``; None for ``quantized``,
             whose decode is quantized, too.
         bits: mean bits of a multiplied weight.
         predicted: KL(BF16, arm) from the sensitivities; None for ``quantized``.
         searched: the same as measured on the texts of the search.
         held_out: as measured on the texts that decide; None if it was not.
-        recovered: of what quantizing both phases loses on the texts that decide, the share that the
-            arm wins back; None if it was not measured.
+        recovered: the share that the arm wins back of what quantizing both phases loses, on the texts
+            that decide; None if it was not measured.
     """
 
     arm: str
@@ -35,7 +35,7 @@ class Predicted(Record):
     """A point of the frontier that the search found.
 
     Attributes:
-        time: of prefill's products by the cost model, next to ``plain``.
+        time: of prefill's products by the cost model, relative to ``plain``.
         bits: mean bits of a multiplied weight.
         kl: predicted, in nats per token.
     """
@@ -56,7 +56,7 @@ class Tuning(Record):
         target: what the recipe is for.
         rates: of products by format, in any unit.
         budget: ``kl``, ``recovered`` or ``bits``.
-        at_most: the budget's value; for ``recovered`` the least.
+        at_most: the budget's value. It is a lower limit for ``recovered``.
         prompt_tokens: of the passages.
         cost_tokens: of the prompt whose prefill the cost model times.
         texts: names of those searched on.
