@@ -33,14 +33,14 @@ class RecipeError(MixquantError, ValueError):
 
 
 LEAST_ON_GPU = 704
-"""Quantizable tokens from which on a pass gains on a GPU, where quantized passes replay CUDA graphs.
+"""The fewest quantizable tokens with which a pass gains on a GPU that replays quantized CUDA graphs.
 
 With fewer, reading the BF16 weights for the pass's precise rows takes as long as the products gain:
 `benchmarks/linear_crossover.py`.
 """
 
 LEAST_WITHOUT_GRAPHS = 2048
-"""The same where they do not: launching a quantized pass takes the CPU longer than a precise one."""
+"""The same without graphs: launching a quantized pass takes the CPU longer than a precise one."""
 
 LEAST_ON_CPU = 128
 
@@ -50,35 +50,34 @@ class Recipe:
     """How a model is run: which rows and layers are quantized, and to what.
 
     Attributes:
-        preset: what ``format``, if it is a single name, means per projection. ``fast``: every
-            projection in that format. ``balanced``: the same, but under nvfp4 whatever writes the
-            KV cache or the recurrent state one step more precise (fp8 where it is native, bf16
-            elsewhere). ``exact``: nothing is quantized.
+        preset: what ``format``, if it is a single name, means for each projection. ``fast``: every
+            projection has that format. ``balanced``: the same, but under nvfp4 the projections that
+            write the KV cache or the recurrent state have fp8 where it is native, and bf16 elsewhere.
+            ``exact``: nothing is quantized.
         format: ``nvfp4``, ``fp8``, ``int8``, ``bf16``; ``auto`` (the fastest that the device
             multiplies natively); or a mapping from projection names or glob patterns to formats,
-            with ``default`` for the rest, which is then taken as it stands, whatever the preset.
-        min_prefill_tokens: a pass with fewer quantizable rows is all precise: below that a product is
-            bound by reading its weights (on an H200, 690 TFLOP/s over 4 TB/s: some 170 rows), and
-            a pass with a precise tail reads the BF16 weights in any case. None: `LEAST_ON_GPU`,
+            with ``default`` for the rest. A mapping is used as written, whatever the preset.
+        min_prefill_tokens: a pass with fewer quantizable rows is all precise. A small product is
+            bound by reading its weights (on an H200, 690 TFLOP/s over 4 TB/s: below some 170 rows),
+            and a pass with a precise tail reads the BF16 weights in any case. None: `LEAST_ON_GPU`,
             `LEAST_WITHOUT_GRAPHS` or `LEAST_ON_CPU`.
         precise_head: tokens at the start of a prompt that stay precise. None: by format.
         precise_tail: tokens at the end of a prompt that stay precise.
         block_scale: how NVFP4 picks block scales: ``6`` (the block's largest value becomes 6, the
-            largest code) or ``4/6`` (per block, 6 or 4, whichever errs less; arXiv 2512.02010).
+            largest code) or ``4/6`` (6 or 4 for each block, whichever errs less; arXiv 2512.02010).
         ignore: names or glob patterns of layers that stay BF16.
-        emulate: serve formats that the device does not multiply natively, slower than BF16; without
-            it the vLLM engine refuses them. The Transformers engine does as ``format`` says.
+        emulate: serve formats that the device does not multiply natively, slower than BF16. The vLLM
+            engine refuses such formats otherwise. The Transformers engine always emulates them.
         prefill_attention: what quantized rows attend in, over the BF16 KV cache. ``fp8``: FP8, where
             vLLM runs on a GPU that has it (Hopper, with the package fa3-fwd). ``int8``: INT8, where
             Transformers runs on a CPU with AVX-512 VNNI. ``bf16``: BF16. ``auto``: what is
-            fastest, unless nothing is quantized. Where a precision is not to be had, BF16.
-        everywhere: quantize every row of both phases, whatever the thresholds: what mixquant is compared
-            with, not what it is for.
+            fastest, unless nothing is quantized. BF16 replaces a precision that is not available.
+        everywhere: quantize every row of both phases, whatever the thresholds. For comparisons.
         prefill_model: a checkpoint in NVFP4 or FP8 (compressed-tensors) from which the vLLM engine
             takes the quantized copy; None makes the copy from the BF16 weights.
         role: what a vLLM engine of a disaggregated set is for. ``prefill``: it holds quantized layers
-            in their format alone, without BF16 weights, so every row is quantized there and no
-            threshold counts. ``decode``: nothing is quantized, whatever the format, so that one
+            in their format alone, without BF16 weights, so every row is quantized, whatever the
+            thresholds. ``decode``: nothing is quantized, whatever the format, so that one
             recipe serves both. ``both``: one engine does both phases.
 
     Raises:

@@ -71,16 +71,16 @@ _only_attention: ContextVar[bool] = ContextVar("mixquant_only_attention", defaul
 def phase(
     name: Literal["prefill", "decode"], prompt_length: int | Sequence[int] | None = None
 ) -> Iterator[None]:
-    """Says the phase of direct calls of a prepared model's `forward` inside the block.
+    """Sets the phase of direct calls of a prepared model's `forward` inside the block.
 
-    Without it such a call is decode: all its rows are precise. `generate` needs no telling.
+    A call without a phase is decode: all its rows are precise. `generate` sets the phase by itself.
 
     Args:
-        name: ``prefill``: the rows of the calls inside are prompt tokens up to the prompt's length;
-            ``decode``: none is.
-        prompt_length: for ``prefill``, in tokens, padding left out: of every sequence, or of each.
-            Give it where a prompt is read in several calls, so that only the last one ends it.
-            None: each call ends the prompt.
+        name: ``prefill``: the rows of the calls are prompt tokens up to the prompt's length;
+            ``decode``: no row is a prompt token.
+        prompt_length: for ``prefill``, in tokens without padding: one number for all sequences, or
+            one for each. Give it if a prompt is read in several calls, so that only the last call
+            ends the prompt. None: each call ends the prompt.
 
     Raises:
         ValueError: another phase, a negative length, or a length without ``prefill``.

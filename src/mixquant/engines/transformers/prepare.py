@@ -19,9 +19,9 @@ def prepare(
 ) -> PreTrainedModel:
     """Makes a loaded model run prefill in the recipe's format and decode in its own precision.
 
-    Afterwards `generate` applies the rule by itself; around direct calls of the model say the phase
-    with `mixquant.phase`. The weights stay as they are; the quantized copy comes on top
-    (`mixquant.summary` says how large it is). Nothing is changed if an error is raised.
+    Afterwards `generate` applies the rule by itself. `mixquant.phase` sets the phase of direct calls of
+    the model. The weights stay as they are; the quantized copy comes on top (`mixquant.summary` says how
+    large it is). An error leaves the model unchanged.
 
     Args:
         model: a decoder-only model with `generate`, its weights in BF16, FP16 or FP32 on a device.
@@ -43,10 +43,10 @@ def prepare(
 
 
 def requantize(model: nn.Module) -> None:
-    """Makes every quantized copy of a prepared model again, from its weights as they are now.
+    """Makes every quantized copy of a prepared model again, from its present weights.
 
-    Needed after a change that the model does not notice by itself: of single elements of a weight,
-    through ``weight.data``. Others it notices when the next prefill begins.
+    Call it after a change that the model does not notice by itself: of single elements of a weight,
+    through ``weight.data``. The model notices other changes when the next prefill begins.
 
     Raises:
         PrepareError: the model is not prepared, or a weight is not in memory or holds NaN or infinity.
