@@ -20,7 +20,7 @@ def table(result: Comparison) -> Table:
         title_justify="left",
         caption=f"{result.workload}: {turns} prompt tokens, "
         f"{sum(result.answer_tokens_per_turn)} answer tokens, on {result.device_name}, "
-        f"{result.threads} threads. TTFT: sum over the turns, each the median of "
+        f"{result.threads} threads. TTFT: sum over the turns; a turn is the median of "
         f"{result.prefill_rounds}. KL (per token) and top-1: from the bf16 arm, "
         "teacher-forced on its answers."
         + _baseline(result)

@@ -11,8 +11,8 @@ from mixquant.cli.hints import why_none
 from mixquant.results import Divergence, Fidelity
 
 _CAPTION = (
-    "In, bits: what a quantized row of the prompt is multiplied in, by share of the multiply-adds "
-    "in linear layers, and the mean of a weight's bits. Rows: of the prompt, those quantized. KL: "
+    "In, bits: the formats of a quantized row, by share of the multiply-adds in linear layers, and the "
+    "mean bits of a multiplied weight. Rows: the share of the prompt that was quantized. KL: "
     "from bf16, in nats per token of the texts' own continuation; the mean, what 99 % stay below, "
     "and the largest. Perpl.: of that continuation. Same: tokens of the arm's own greedy answer "
     "until one is not bf16's."

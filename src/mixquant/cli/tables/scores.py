@@ -32,7 +32,7 @@ def _scores(result: Evaluation) -> Table:
     table = Table(
         title=f"{result.model}: scores in percent",
         title_justify="left",
-        caption="Below each score the interval that holds 95 %, over items. Failed requests count "
+        caption="Below each score: its 95 % interval, over items. Failed requests count "
         "as wrong."
         + _UNEXTRACTED * any(score.unextracted for score in result.scores)
         + _NO_SCORE * any(_all_failed(score) for score in result.scores),
@@ -62,8 +62,8 @@ def _answers(result: Evaluation) -> Table:
     table = Table(
         title="Answers",
         title_justify="left",
-        caption="Extracted: the share of answers with a letter, number or call to score. Lengths in "
-        "tokens, the means, reasoning included.",
+        caption="Extracted: the share of answers with a letter, number or call to score. Lengths: mean "
+        "tokens, with reasoning.",
         caption_justify="left",
         box=box.SIMPLE_HEAD,
     )

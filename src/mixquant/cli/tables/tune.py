@@ -1,4 +1,4 @@
-"""A tuned recipe as tables for a terminal: what was tried, and which layers are more precise."""
+"""A tuned recipe as a table for a terminal: what was tried."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from rich.table import Table
 from mixquant.results import Tried, Tuning
 
 _CAPTION = (
-    "Time: of the products of a prefill of {tokens} tokens by the cost model, next to plain (every "
-    "layer in the fastest format, nothing else). Bits: mean of a multiplied weight. KL: from bf16, in "
-    "nats per token of the texts' own continuations; predicted from sensitivities, measured on the "
-    "texts searched on, and on those held out. Recovered: of the KL of quantizing both phases, on the "
-    "texts held out."
+    "Time: a prefill's products at {tokens} tokens by the cost model, relative to plain (every layer in "
+    "the fastest format). Bits: mean of a multiplied weight. KL: from bf16, in nats per token of the "
+    "texts' own continuations; predicted from sensitivities, measured on the texts searched on, and on "
+    "those held out. Recovered: the share won back of the KL of quantizing both phases, on the texts "
+    "held out."
 )
 
 
