@@ -10,6 +10,7 @@ import glob
 import importlib.util
 import os
 import shutil
+import sysconfig
 import uuid
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import Any
 
 from mixquant.checkpoints import llm_compressor, models
 from mixquant.checkpoints.errors import ModelError
-from mixquant.checkpoints.llm_compressor import Progress, Scheme
+from mixquant.checkpoints.llm_compressor import Progress, Rounding, Scheme
 from mixquant.core.layer_names import is_router
 from mixquant.core.recipe import Recipe
 from mixquant.errors import one_line
@@ -25,7 +26,20 @@ from mixquant.files import scratch
 from mixquant.files.writing import is_out_of_space, sync
 
 _BYTES_PER_WEIGHT: dict[Scheme, float] = {"nvfp4": 0.5625, "fp8": 1.0}
+_SAMPLES: dict[Rounding, int] = {"nearest": 16, "gptq": 64}
 _SAMPLE_TOKENS = 512
+# GPTQ fits the weights to its texts. So these are not the ones that `mixquant fidelity` reads.
+_MODULES = (
+    "argparse",
+    "ast",
+    "doctest",
+    "enum",
+    "inspect",
+    "pickle",
+    "socket",
+    "tarfile",
+    "typing",
+)
 
 
 class QuantizeError(ModelError):
@@ -37,8 +51,10 @@ def quantize(
     out: str | Path,
     scheme: Scheme = "nvfp4",
     *,
+    rounding: Rounding = "nearest",
     ignore: Sequence[str] = (),
-    samples: int = 16,
+    samples: int | None = None,
+    text: str | None = None,
     say: Callable[[str], None] = lambda message: None,
     progress: Progress = lambda doing, share: None,
 ) -> Path:
@@ -46,8 +62,12 @@ def quantize(
 
     Quantized are the linear layers of the text decoder. The output head, expert routers, vision and
     audio towers, and layers whose shape the kernels cannot multiply stay as they are. Scales come
-    from the largest magnitudes; norms and embeddings are not touched, so that the result fits the
+    from the largest magnitudes. Norms and embeddings are not touched, so that the result fits the
     checkpoint that it was made from (`PrefillCheckpoint.check_against`, which it has passed).
+
+    GPTQ (arXiv 2210.17323) rounds the weights of a layer so that its products with the inputs of
+    calibration texts change little. It goes from layer to layer, and the inputs are those that come out
+    of the quantized layers before.
 
     The directory appears whole or not at all: files are written to one beside it, ``.NAME.*.partial``,
     which takes its name at the end and goes away if anything fails (not if the process is killed).
@@ -57,10 +77,13 @@ def quantize(
         out: the directory to write; may exist if it is empty. The one that it is in must exist.
         scheme: ``nvfp4`` (blocks of 16, static activation scales) or ``fp8`` (a scale per channel,
             activations per token).
+        rounding: of weights: to the ``nearest`` code, or by ``gptq``, which is closer to the model and
+            takes minutes longer.
         ignore: more layers to leave alone: glob patterns for full names or for their last
             components. vLLM fuses q, k and v, and gate and up: ignore all of a group or none.
-        samples: how many pieces of 512 tokens of Python's documentation NVFP4 is calibrated on.
-            They decide the activation scales alone, not the weights.
+        samples: how many pieces of 512 tokens are calibrated on: 16 by default, and 64 for GPTQ. With
+            ``nearest`` they decide the activation scales of NVFP4 alone, not the weights.
+        text: to calibrate on. By default Python's documentation, and for GPTQ modules of its library.
         say: is told, in one line, what takes long.
         progress: is told what is being done, and the share of all that is done (0 to 1).
 
@@ -69,14 +92,24 @@ def quantize(
 
     Raises:
         QuantizeError: `out` cannot be written or is not empty, there is no space, llm-compressor is
-            not installed or fails, or a pattern of `ignore` matches no layer.
+            not installed or fails, a pattern of `ignore` matches no layer, or `text` is empty or not
+            needed.
         ModelError: the model cannot be had or is quantized already.
     """
     out = Path(os.path.expanduser(out))
     if scheme not in _BYTES_PER_WEIGHT:
         raise QuantizeError(f"unknown format {scheme!r}; expected {' or '.join(_BYTES_PER_WEIGHT)}")
+    if rounding not in _SAMPLES:
+        raise QuantizeError(f"unknown rounding {rounding!r}; expected {' or '.join(_SAMPLES)}")
+    if samples is None:
+        samples = _SAMPLES[rounding]
     if samples < 1:
         raise QuantizeError(f"calibration needs at least one sample, not {samples}")
+    calibrated = scheme == "nvfp4" or rounding == "gptq"
+    if text is not None and not calibrated:
+        raise QuantizeError("fp8 rounded to the nearest code is not calibrated; leave the text out")
+    if text is not None and not text.strip():
+        raise QuantizeError("the text to calibrate on is empty")
     _check_out(out)
     if importlib.util.find_spec("llmcompressor") is None:
         raise QuantizeError(
@@ -89,7 +122,11 @@ def quantize(
     loaded = models.load_model(checkpoint)
     left_alone = _left_alone(loaded, scheme, ignore)
     _check_space(loaded, scheme, left_alone, out)
-    data = _calibration(tokenizer, samples, checkpoint.context) if scheme == "nvfp4" else None
+    data = None
+    if calibrated:
+        if text is None:
+            text = _library() if rounding == "gptq" else _documentation()
+        data = _calibration(text, tokenizer, samples, checkpoint.context)
 
     # Not from tempfile, whose directories are for the owner alone: another user may serve the model.
     partial = out.absolute().parent / f".{out.name}.{uuid.uuid4().hex[:8]}.partial"
@@ -102,7 +139,7 @@ def quantize(
             # for the sign of a quantized model: give it one without.
             loaded.config.save_pretrained(partial)
             loaded.config.name_or_path = str(partial)
-        llm_compressor.run(loaded, tokenizer, scheme, left_alone, data, partial, progress)
+        llm_compressor.run(loaded, tokenizer, scheme, rounding, left_alone, data, partial, progress)
         tokenizer.save_pretrained(partial)
         _check_result(partial, checkpoint)
         for file in filter(Path.is_file, partial.rglob("*")):
@@ -195,11 +232,22 @@ def _check_space(model: Any, scheme: Scheme, left_alone: Sequence[str], out: Pat
         )
 
 
-def _calibration(tokenizer: Any, samples: int, context: int | None) -> list[dict[str, Any]]:
-    """Pieces of Python's own documentation, evenly spaced, as inputs of the model."""
+def _documentation() -> str:
     from pydoc_data.topics import topics
 
-    text = "\n\n".join(topics[name] for name in sorted(topics))
+    return "\n\n".join(topics[name] for name in sorted(topics))
+
+
+def _library() -> str:
+    folder = Path(sysconfig.get_path("stdlib"))
+    files = [file for name in _MODULES if (file := folder / f"{name}.py").is_file()]
+    return "\n\n".join(file.read_text("utf-8") for file in files) or _documentation()
+
+
+def _calibration(
+    text: str, tokenizer: Any, samples: int, context: int | None
+) -> list[dict[str, Any]]:
+    """Pieces of a text, evenly spaced, as inputs of the model."""
     tokens = min(_SAMPLE_TOKENS, context or _SAMPLE_TOKENS)
     # Eight characters for a token are more than any tokenizer needs for English.
     characters = min(8 * tokens, len(text))

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from mixquant.cli.console import say
+from mixquant.cli.console import read_text, say
 from mixquant.cli.options import Model
 from mixquant.cli.progress import progress_bar
 
@@ -20,6 +20,15 @@ def quantize(
     format: Annotated[
         str, typer.Option("--format", metavar="FORMAT", help="Format of the weights: nvfp4 or fp8.")
     ] = "nvfp4",
+    rounding: Annotated[
+        str,
+        typer.Option(
+            "--rounding",
+            metavar="HOW",
+            help="nearest: each weight to the nearest code. gptq: closer to BF16, and takes minutes "
+            "longer.",
+        ),
+    ] = "nearest",
     ignore: Annotated[
         list[str] | None,
         typer.Option(
@@ -29,25 +38,41 @@ def quantize(
         ),
     ] = None,
     samples: Annotated[
-        int,
+        int | None,
         typer.Option(
-            "--samples", min=1, metavar="N", help="Number of texts to calibrate nvfp4 on."
+            "--samples",
+            min=1,
+            metavar="N",
+            help="Number of pieces of 512 tokens to calibrate on.",
+            show_default="16, or 64 with gptq",
         ),
-    ] = 16,
+    ] = None,
+    text: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--text",
+            metavar="FILE",
+            help="UTF-8 text to calibrate on, such as a log of your agent. May be repeated.",
+            show_default="Python's documentation or library",
+        ),
+    ] = None,
 ) -> None:
     """Write a quantized checkpoint with llm-compressor, for the prefill_model of a recipe."""
     from transformers.utils import logging
 
     from mixquant.checkpoints.write import quantize as run
 
+    calibrate_on = "\n\n".join(read_text(file) for file in text) if text else None
     logging.disable_progress_bar()  # ours tells the same
     with progress_bar() as report:
         written = run(
             model,
             out_dir,
             format,  # type: ignore[arg-type]  # checked there
+            rounding=rounding,  # type: ignore[arg-type]  # checked there
             ignore=ignore or (),
             samples=samples,
+            text=calibrate_on,
             say=say,
             progress=report,
         )

@@ -8,6 +8,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from pydoc_data.topics import topics
 from types import SimpleNamespace
 from typing import Any
 
@@ -208,6 +209,60 @@ def test_mixture_of_experts(compressor: None, tmp_path: Path) -> None:
     _compare_bits(checkpoint, _weights(source))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("scheme", ["nvfp4", "fp8"])
+def test_gptq_keeps_products_closer(
+    compressor: None, smollm2_path: str, tmp_path: Path, scheme: Any
+) -> None:
+    """Real weights of one layer, on texts that it was not calibrated on."""
+    (tmp_path / "source").mkdir()
+    source = first_layers(smollm2_path, tmp_path / "source", 1)
+    text = "\n".join(Path(file).read_text() for file in (os.__file__, shutil.__file__))
+    told: list[tuple[str, float]] = []
+    found = {}
+    for rounding in ("nearest", "gptq"):
+        out = quantize(
+            str(source),
+            tmp_path / rounding,
+            scheme,
+            rounding=rounding,  # type: ignore[arg-type]
+            samples=8,
+            progress=lambda doing, share: told.append((doing, share)),
+            text=text if rounding == "gptq" else None,
+        )
+        checkpoint = PrefillCheckpoint.open(out)
+        assert set(checkpoint.formats.values()) == {scheme}
+        found[rounding] = {name: checkpoint.layer(name).dequantize() for name in checkpoint.formats}
+    assert any(doing == "Rounding, 1 of 2 layers" for doing, _ in told), told
+
+    model, tokenizer = models.load(str(source))
+    ids = tokenizer("\n\n".join(topics.values())[:20_000], return_tensors="pt")["input_ids"]
+    errors: dict[str, tuple[float, float]] = {}
+
+    def compare(name: str, x: Tensor, weight: Tensor) -> None:
+        wanted = x @ weight.T
+        errors[name] = tuple(  # type: ignore[assignment]
+            float((x @ found[rounding][name].T - wanted).norm()) for rounding in ("nearest", "gptq")
+        )
+
+    for name in found["nearest"]:
+        model.get_submodule(name).register_forward_hook(
+            lambda layer, args, out, name=name: compare(name, args[0].float(), layer.weight.float())
+        )
+    with torch.no_grad():
+        model(ids[:, :2048])
+    assert len(errors) == 7
+    ratios = {name: gptq / nearest for name, (nearest, gptq) in errors.items()}
+    assert max(ratios.values()) < 1, ratios
+    assert sum(ratios.values()) < 0.75 * len(ratios), ratios
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen3_moe", "qwen3_5"])
+def test_gptq_on_other_architectures(compressor: None, tmp_path: Path, architecture: str) -> None:
+    source = _save(tmp_path / "source", architecture)
+    quantize(str(source), tmp_path / "out", rounding="gptq", samples=2)
+
+
 def test_small_layers_stay(compressor: None, tmp_path: Path) -> None:
     """Linear attention has projections of four rows, which no kernel takes."""
     source = _save(tmp_path / "source", "qwen3_5")
@@ -277,6 +332,13 @@ class TestRefusals:
 
     def test_scheme(self, tiny: Path, work: Path) -> None:
         assert "unknown format 'int8'" in self._refused(str(tiny), "out", "int8")
+
+    def test_rounding(self, tiny: Path, work: Path) -> None:
+        assert "unknown rounding 'awq'" in self._refused(str(tiny), "out", rounding="awq")
+
+    def test_text(self, tiny: Path, work: Path) -> None:
+        assert "is empty" in self._refused(str(tiny), "out", text=" ")
+        assert "leave the text out" in self._refused(str(tiny), "out", "fp8", text="Some.")
 
     def test_samples(self, tiny: Path, work: Path) -> None:
         assert "at least one sample" in self._refused(str(tiny), "out", samples=0)
@@ -389,6 +451,8 @@ class TestCommand:
             (["quantize", "smollm2"], "OUT"),
             (["quantize", "smollm2", "out", "--format", "int4"], "unknown format 'int4'"),
             (["quantize", "smollm2", "out", "--samples", "0"], "--samples"),
+            (["quantize", "smollm2", "out", "--rounding", "awq"], "unknown rounding 'awq'"),
+            (["quantize", "smollm2", "out", "--text", "no.txt"], "cannot read no.txt"),
             (["quantize", "smollm2", "no/out"], "there is no directory"),
             (["quantize", "smollm2", "/"], "is not empty"),
         ],
