@@ -96,9 +96,19 @@ def tune(
     length: Annotated[
         int,
         typer.Option(
-            "--length", min=2, metavar="N", help="Length of the prompts measured, in tokens."
+            "--length", min=2, metavar="N", help="Length of the prompts searched on, in tokens."
         ),
     ] = 1024,
+    check_length: Annotated[
+        int | None,
+        typer.Option(
+            "--check-length",
+            min=2,
+            metavar="N",
+            help="Length of the prompts that decide, in tokens.",
+            show_default="--length",
+        ),
+    ] = None,
     answer_tokens: Annotated[
         int,
         typer.Option(
@@ -193,14 +203,15 @@ def tune(
     aim = target_of(None if target is None else target.value, device)
     if rates is not None:
         aim = with_rates(aim, rates)
-    check_lengths(checkpoint, [length], answer_tokens)
+    checked = check_length or length
+    check_lengths(checkpoint, [length, checked], answer_tokens)
     if not to_search:
         every = list(documentation(texts or BUILT_IN_TEXTS).items())
         to_search, to_decide = dict(every[::2]), dict(every[1::2])
     tokenizer = load_tokenizer(checkpoint)
     searched, decide = (
-        Texts(tuple(some), cut(some, tokenizer, [length], answer_tokens)[0])
-        for some in (to_search, to_decide)
+        Texts(tuple(some), cut(some, tokenizer, [tokens], answer_tokens)[0])
+        for some, tokens in ((to_search, length), (to_decide, checked))
     )
     with progress_bar() as progress:
         tuned = Tuner(
@@ -216,6 +227,12 @@ def tune(
             say=say,
         ).run()
     with ExitStack() as then:
+        if checked < cost_length:
+            then.callback(
+                say,
+                f"The budget was checked with prompts of {checked} tokens. For longer ones, give "
+                "--check-length, or measure with mixquant fidelity --length",
+            )
         # The last first: if both fail, the error is of the results, which have the recipe, too.
         if json_file is not None:
             then.callback(say, f"Results written to {json_file.absolute()}")

@@ -52,11 +52,18 @@ def _verdict(tuning: Tuning) -> str:
         f"For {budget(tuning)}, the cheapest recipe found for {model_name(tuning.model)} on "
         f"{tuning.target} takes {number(one.time)} times the prefill time of the fastest format "
         f"everywhere, by the cost model at {count(tuning.cost_tokens)} tokens. On texts that the search "
-        f"did not see it is {number(one.held_out)} nats per token from BF16"
+        f"did not see{_checked(tuning)} it is {number(one.held_out)} nats per token from BF16"
     )
     if one.recovered is not None:
         said += f" and wins back {percent(one.recovered)} of what quantizing both phases loses"
     return f"{said}."
+
+
+def _checked(tuning: Tuning) -> str:
+    """The length of the prompts that decided, if it is another than that of those searched on."""
+    if tuning.check_tokens in (None, tuning.prompt_tokens):
+        return ""
+    return f", with prompts of {count(tuning.check_tokens)} tokens,"
 
 
 def _key_figures(tuning: Tuning) -> tuple[KeyFigure, ...]:

@@ -57,7 +57,8 @@ class Tuning(Record):
         rates: of products by format, in any unit.
         budget: ``kl``, ``recovered`` or ``bits``.
         at_most: the budget's value. It is a lower limit for ``recovered``.
-        prompt_tokens: of the passages.
+        prompt_tokens: of the passages searched on.
+        check_tokens: of the passages that decide. None in files older than this field: as many.
         cost_tokens: of the prompt whose prefill the cost model times.
         texts: names of those searched on.
         held_out: names of those that decide.
@@ -78,6 +79,7 @@ class Tuning(Record):
     budget: Literal["kl", "recovered", "bits"]
     at_most: float
     prompt_tokens: Count
+    check_tokens: Count | None = None
     cost_tokens: Count
     texts: tuple[str, ...]
     held_out: tuple[str, ...]

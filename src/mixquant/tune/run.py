@@ -62,7 +62,7 @@ class Tuner:
         target: what the recipe is for.
         budget: what it has to stay within.
         searched: the texts that the search sees.
-        held_out: the texts that decide.
+        held_out: the texts that decide; their prompts may have another length.
         cost_tokens: of the prompt whose prefill the cost model times.
         folder: where the work is kept.
     """
@@ -81,7 +81,7 @@ class Tuner:
         progress: Progress = lambda doing, share: None,
         say: Say = lambda message: None,
     ) -> None:
-        if shared := set(searched.passages.prompts) & set(held_out.passages.prompts):
+        if shared := _beginnings(searched, held_out) & _beginnings(held_out, searched):
             raise WorkError(
                 f"{len(shared)} of the texts of --held-out begin like texts of --text; give other texts"
             )
@@ -123,13 +123,8 @@ class Tuner:
         return self._outcome(units, cost, predictor, plain, frontier, chosen, measured, lost)
 
     def _what(self) -> dict[str, object]:
-        """What the measured numbers depend on; not the budget, so that another one can reuse them."""
-        texts = {
-            name: hashlib.sha256(
-                json.dumps([texts.passages.prompts, texts.passages.continuations]).encode()
-            ).hexdigest()
-            for name, texts in (("searched", self.searched), ("held_out", self.held_out))
-        }
+        """What all of the work depends on; not the budget or the texts held out, so that other ones
+        can reuse what was measured."""
         config = json.dumps(self.checkpoint.config, sort_keys=True, default=str).encode()
         return {
             "mixquant": __version__,
@@ -138,7 +133,7 @@ class Tuner:
             "weights": _files(Path(self.checkpoint.source)),
             "formats": sorted(self.target.formats),
             "plain": self.target.plain,
-            "texts": texts,
+            "texts": _digest(self.searched),
         }
 
     def _in_bf16(self, use: Callable[[Any], Any]) -> Any:
@@ -147,10 +142,11 @@ class Tuner:
     def _kl(self, choice: Choice, units: Units, of: str, *, everywhere: bool = False) -> float:
         """The divergence of a choice on the texts searched on or held out, measured once."""
         recipe = choice.recipe(units, self.target.plain)
-        said = json.dumps([replace(recipe, everywhere=everywhere).to_dict(), of], sort_keys=True)
+        texts = self.searched if of == "searched" else self.held_out
+        what = [replace(recipe, everywhere=everywhere).to_dict(), _digest(texts)]
+        said = json.dumps(what, sort_keys=True)
 
         def compute() -> float:
-            texts = self.searched if of == "searched" else self.held_out
             if of not in self._references:
                 self._references[of] = self._in_bf16(
                     lambda model: measure.logits(model, texts.passages)
@@ -331,6 +327,7 @@ class Tuner:
             budget=self.budget.kind,
             at_most=self.budget.value,
             prompt_tokens=self.searched.passages.prompt_tokens,
+            check_tokens=self.held_out.passages.prompt_tokens,
             cost_tokens=self.cost_tokens,
             texts=self.searched.names,
             held_out=self.held_out.names,
@@ -343,6 +340,16 @@ class Tuner:
             rank=_rank([(one.predicted, one.searched) for one in tried]),
         )
         return Tuned(chosen.choice.recipe(units, default), results)
+
+
+def _digest(texts: Texts) -> str:
+    said = json.dumps([texts.passages.prompts, texts.passages.continuations])
+    return hashlib.sha256(said.encode()).hexdigest()
+
+
+def _beginnings(of: Texts, other: Texts) -> set[tuple[int, ...]]:
+    """The prompts, no longer than those of others."""
+    return {prompt[: other.passages.prompt_tokens] for prompt in of.passages.prompts}
 
 
 def _files(folder: Path) -> list[list[object]]:

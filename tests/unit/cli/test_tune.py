@@ -45,15 +45,19 @@ def test_a_recipe_and_its_report(
     recipe, frontier, page = (tmp_path / name for name in ("r.json", "f.json", "p.html"))
     command = ["tune", tiny, "--target", "blackwell", "--recovered", "0.9", *texts]
     short = ["--length", "128", "--answer-tokens", "16"]
-    command += [*short, "--cost-length", "4096"]
+    command += [*short, "--check-length", "136", "--cost-length", "4096"]
     command += ["--out", str(recipe), "--json", str(frontier)]
     assert cli.main(command) == 0
     printed = capsys.readouterr()
     assert "tuned" in printed.out and "Measured over predicted" in printed.out
-    assert f"Recipe written to {recipe}" in " ".join(printed.err.split())
+    assert "128 tokens searched on, of 136 held out" in " ".join(printed.out.split())
+    said = " ".join(printed.err.split())
+    assert f"Recipe written to {recipe}" in said
+    assert "The budget was checked with prompts of 136 tokens." in said
 
     found = results.read(frontier)
     assert isinstance(found, results.Tuning)
+    assert (found.prompt_tokens, found.check_tokens) == (128, 136)
     tuned = next(one for one in found.tried if one.arm == "tuned")
     assert tuned.recovered is not None and tuned.recovered >= 0.9
     assert tuned.time is not None and tuned.time > 1
@@ -62,7 +66,7 @@ def test_a_recipe_and_its_report(
 
     assert cli.main(["fidelity", tiny, "--recipe", str(recipe), *texts[:2], *short]) == 0
     assert cli.main(["report", str(frontier), "--out", str(page)]) == 0
-    assert "Tuning" in page.read_text()
+    assert "Tuning" in page.read_text() and "with prompts of 136 tokens" in page.read_text()
 
 
 @pytest.mark.parametrize(
@@ -77,6 +81,7 @@ def test_a_recipe_and_its_report(
         (["--text", __file__, "--held-out", __file__, "--texts", "4"], "leave it out with --text"),
         (["--out", "nowhere/x.json"], "cannot write nowhere/x.json"),
         (["--length", "1000"], "exceed the context"),
+        (["--check-length", "1000"], "exceed the context"),
         (["--rates", "nowhere.json"], "cannot read rates from nowhere.json"),
         (["--rates", __file__], "cannot read rates from"),
         (

@@ -238,14 +238,40 @@ def counted(monkeypatch: pytest.MonkeyPatch, calls: int) -> list[str]:
 def test_other_work_is_refused(checkpoint: Checkpoint, tmp_path: Path) -> None:
     tuner(checkpoint, tmp_path / "work", Budget("kl", 0.1))
     with pytest.raises(WorkError, match=r"holds other work \(texts differs\); remove it"):
-        tuner(checkpoint, tmp_path / "work", Budget("kl", 0.1), held_out=texts(3))
+        tuner(checkpoint, tmp_path / "work", Budget("kl", 0.1), searched=texts(3))
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "letter.txt").write_text("Dear")
     with pytest.raises(WorkError, match="holds other files"):
         tuner(checkpoint, tmp_path / "mine", Budget("kl", 0.1))
     with pytest.raises(WorkError, match="begin like texts of --text"):
         tuner(checkpoint, tmp_path / "new", Budget("kl", 0.1), held_out=texts(1))
+    longer = Texts(("one", "two"), passages(1, prompt=100, answer=8))  # they begin alike
+    with pytest.raises(WorkError, match="begin like texts searched on"):
+        tuner(checkpoint, tmp_path / "new", Budget("kl", 0.1), held_out=longer)
     assert not (tmp_path / "new").exists()
+
+
+def test_longer_prompts_decide(
+    checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are measured at their own length, and the work of the search serves them, too."""
+    first = tuner(checkpoint, tmp_path / "work", Budget("recovered", 0.9)).run()
+    longer = passages(7, prompt=192)
+    done = counted(monkeypatch, 1000)
+    tuned = tuner(
+        checkpoint,
+        tmp_path / "work",
+        Budget("recovered", 0.9),
+        held_out=Texts(("a", "b"), longer),
+    ).run()
+    assert "draw" not in done
+    assert (tuned.results.prompt_tokens, tuned.results.check_tokens) == (96, 192)
+    assert first.results.check_tokens == 96
+    one = next(one for one in tuned.results.tried if one.arm == "tuned")
+    assert one.held_out is not None and one.recovered is not None and one.recovered >= 0.9
+    reference = measure.in_bf16(checkpoint, lambda model: measure.logits(model, longer))
+    found = measure.kl(checkpoint, tuned.recipe, longer, reference)
+    assert found == pytest.approx(one.held_out)
 
 
 def test_damaged_work(tmp_path: Path) -> None:

@@ -21,8 +21,7 @@ _CAPTION = (
 def tables(result: Tuning) -> Iterator[Table]:
     """One table of what was measured."""
     table = Table(
-        title=f"{result.model} for {result.target}: {_budget(result)}, prompts of "
-        f"{result.prompt_tokens} tokens",
+        title=f"{result.model} for {result.target}: {_budget(result)}, prompts of {_lengths(result)}",
         title_justify="left",
         caption=_caption(result),
         caption_justify="left",
@@ -51,6 +50,13 @@ def _row(one: Tried) -> tuple[str, ...]:
         shown(one.held_out, ".4f"),
         shown(one.recovered, ".1%"),
     )
+
+
+def _lengths(result: Tuning) -> str:
+    searched, checked = result.prompt_tokens, result.check_tokens
+    if checked in (None, searched):
+        return f"{searched} tokens"
+    return f"{searched} tokens searched on, of {checked} held out"
 
 
 def _budget(result: Tuning) -> str:
