@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 
-from mixquant.report.derived import BASELINE, ratio, sign_of
+from mixquant.report.derived import ATTENTION, BASELINE, ratio, sign_of
 from mixquant.report.names import device_name, model_name
 from mixquant.report.parts import KeyFigure, Panel, Section, Table
 from mixquant.report.plots import Bar, bars
@@ -13,8 +13,6 @@ from mixquant.report.style import looks
 from mixquant.report.text import clauses, count, number, percent, times
 from mixquant.report.verdicts import in_words
 from mixquant.results import ComparedArm, Comparison
-
-ATTENTION = "attention"  # the arm that quantizes nothing
 
 
 def section(comparison: Comparison) -> Section:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mixquant.report.derived import BASELINE
+from mixquant.report.derived import ATTENTION, BASELINE
 from mixquant.report.text import listed
 from mixquant.results import Arm, Comparison, Environment, Results
 
 # What `mixquant fidelity` calls recipes that are given as JSON.
 _NUMBERED = re.compile(r"recipe(-\d+)?")
+_ONLY_ATTENTION = "nothing quantized; the prompt attends in mixquant's kernel, in BF16"
+_MOST_NAMED = 3  # patterns of a recipe's formats in a description
 _SHORT = {
     "preset": "",
     "format.default": "",
@@ -112,8 +115,11 @@ def _setting(key: str, value: Any) -> str:
 def described(results: Results) -> list[tuple[str, str]]:
     """Each arm with what it is, in a few words."""
     if isinstance(results, Comparison):
+        recipe = results.recipe | {"format": results.format}
         return [
-            (arm.name, _described(Arm(name=arm.name), results.recipe | {"format": results.format}))
+            (arm.name, _ONLY_ATTENTION)
+            if arm.name == ATTENTION
+            else (arm.name, _described(Arm(name=arm.name), recipe))
             for arm in results.arms
         ]
     arms = sorted(results.arms, key=lambda arm: arm.name != BASELINE)
@@ -130,18 +136,28 @@ def _described(arm: Arm, recipe: Mapping[str, Any] | None) -> str:
             return f"a server with {arm.arguments}"
         return f"the server at {arm.url}" if arm.url else ""
     formats = recipe.get("format")
-    if isinstance(formats, dict):
-        into = _in_format(formats.get("default"))
-        rest = [f"{name} {_in_format(to)}" for name, to in formats.items() if name != "default"]
-        into += f" ({listed(rest)})" if rest else ""
+    own = formats if isinstance(formats, dict) else {"default": formats}
+    if set(own.values()) == {"bf16"}:
+        said = "no linear layer quantized"
+    elif arm.name == "quantized" or recipe.get("everywhere"):
+        said = f"prefill and decode {_in_formats(own)}"
     else:
-        into = _in_format(formats)
-    if arm.name == "quantized" or recipe.get("everywhere"):
-        said = f"prefill and decode {into}"
-    else:
-        said = f"prefill {into}, decode in BF16"
-    attention = recipe.get("prefill_attention")
-    return said + (f"; attention of the prefill {_in_format(attention)}" if attention else "")
+        said = f"prefill {_in_formats(own)}, decode in BF16"
+    attention = recipe.get("prefill_attention", "auto")
+    return said if attention == "auto" else f"{said}; prefill attends {_in_format(attention)}"
+
+
+def _in_formats(formats: Mapping[str, Any]) -> str:
+    """The default format, and what has another: by name, or, if that is much, by count."""
+    rest = {name: to for name, to in formats.items() if name != "default"}
+    said = _in_format(formats.get("default"))
+    if not rest:
+        return said
+    if len(rest) <= _MOST_NAMED:
+        return f"{said} ({listed([f'{name} {_in_format(to)}' for name, to in rest.items()])})"
+    (most, n), *others = Counter(rest.values()).most_common()
+    counts = [f"{n} patterns {_in_format(most)}", *(f"{n} {_in_format(to)}" for to, n in others)]
+    return f"{said} ({listed(counts)}: see the recipe below)"
 
 
 def _in_format(name: Any) -> str:

@@ -66,6 +66,12 @@ CUT_OFF = """() => [...document.querySelectorAll('svg text')].filter(e => {
 }).map(e => e.textContent)"""
 
 
+# Lines that an element's text takes.
+LINES = """(element) => {
+  const range = document.createRange();
+  range.selectNodeContents(element);
+  return range.getClientRects().length;
+}"""
 # Error bars, their caps apart, and the halos behind them: the style, and how wide on the screen.
 SPREADS = """(svg) => [...svg.querySelectorAll('path')]
   .filter(e => /^fill: none.* stroke-width: (1.6|4)$/.test(e.getAttribute('style')))
@@ -122,6 +128,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     pages = {
         "h200": page([("h200.json", results.read(H200))]),
         "turns": page([("turns.json", sample_results.turns())]),
+        "tuning": page([("tune.json", results.read(RESULTS / "tune_smollm2.json"))]),
         "all": page([(f"{sample.kind}.json", sample) for sample in samples]),
         "long": page([(f"{LONG}.json", sample) for sample in long]),
     }
@@ -297,6 +304,14 @@ def test_heat_map(visit: Any, scheme: str) -> None:
         assert (red > blue) == (float(text) < 1), (text, mixed)
     most, none = (tab.locator("svg text", has_text=re.compile(f"^{n}$")) for n in ("98,304", "0"))
     assert most.bounding_box()["y"] < none.bounding_box()["y"]
+
+
+@pytest.mark.parametrize("width", [320, 1200])
+def test_names_of_arms_are_in_one_line(visit: Any, width: int) -> None:
+    names = visit("tuning", width=width).locator(".compared dt").all()
+    assert len(names) == 9
+    for name in names:
+        assert name.evaluate(LINES) == 1, name.text_content()
 
 
 def test_a_table_that_is_too_wide_scrolls(visit: Any) -> None:

@@ -12,7 +12,7 @@ from sample_results import measurement
 
 from mixquant import results
 from mixquant.report import page
-from mixquant.report.names import device_name, labels_of, model_name
+from mixquant.report.names import described, device_name, labels_of, model_name
 from mixquant.report.page import _section
 from mixquant.results import Arm, Bench
 
@@ -251,6 +251,54 @@ class TestNames:
             for n, recipe in enumerate(recipes, 1)
         ]
         assert labels_of([Arm(name="bf16"), Arm(name="mine", recipe={"a": 1}), *arms]) == labels
+
+    @pytest.mark.parametrize(
+        ("recipe", "said"),
+        [
+            ({"format": {"default": "fp8"}}, "prefill in FP8, decode in BF16"),
+            (
+                {"format": {"default": "fp8"}, "prefill_attention": "auto"},
+                "prefill in FP8, decode in BF16",
+            ),
+            (
+                {"format": {"default": "fp8"}, "prefill_attention": "fp8"},
+                "prefill in FP8, decode in BF16; prefill attends in FP8",
+            ),
+            (
+                {"format": {"default": "bf16"}, "prefill_attention": "fp8"},
+                "no linear layer quantized; prefill attends in FP8",
+            ),
+            (
+                {"format": {"default": "nvfp4", "k_proj": "fp8", "v_proj": "bf16"}},
+                "prefill in NVFP4 (k_proj in FP8 and v_proj in BF16), decode in BF16",
+            ),
+            (
+                {"format": {"default": "nvfp4", "a": "fp8", "b": "bf16", "c": "fp8", "d": "fp8"}},
+                "prefill in NVFP4 (3 patterns in FP8 and 1 in BF16: see the recipe below), "
+                "decode in BF16",
+            ),
+            (
+                {"format": {"default": "nvfp4", **dict.fromkeys("abcdefghi", "bf16")}},
+                "prefill in NVFP4 (9 patterns in BF16: see the recipe below), decode in BF16",
+            ),
+            (
+                {"format": {"default": "fp8"}, "everywhere": True, "prefill_attention": "auto"},
+                "prefill and decode in FP8",
+            ),
+        ],
+    )
+    def test_descriptions_are_short(self, recipe: dict[str, Any], said: str) -> None:
+        ((_, words),) = described(bench(arms=(Arm(name="mine", recipe=recipe),)))
+        assert words == said
+
+    def test_the_arm_attention_quantizes_nothing(self) -> None:
+        found = results.read(RESULTS / "compare_cpu_epyc.json")
+        assert dict(described(found)) == {
+            "bf16": "the model as it is, nothing quantized",
+            "attention": "nothing quantized; the prompt attends in mixquant's kernel, in BF16",
+            "quantized": "prefill and decode in INT8",
+            "mixquant": "prefill in INT8, decode in BF16",
+        }
 
     def test_own_names_stay(self) -> None:
         assert labels_of([Arm(name="fast", recipe={"preset": "fast"}), Arm(name="recipe")]) == {}
