@@ -52,7 +52,7 @@ def _verdict(tuning: Tuning) -> str:
         f"For {budget(tuning)}, the cheapest recipe found for {model_name(tuning.model)} on "
         f"{tuning.target} takes {number(one.time)} times the prefill time of the fastest format "
         f"everywhere, by the cost model at {count(tuning.cost_tokens)} tokens. On texts that the search "
-        f"did not see{_checked(tuning)} it is {number(one.held_out)} nats per token from BF16"
+        f"did not see{_checked(tuning)} the recipe is {number(one.held_out)} nats per token from BF16"
     )
     if one.recovered is not None:
         said += f" and wins back {percent(one.recovered)} of what quantizing both phases loses"
@@ -112,8 +112,8 @@ def _against_cost(tuning: Tuning) -> list[Panel]:
         Panel(
             title,
             "Lower is nearer to BF16, further left is cheaper. The dashed line is the frontier that "
-            "the search predicts from the sensitivities. The other points were measured, on the texts "
-            "held out where they got that far.",
+            "the search predicts from the sensitivities. The other points were measured: on the texts "
+            "held out, or, where a recipe was not measured on those, on the texts searched on.",
             f"KL in nats per token by time next to plain: {clauses(said)}.",
             partial(
                 scatter,

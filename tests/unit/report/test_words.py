@@ -112,12 +112,15 @@ class TestVerdict:
             "For at least 95.0 % of the loss recovered, the cheapest recipe found for model on "
             "blackwell takes 1.10 times the prefill time of the fastest format everywhere"
         )
-        assert "0.0171 nats per token from BF16 and wins back 95.3 %" in section.verdict
+        assert (
+            "the recipe is 0.0171 nats per token from BF16 and wins back 95.3 %" in section.verdict
+        )
         assert (
             "1.06 to 1.12 times the predicted ones; their rank correlation is 1.00"
             in (section.notes[0])
         )
         assert [figure.value for figure in section.key_figures] == ["95.3 %", "1.10"]
+        assert "where a recipe was not measured on those, on the texts" in section.panels[0].meaning
 
 
 class TestNothingQuantized:
