@@ -153,7 +153,7 @@ def notes(bench: Bench) -> tuple[str, ...]:
             f" and {len(conditions) - 4} more" if len(conditions) > 4 else ""
         )
         said.append(
-            f"{arm} quantized no prompt token for {shown}{why}. The page shows no speed-up there."
+            f"{arm} quantized no prompt token for {shown}{why}. The page counts no speed-up there."
         )
     return tuple(said)
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 
-from mixquant.report.derived import BASELINE, Speedup, arms_of, speedups, unquantized
-from mixquant.report.heatmap import Cell, heatmap, is_loss
+from mixquant.report.derived import Speedup, arms_of, condition, speedups, unquantized
+from mixquant.report.heatmap import Cell, heatmap
 from mixquant.report.names import device_name, model_name
 from mixquant.report.parts import Panel, Table
 from mixquant.report.text import count, metric_name, number, spread, times
@@ -16,18 +16,25 @@ _METRIC = "ttft"  # what a turn waits for
 
 
 def verdict(bench: Bench) -> str:
-    """In how many turns the main arm is faster and slower; empty if no turn was compared."""
-    ratios = _ratios(bench.results)
+    """In how many turns the main arm is faster and slower; empty if no turn was compared.
+
+    Turns in which nothing was quantized are counted apart: a ratio there is no speed-up.
+    """
+    every = _ratios(bench.results)
+    ratios = _quantized(every, bench.results)
     arms = arms_of(r.arm for r in ratios)
     if not arms:
         return ""
     main = "mixquant" if "mixquant" in arms else arms[0]
     own = [r for r in ratios if r.arm == main]
-    slower = _slower(own)
+    kinds = [r for r in every if r.arm == main]
     said = (
         f"With {main}, {model_name(bench.model)} on {device_name(bench.environment)} answers sooner "
-        f"than with BF16 in {len(own) - slower} of {len(own)} kinds of turns and later in {slower}."
+        f"than with BF16 in {_with(1, own)} of {len(kinds)} kinds of turns, later in {_with(-1, own)}, "
+        f"and with no clear difference in {_with(0, own)}."
     )
+    if len(kinds) > len(own):
+        said += f" In the other {len(kinds) - len(own)} nothing was quantized."
     if len(own) > 1:
         lowest, highest = (f(own, key=lambda r: r.ratio) for f in (min, max))
         said += f" Slowest against BF16: {_of(lowest)}. Fastest: {_of(highest)}."
@@ -37,12 +44,16 @@ def verdict(bench: Bench) -> str:
 def panels(results: Sequence[Measurement]) -> tuple[Panel, ...]:
     """A heat map of each arm: times as fast to the first token as BF16, by cached and new tokens."""
     turns = [m for m in results if m.cached is not None and m.metric == _METRIC]
-    ratios = _ratios(results)
-    idle = {(arm, found[1], found[3]) for arm, found in unquantized(results)}
+    every = _ratios(results)
+    ratios = _quantized(every, results)
     return tuple(
-        _panel(arm, [r for r in ratios if r.arm == arm], turns, idle)
-        for arm in arms_of(m.arm for m in turns)
-        if arm != BASELINE and any(r.arm == arm for r in ratios)
+        _panel(
+            arm,
+            [r for r in every if r.arm == arm],
+            [r for r in ratios if r.arm == arm],
+            [m for m in turns if m.arm == arm],
+        )
+        for arm in arms_of(r.arm for r in ratios)
     )
 
 
@@ -56,8 +67,13 @@ def tables(results: Sequence[Measurement]) -> tuple[Table, ...]:
 
 
 def _ratios(results: Sequence[Measurement]) -> list[Speedup]:
-    turns = [m for m in results if m.cached is not None and m.metric == _METRIC]
-    return list(speedups(turns, unquantized(results)))
+    return list(speedups([m for m in results if m.cached is not None and m.metric == _METRIC]))
+
+
+def _quantized(ratios: Sequence[Speedup], results: Sequence[Measurement]) -> list[Speedup]:
+    """Without those of turns in which nothing was quantized, as far as the file says it."""
+    idle = unquantized(results)
+    return [r for r in ratios if (r.arm, condition(r.measurement)) not in idle]
 
 
 def _of(r: Speedup) -> str:
@@ -67,34 +83,34 @@ def _of(r: Speedup) -> str:
     return f"{said} times as fast at {count(m.tokens)} new tokens {behind}"
 
 
-def _slower(ratios: Sequence[Speedup]) -> int:
-    """How many are below 1, as the cells show them."""
-    return sum(is_loss(r.ratio) for r in ratios)
+def _with(sign: int, ratios: Sequence[Speedup]) -> int:
+    """How many are faster (1), slower (-1), or neither (0)."""
+    return sum(r.sign == sign for r in ratios)
 
 
 def _panel(
-    arm: str,
-    ratios: Sequence[Speedup],
-    turns: Sequence[Measurement],
-    idle: set[tuple[str, int, int | None]],
+    arm: str, every: Sequence[Speedup], ratios: Sequence[Speedup], own: Sequence[Measurement]
 ) -> Panel:
-    own = [m for m in turns if m.arm == arm]
     new = sorted({m.tokens for m in own})
     cached = sorted({m.cached or 0 for m in own})
-    found = {(r.measurement.cached or 0, r.measurement.tokens): r for r in ratios}
-    cells = [[_cell(found.get((behind, tokens))) for tokens in new] for behind in reversed(cached)]
-    slower = _slower(ratios)
+    idle = [r for r in every if r not in ratios]
+    found = {(r.measurement.cached or 0, r.measurement.tokens): r for r in every}
+    cells = [
+        [_cell(found.get((behind, tokens)), idle) for tokens in new] for behind in reversed(cached)
+    ]
+    slower = _with(-1, ratios)
     lowest, highest = (f(ratios, key=lambda r: r.ratio) for f in (min, max))
     said = (
         "Each cell is a kind of turn: new prompt tokens behind cached ones. Its number says how many "
-        f"times as fast as BF16 {arm} gives the first token. Below 1 (red, bold) {arm} is slower."
+        f"times as fast as BF16 {arm} gives the first token. Red and bold: {arm} is slower by 2 % or "
+        "more."
     )
     if slower:
         said += f" That is so in {slower} of {len(ratios)} cells."
     else:
         said += " That is so in no cell."
-    if any((arm, m.tokens, m.cached) in idle for m in own):
-        said += f" A dash: {arm} quantized nothing there."
+    if idle:
+        said += f" In brackets: {arm} quantized nothing there."
     return Panel(
         f"Turns with {arm}: speed to the first token",
         said,
@@ -114,7 +130,9 @@ def _panel(
                 (
                     count(behind),
                     *(
-                        times(r.ratio) if (r := found.get((behind, tokens))) else "–"
+                        _shown(r, times(r.ratio), idle)
+                        if (r := found.get((behind, tokens)))
+                        else "–"
                         for tokens in new
                     ),
                 )
@@ -124,8 +142,16 @@ def _panel(
     )
 
 
-def _cell(found: Speedup | None) -> Cell:
-    return Cell("–", None) if found is None else Cell(f"{found.ratio:.2f}", found.ratio)
+def _cell(found: Speedup | None, idle: Sequence[Speedup]) -> Cell:
+    if found is None:
+        return Cell("–", None)
+    label = _shown(found, f"{found.ratio:.2f}", idle)
+    return Cell(label, None if found in idle else found.ratio)
+
+
+def _shown(found: Speedup, value: str, idle: Sequence[Speedup]) -> str:
+    """In brackets where nothing was quantized."""
+    return f"({value})" if found in idle else value
 
 
 def _table(metric: str, unit: str, turns: Sequence[Measurement]) -> Table:

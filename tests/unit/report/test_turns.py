@@ -13,7 +13,6 @@ from sample_results import measurement
 from mixquant import results
 from mixquant.report import page
 from mixquant.report.derived import speedups
-from mixquant.report.heatmap import is_loss
 from mixquant.report.page import _section
 
 
@@ -33,25 +32,32 @@ def test_cells_have_their_numbers(document: Document) -> None:
         *("0.85", "1.10", "1.35"),
         *("0.93", "1.21", "1.49"),
     ]
-    assert texts.count("–") == 4  # nothing quantized at 64 tokens
+    # Nothing is quantized at 64 tokens.
+    assert [text for text in texts if text.startswith("(")] == [
+        *("(0.90)", "(0.95)", "(1.00)", "(1.10)")
+    ]
 
 
-def test_cells_below_one_are_red_and_bold() -> None:
+def test_losses_of_two_percent_are_red_and_bold() -> None:
     text = page([(None, sample_results.turns())])
     figure = text[text.index("<svg") : text.index("</svg>")]
-    assert figure.count("fill: var(--loss)") == 5
+    assert figure.count("fill: var(--loss)") == 4  # 0.99 and what is in brackets have no tint
     assert figure.count("fill: var(--gain)") == 7
-    assert figure.count("font-weight: 700") == 5
+    assert figure.count("font-weight: 700") == 4
 
 
 def test_words(document: Document) -> None:
     section = _section(sample_results.turns())
     assert (
-        "answers sooner than with BF16 in 7 of 12 kinds of turns and later in 5. Slowest against "
-        "BF16: 0.77 times as fast at 256 new tokens behind 98,304 cached ones." in section.verdict
+        "answers sooner than with BF16 in 7 of 16 kinds of turns, later in 4, and with no clear "
+        "difference in 1. In the other 4 nothing was quantized. Slowest against BF16: 0.77 times "
+        "as fast at 256 new tokens behind 98,304 cached ones." in section.verdict
     )
     (panel,) = section.panels
-    assert "That is so in 5 of 12 cells. A dash: mixquant quantized nothing there." in panel.meaning
+    assert (
+        "mixquant is slower by 2 % or more. That is so in 4 of 12 cells. In brackets: mixquant "
+        "quantized nothing there." in panel.meaning
+    )
     (note,) = section.notes
     assert note.startswith("mixquant quantized no prompt token for turns of 64 new tokens: fewer")
 
@@ -59,6 +65,7 @@ def test_words(document: Document) -> None:
 def test_tables_hold_all_values(document: Document) -> None:
     cells = document.text("td")
     assert "1.49×" in cells
+    assert "(1.10×)" in cells
     assert "11.6 (11.5 to 11.7)" in cells  # BF16, 64 new tokens and none cached
 
 
@@ -88,10 +95,27 @@ def test_only_turns_with_as_many_cached_tokens_are_compared() -> None:
 
 
 @pytest.mark.parametrize(
-    ("ratio", "loss"), [(0.5, True), (0.994, True), (0.996, False), (1, False)]
+    ("ratio", "said"),
+    [
+        (1.021, "sooner than with BF16 in 1 of 1 kinds of turns, later in 0,"),
+        (1.015, "sooner than with BF16 in 0 of 1 kinds of turns, later in 0,"),
+        (0.993, "sooner than with BF16 in 0 of 1 kinds of turns, later in 0,"),
+        (0.979, "sooner than with BF16 in 0 of 1 kinds of turns, later in 1,"),
+    ],
 )
-def test_a_loss_is_what_shows_as_one(ratio: float, loss: bool) -> None:
-    assert is_loss(ratio) is loss
+def test_a_difference_below_two_percent_is_none(ratio: float, said: str) -> None:
+    found = [
+        measurement(arm, "ttft", ms, cached=0) for arm, ms in (("bf16", ratio), ("mixquant", 1))
+    ]
+    changed = sample_results.turns().model_copy(update={"results": tuple(found)})
+    assert said in _section(changed).verdict
+
+
+def test_where_nothing_was_quantized_there_is_no_verdict() -> None:
+    sample = sample_results.turns()
+    found = tuple(m for m in sample.results if m.tokens == 64)
+    section = _section(sample.model_copy(update={"results": found}))
+    assert (section.verdict, section.panels) == ("", ())
 
 
 class TestFile:

@@ -139,7 +139,7 @@ class TestNothingQuantized:
         assert "1.25 " not in text
         assert (
             "mixquant quantized no prompt token for prompts of 64 tokens: fewer tokens than its "
-            "threshold, 128. The page shows no speed-up there." in Document(text).text("p")
+            "threshold, 128. The page counts no speed-up there." in Document(text).text("p")
         )
 
     def test_speed_of_all_measurements(self) -> None:
