@@ -15,7 +15,7 @@ class Patch:
     """One change of vLLM.
 
     Attributes:
-        module: of this project, which makes the change.
+        module: which makes the change: of this package, or, with a dot, of `mixquant`.
         targets: what is wrapped or replaced, by its full name in vLLM. A target that only some versions
             have is one of several; one of them is always there.
         does: what the change does.
@@ -53,14 +53,19 @@ LEDGER = (
             "vllm.v1.worker.gpu_model_runner.GPUModelRunner._prepare_inputs",
             "vllm.v1.worker.gpu_model_runner.GPUModelRunner.execute_model",
             "vllm.v1.worker.gpu_model_runner.GPUModelRunner.profile_run",
+            "vllm.v1.worker.gpu_model_runner.GPUModelRunner.initialize_kv_cache",
             "vllm.v1.worker.gpu_model_runner.GPUModelRunner.reload_weights",
-            "vllm.v1.worker.gpu.model_runner.GPUModelRunner.initialize_kv_cache",
             "vllm.v1.worker.gpu.model_runner.GPUModelRunner.prepare_inputs",
             "vllm.v1.worker.gpu.model_runner.GPUModelRunner.execute_model",
             "vllm.v1.worker.gpu.model_runner.GPUModelRunner.profile_run",
+            "vllm.v1.worker.gpu.model_runner.GPUModelRunner.initialize_kv_cache",
+            "vllm.v1.worker.gpu.model_runner.GPUModelRunner.reload_weights",
+            "vllm.config.CompilationConfig.cudagraph_capture_sizes",
+            "vllm.forward_context.ForwardContext.cudagraph_runtime_mode",
         ),
         does="Notes the sequences of each pass: positions, rows, prompt lengths. Has model runner V2 "
-        "capture quantized CUDA graphs beside its own.",
+        "capture quantized CUDA graphs beside its own, and run a pass without a graph where none serves "
+        "it. Refuses a reload of weights in the kernels' format.",
         why="A layer is given rows. Nothing tells it which sequence a row belongs to, or where its "
         "prompt ends. And vLLM captures each size once, for all passes.",
         guard="Versions are refused outside the supported range. A pass whose rows are not the ones "
@@ -119,5 +124,34 @@ LEDGER = (
         read="0.25.1 to 0.33.0",
         run="0.32.0 on CPUs",
         until="Beam search that keeps the length of its prompt.",
+    ),
+    Patch(
+        module="engines.vllm.linear.method",
+        targets=(
+            "vllm.model_executor.models.deepseek_v2.DeepSeekV2FusedQkvAProjLinear"
+            "._use_min_latency_gemm",
+        ),
+        does="In a prefill engine, keeps the layer from a kernel that reads its BF16 weight, which is "
+        "not there.",
+        why="The layer calls that kernel itself, past its quantization method.",
+        guard="A layer without the attribute is left alone.",
+        read="0.32.0",
+        run="none: no model at hand has such a layer",
+        until="A layer that asks its quantization method for every product.",
+    ),
+    Patch(
+        module="evaluate.fidelity.vllm_worker",
+        targets=(
+            "the loaded model's compute_logits",
+            "vllm.v1.worker.gpu_model_runner.GPUModelRunner._prepare_inputs",
+            "vllm.v1.worker.gpu.model_runner.GPUModelRunner.prepare_inputs",
+        ),
+        does="Has an engine write a given answer, and records its logits. Only in engines that "
+        "`mixquant fidelity --engine vllm` starts.",
+        why="Custom logits processors differ between the two model runners.",
+        guard="A pass with several requests is an error.",
+        read="0.32.0",
+        run="0.33.0 on an H100; 0.32.0 on CPUs",
+        until="One interface of both runners for forced answers and their logits.",
     ),
 )

@@ -1,9 +1,13 @@
-"""The ledger of patches: it names every module that patches, and targets that this vLLM has."""
+"""The ledger of patches: it names every module that patches, and what this vLLM has that they change."""
 
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import pkgutil
+from collections.abc import Callable
+from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,43 +15,96 @@ from vllm_engines import require_vllm
 
 require_vllm()
 
+from vllm.config import VllmConfig  # noqa: E402
+from vllm.v1.engine.input_processor import InputProcessor  # noqa: E402
+
 from mixquant.engines.vllm import patches  # noqa: E402
-from mixquant.engines.vllm.patches import LEDGER, Patch  # noqa: E402
+from mixquant.engines.vllm.patches import (  # noqa: E402
+    LEDGER,
+    Patch,
+    beams,
+    configuration,
+    runners,
+)
 
 # What a patch is made of, and no patch itself.
 PARTS = {"model", "outcome"}
 # Attributes of instances, which their classes have not.
-OF_INSTANCES = ("_forward_method",)
+OF_INSTANCES = ("_forward_method", "_use_min_latency_gemm")
 
 
 def test_every_module_that_patches_is_listed() -> None:
     modules = {one.name for one in pkgutil.iter_modules(patches.__path__)}
-    assert {patch.module for patch in LEDGER} == modules - PARTS
-    assert len({patch.module for patch in LEDGER}) == len(LEDGER)
+    names = [patch.module for patch in LEDGER]
+    assert {name for name in names if "." not in name} == modules - PARTS
+    assert len(set(names)) == len(names)
+    for name in names:
+        assert "." not in name or importlib.util.find_spec(f"mixquant.{name}") is not None
 
 
-def found(target: str) -> bool:
-    parts = target.split(".")
-    for end in range(len(parts) - 1, 0, -1):
-        try:
-            place: Any = importlib.import_module(".".join(parts[:end]))
-        except ImportError:
-            continue
-        for name in parts[end:]:
-            if name in OF_INSTANCES:
-                continue
-            if not hasattr(place, name):
-                return False
-            place = getattr(place, name)
-        return True
-    return False
+def owner_of(target: str) -> Any:
+    """The class that has a target as its attribute; None where this vLLM has no such class."""
+    *module, name, _ = target.split(".")
+    try:
+        return getattr(importlib.import_module(".".join(module)), name, None)
+    except ImportError:
+        return None
 
 
 @pytest.mark.parametrize("patch", LEDGER, ids=lambda patch: patch.module)
 def test_this_vllm_has_what_is_patched(patch: Patch) -> None:
-    """Each class, in one of the places where versions have it."""
-    targets = [target for target in patch.targets if target.startswith("vllm.")]
-    classes = {target.split(".")[-2] for target in targets}
-    for name in classes:
-        there = [target for target in targets if target.split(".")[-2] == name]
-        assert any(map(found, there)), f"{name}: none of {there}"
+    """Each attribute, in every class that is there, and one class of each name is there."""
+    there: dict[str, bool] = {}
+    for target in patch.targets:
+        if not target.startswith("vllm."):
+            continue
+        name, attribute = target.split(".")[-2:]
+        owner = owner_of(target)
+        there[name] = there.get(name, False) or owner is not None
+        if owner is not None and attribute not in OF_INSTANCES:
+            assert hasattr(owner, attribute), target
+    missing = [name for name, found in there.items() if not found]
+    assert not missing, f"none of these classes: {missing}"
+
+
+def replaced(of: type, patching: Callable[[type], None]) -> set[str]:
+    """What patching replaces in a class, done to a class derived from it."""
+    derived = type(of.__name__, (of,), {})
+    before = dict(vars(derived))
+    patching(derived)
+    found = {name for name, value in vars(derived).items() if value is not before.get(name)}
+    return {f"{of.__module__}.{of.__qualname__}.{name}" for name in found if hasattr(of, name)}
+
+
+def listed(module: str, of: type) -> set[str]:
+    """What the ledger says that a module replaces in a class."""
+    (patch,) = (patch for patch in LEDGER if patch.module == module)
+    return {target for target in patch.targets if owner_of(target) is of}
+
+
+def test_all_that_is_replaced_in_the_runners_is_listed() -> None:
+    for module, prepare in ((runners.V1, "_prepare_inputs"), (runners.V2, "prepare_inputs")):
+        of = importlib.import_module(module).GPUModelRunner
+        found = replaced(
+            of, partial(runners._wrap, prepare=prepare, note=None, config_class=object)
+        )
+        assert found == listed("runners", of)
+        assert len(found) == 5
+
+
+def test_all_that_is_replaced_in_the_configuration_is_listed() -> None:
+    assert replaced(VllmConfig, configuration.install) == {
+        f"vllm.config.vllm.VllmConfig.{target.rpartition('.')[2]}"
+        for target in listed("configuration", VllmConfig)
+    }
+
+
+def test_all_that_is_replaced_for_beams_is_listed() -> None:
+    (patch,) = (patch for patch in LEDGER if patch.module == "beams")
+    (sequence,) = {owner_of(target) for target in patch.targets} - {None, InputProcessor}
+    other: Any = SimpleNamespace(get_prompt=len, process_inputs=len)
+    found = replaced(sequence, lambda derived: beams._wrap(derived, other))
+    assert found == listed("beams", sequence)
+    other = SimpleNamespace(get_prompt=len, process_inputs=len)
+    found = replaced(InputProcessor, lambda derived: beams._wrap(other, derived))
+    assert found == listed("beams", InputProcessor)
