@@ -23,6 +23,7 @@ from mixquant.engines.vllm.attention.layers import PrefillAttention
 from mixquant.engines.vllm.context import Batch, state_of
 from mixquant.engines.vllm.counters import Counters, multiprocess
 from mixquant.engines.vllm.first_prompts import FirstPrompts
+from mixquant.engines.vllm.log import logger
 from mixquant.engines.vllm.patches.outcome import Outcome
 
 TRACE = "MIXQUANT_TRACE"
@@ -43,6 +44,8 @@ class Follower:
         self._everywhere = False
         self.model: Any = None
         self.noted: Batch | None = None
+        self._ever_noted = False
+        self._ran_unnoted = False
         self.first_prompts = FirstPrompts()
         self.profiling = False
         self._fp8_attention: PrefillAttention | None = None
@@ -83,16 +86,37 @@ class Follower:
         model.register_forward_pre_hook(self._begin, with_kwargs=True)
         model.register_forward_hook(self._end, always_call=True)
 
-    def finish(self) -> None:
-        """The runner's step is over: a pass that was noted but never ran was a graph's replay."""
+    def begin_step(self) -> None:
+        """The runner's step begins: dummy passes before it say nothing of it."""
+        self._ran_unnoted = False
+
+    def note(self, batch: Batch) -> None:
+        """The runner has prepared the inputs of a real pass, with these sequences."""
+        self.noted = batch
+        self._ever_noted = True
+
+    def end_step(self, tokens: int) -> None:
+        """The runner's step is over: a pass that was noted but never ran was a graph's replay.
+
+        Args:
+            tokens: that the scheduler asked for; 0 in a dummy run.
+        """
         if self.noted is not None:
             rows = int(self.noted.row_counts.sum())
             everything = everything_quantized(rows) if self._everywhere else None
             self._count(self.noted, everything, "graph")
             self.noted = None
+        if tokens and self._ran_unnoted and not (self._ever_noted or self._everywhere):
+            logger.warning(
+                "vLLM ran a pass of %d tokens and did not tell mixquant which prompts are in it; such "
+                "passes are neither quantized nor counted; please report this with vLLM's version",
+                tokens,
+            )
+            self._ever_noted = True  # said once
 
     def _begin(self, model: Any, args: Any, kwargs: dict[str, Any]) -> None:
         batch, self.noted = self.noted, None
+        self._ran_unnoted = batch is None
         rows = _row_count(args, kwargs)
         plan = None
         if self._everywhere:

@@ -69,7 +69,8 @@ LEDGER = (
         why="A layer is given rows. Nothing tells it which sequence a row belongs to, or where its "
         "prompt ends. And vLLM captures each size once, for all passes.",
         guard="Versions are refused outside the supported range. A pass whose rows are not the ones "
-        "that were noted is precise. A pass that a quantized graph does not serve runs without one.",
+        "that were noted is precise. A pass that a quantized graph does not serve runs without one. The "
+        "log warns if a pass runs whose inputs were not prepared there, or if there is no such runner.",
         read="0.25.1 to 0.33.0",
         run="0.25.1 and 0.33.0 on an H100; 0.32.0 on CPUs",
         until="Prompt lengths and positions by request in vLLM's forward context.",

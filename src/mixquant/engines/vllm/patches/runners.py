@@ -16,6 +16,7 @@ import numpy as np
 from mixquant.engines.vllm import graphs
 from mixquant.engines.vllm.context import Batch
 from mixquant.engines.vllm.follower import Follower
+from mixquant.engines.vllm.log import logger
 from mixquant.engines.vllm.patches.loading import refuse_kernel_format
 from mixquant.engines.vllm.patches.model import patch_model
 from mixquant.engines.vllm.patches.outcome import lines_of
@@ -23,14 +24,25 @@ from mixquant.engines.vllm.table import log_table
 
 V1 = "vllm.v1.worker.gpu_model_runner"
 V2 = "vllm.v1.worker.gpu.model_runner"
+_said = False  # that there is neither
 
 
 def install(method: Any) -> None:
     """Wraps the model runners of this process, which are loading their models as this is called."""
-    if (module := sys.modules.get(V1)) is not None:
-        _wrap(module.GPUModelRunner, "_prepare_inputs", note_v1, type(method))
-    if (module := sys.modules.get(V2)) is not None:
-        _wrap(module.GPUModelRunner, "prepare_inputs", note_v2, type(method))
+    global _said
+    found = False
+    for name, prepare, note in ((V1, "_prepare_inputs", note_v1), (V2, "prepare_inputs", note_v2)):
+        if (module := sys.modules.get(name)) is not None:
+            _wrap(module.GPUModelRunner, prepare, note, type(method))
+            found = True
+    if not (found or _said):
+        logger.warning(
+            "the model is loaded without a model runner that mixquant knows (%s or %s): nothing will be "
+            "quantized; please report this with vLLM's version, or take preset exact",
+            V1,
+            V2,
+        )
+        _said = True
 
 
 def _wrap(runner_class: Any, prepare: str, note: Any, config_class: type) -> None:
@@ -47,19 +59,22 @@ def _wrap(runner_class: Any, prepare: str, note: Any, config_class: type) -> Non
         if (follower := _follower(self, config_class)) is not None:
             noted = note(self, scheduler_output, prepared)
             first = follower.first_prompts.of(noted.requests, noted.prompt_lengths)
-            follower.noted = replace(noted, prompt_lengths=first)
+            follower.note(replace(noted, prompt_lengths=first))
         return prepared
 
     @functools.wraps(executing)
     def execute_model(self: Any, *args: Any, **kwargs: Any) -> Any:
         follower = _follower(self, config_class)
-        if follower is not None:
-            follower.first_prompts.follow(args[0] if args else kwargs["scheduler_output"])
+        if follower is None:
+            return executing(self, *args, **kwargs)
+        step = args[0] if args else kwargs["scheduler_output"]
+        follower.first_prompts.follow(step)
+        is_dummy = kwargs.get("dummy_run", args[2] if len(args) > 2 else False)
+        follower.begin_step()
         try:
             return executing(self, *args, **kwargs)
         finally:
-            if follower is not None:
-                follower.finish()
+            follower.end_step(0 if is_dummy else step.total_num_scheduled_tokens)
 
     @functools.wraps(profiling)
     def profile_run(self: Any, *args: Any, **kwargs: Any) -> Any:

@@ -83,6 +83,7 @@ class Step:
         rows = [count for _, count, _ in self.sequences]
         self.num_scheduled_tokens = {f"r{i}": count for i, count in enumerate(rows)}
         self.rows = sum(rows) + self.padding
+        self.total_num_scheduled_tokens = sum(rows)
 
 
 class Runner:
@@ -667,6 +668,104 @@ def test_the_trace_has_a_line_for_each_pass(
         "quantized": [[1, 9]],
     }
     assert [line["quantized"] for line in lines[1:]] == [[], []]
+
+
+# --- whether the patch took ---------------------------------------------------------------------------
+
+
+@pytest.fixture
+def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What is said in vLLM's log."""
+    lines: list[str] = []
+    logger = SimpleNamespace(warning=lambda line, *args: lines.append(line % args), info=print)
+    monkeypatch.setattr(follower, "logger", logger)
+    monkeypatch.setattr(passes, "logger", logger)
+    monkeypatch.setattr(passes, "_said", False)
+    return lines
+
+
+def unnoted(runner: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if vLLM prepared the inputs of its passes elsewhere."""
+    for base in (RunnerV1, RunnerV2):
+        prepare = "_prepare_inputs" if base is RunnerV1 else "prepare_inputs"
+        if isinstance(runner, base):
+            monkeypatch.setattr(type(runner).__mro__[1], prepare, getattr(base, prepare))
+
+
+def test_a_pass_that_was_not_noted_is_said_once(
+    make: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, said: list[str]
+) -> None:
+    runner = make()
+    unnoted(runner, monkeypatch)
+    for _ in range(3):
+        runner.execute_model(Step([(0, 10, 10)]))
+        assert runner.model.last is None
+    (line,) = said
+    assert "a pass of 10 tokens" in line
+
+
+def test_dummy_passes_and_steps_without_a_pass_say_nothing(
+    make: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, said: list[str]
+) -> None:
+    runner = make()
+    unnoted(runner, monkeypatch)
+    runner.profile_run()
+    for mode in CUDAGraphMode.NONE, CUDAGraphMode.PIECEWISE:
+        runner._dummy_run(40, mode)
+        runner.execute_model(Step([]))
+        # As of an engine that only encodes images: there are tokens, but the model does not run.
+        runner.execute_model(Step([(0, 10, 10)], replayed=True))
+    if isinstance(runner, RunnerV2):
+        runner.execute_model(Step([(0, 40, 0)]), None, True)
+    assert said == []
+
+
+def test_where_passes_are_noted_nothing_is_said(
+    make: Callable[..., Any], method: PhaseQuantizationConfig, said: list[str]
+) -> None:
+    runner = make()
+    runner.profile_run()
+    for step in (
+        Step([(0, 10, 10)]),
+        Step([(10, 1, 10)], replayed=True),
+        Step([(11, 1, 10)], mode=CUDAGraphMode.FULL),
+        Step([]),
+        Step([(0, 10, 10)], padding=-1),
+    ):
+        runner._dummy_run(40)
+        runner.execute_model(step)
+        runner.model.run(40)  # by somebody else
+    assert said == []
+
+
+def test_where_every_row_is_quantized_nothing_is_said(
+    make: Callable[..., Any],
+    method: PhaseQuantizationConfig,
+    monkeypatch: pytest.MonkeyPatch,
+    said: list[str],
+) -> None:
+    method.recipe = Recipe(preset="fast", everywhere=True).resolved(frozenset({"int8"}))
+    runner = make()
+    unnoted(runner, monkeypatch)
+    runner.execute_model(Step([(0, 10, 10)]))
+    assert runner.model.last.quantized == ((0, 10),)
+    assert said == []
+
+
+def test_a_model_without_a_runner_that_is_known_is_said_once(
+    method: PhaseQuantizationConfig, monkeypatch: pytest.MonkeyPatch, said: list[str]
+) -> None:
+    for module in (passes.V1, passes.V2):
+        monkeypatch.delitem(sys.modules, module, raising=False)
+    passes.install(method)
+    passes.install(method)
+    (line,) = said
+    assert passes.V1 in line and passes.V2 in line
+
+
+def test_a_runner_that_is_known_is_enough(make: Callable[..., Any], said: list[str]) -> None:
+    make()
+    assert said == []
 
 
 # --- weights that are loaded anew --------------------------------------------------------------------
