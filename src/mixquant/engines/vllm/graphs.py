@@ -121,13 +121,13 @@ def prepare(
     compilation = runner.vllm_config.compilation_config
     if not compilation.cudagraph_capture_sizes:
         return None, Outcome(what, ())  # vLLM captures none either
-    if (why := why_none(runner.vllm_config, model, recipe)) is not None:
-        return None, Outcome.nowhere(what, 1, why)
+    if (why := why_no_graphs(runner.vllm_config, model, recipe)) is not None:
+        return None, Outcome.no_place(what, why)
     own = list(compilation.cudagraph_capture_sizes)
     most = min(MOST, runner.vllm_config.scheduler_config.max_num_batched_tokens)
     precise, quantized = sizes(own, least, most)
     if not quantized:
-        return None, Outcome.nowhere(what, 1, f"no pass has more than {most} rows")
+        return None, Outcome.no_place(what, f"no pass has more than {most} rows")
     every = sorted({*own, *precise, *quantized})
     graphs = QuantizedGraphs(every, max([*own, *precise]), quantized[-1], runner.device)
     return graphs, Outcome(what, (None,) * len(quantized))
@@ -150,29 +150,29 @@ def configured(graphs: QuantizedGraphs | None, compilation: Any) -> Iterator[Non
         compilation.cudagraph_capture_sizes = own
 
 
-def why_none(vllm_config: Any, model: torch.nn.Module, recipe: Recipe) -> str | None:
+def why_no_graphs(vllm_config: Any, model: torch.nn.Module, recipe: Recipe) -> str | None:
     """Why a model has no quantized graphs, or None if it can have them."""
     from vllm import envs
     from vllm.config import CUDAGraphMode
 
     compilation = vllm_config.compilation_config
     if recipe.everywhere or recipe.role == "prefill":
-        return "all graphs are"
+        return "every row is quantized, so vLLM's own graphs are"
     if not vllm_config.quant_config.default_graph_sizes:
-        return "the sizes of graphs were chosen"
+        return "cudagraph_capture_sizes or max_cudagraph_capture_size is set"
     if compilation.cudagraph_mode.mixed_mode() != CUDAGraphMode.PIECEWISE:
-        return "graphs hold attention as well"
+        return "vLLM captures attention in its graphs"
     if getattr(envs, "VLLM_USE_BREAKABLE_CUDAGRAPH", False):
-        return "VLLM_USE_BREAKABLE_CUDAGRAPH"
+        return "VLLM_USE_BREAKABLE_CUDAGRAPH is set"
     if not getattr(vllm_config, "use_v2_model_runner", False):
         return "needs vLLM's model runner V2"
     if vllm_config.lora_config is not None:
-        return "not with LoRA"
+        return "LoRA is on"
     methods = [getattr(module, "mixquant_method", None) for module in model.modules()]
     if any(method is not None and method.fp8 is None for method in methods):
         return "needs layers in FP8 on Hopper, without a bias"
     if any(_are_experts(module) for module in model.modules()):
-        return "not for experts"
+        return "the model has quantized experts"
     return None if any(method is not None for method in methods) else "nothing is quantized"
 
 

@@ -14,21 +14,30 @@ class Outcome:
     Attributes:
         what: was done, in words that a number can follow: "norms fused".
         reasons: one for each place, None where the patch took.
+        why_none: why there is no place at all, where one would expect some.
     """
 
     what: str
     reasons: tuple[str | None, ...]
+    why_none: str | None = None
 
     @classmethod
     def nowhere(cls, what: str, candidates: int, why: str) -> Outcome:
         """The patch took in none of the candidates, for one reason."""
         return cls(what, (why,) * candidates)
 
+    @classmethod
+    def no_place(cls, what: str, why: str) -> Outcome:
+        """There was nothing to count, and the table should say why."""
+        return cls(what, (), why)
+
     @property
     def taken(self) -> int:
         return self.reasons.count(None)
 
     def __str__(self) -> str:
+        if self.why_none is not None:
+            return f"{self.what} none ({self.why_none})"
         missed = Counter(why for why in self.reasons if why is not None)
         why = "; ".join(f"{count}: {why}" for why, count in sorted(missed.items()))
         line = f"{self.what} {self.taken} of {len(self.reasons)}"
@@ -36,5 +45,5 @@ class Outcome:
 
 
 def lines_of(outcomes: Iterable[Outcome]) -> tuple[str, ...]:
-    """The lines for the table, of the patches that had a place to take."""
-    return tuple(str(outcome) for outcome in outcomes if outcome.reasons)
+    """The lines for the table, of the patches that had a place to take, or say why they had none."""
+    return tuple(str(one) for one in outcomes if one.reasons or one.why_none is not None)

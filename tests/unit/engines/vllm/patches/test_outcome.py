@@ -22,9 +22,13 @@ def test_reasons_are_counted() -> None:
     assert str(Outcome.nowhere("norms fused", 3, "LoRA")) == "norms fused 0 of 3 (3: LoRA)"
 
 
-def test_what_has_no_place_has_no_line() -> None:
+def test_what_has_no_place_has_no_line_unless_it_says_why() -> None:
     took, nowhere = Outcome("norms fused", (None,)), Outcome("attention in FP8:", ())
-    assert lines_of([took, nowhere]) == ("norms fused 1 of 1",)
+    graphs = Outcome.no_place("quantized CUDA graphs:", "LoRA is on")
+    assert lines_of([took, nowhere, graphs]) == (
+        "norms fused 1 of 1",
+        "quantized CUDA graphs: none (LoRA is on)",
+    )
 
 
 def test_the_table_shows_the_lines() -> None:

@@ -492,12 +492,26 @@ def test_smaller_passes_replay_precise_graphs(
 
 
 @pytest.mark.parametrize(
-    "case",
-    ["sizes chosen", "no graphs", "attention inside", "LoRA", "another layer", "experts", "V1"],
+    ("case", "why"),
+    [
+        ("sizes chosen", "cudagraph_capture_sizes or max_cudagraph_capture_size is set"),
+        ("no graphs", None),
+        ("attention inside", "vLLM captures attention in its graphs"),
+        ("LoRA", "LoRA is on"),
+        ("another layer", "needs layers in FP8 on Hopper, without a bias"),
+        ("experts", "the model has quantized experts"),
+        ("V1", "needs vLLM's model runner V2"),
+    ],
 )
 def test_other_engines_capture_what_they_did(
-    case: str, make: Callable[..., Any], method: PhaseQuantizationConfig
+    case: str,
+    why: str | None,
+    make: Callable[..., Any],
+    method: PhaseQuantizationConfig,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    lines: list[str] = []
+    monkeypatch.setattr(passes, "log_table", lambda model, recipe, patches: lines.extend(patches))
     method.default_graph_sizes = case != "sizes chosen"
     runner = make()
     config = runner.vllm_config
@@ -513,6 +527,7 @@ def test_other_engines_capture_what_they_did(
         runner.model.layer.quant_method = SimpleNamespace(quantized=object())
     runner.initialize_kv_cache()
     assert runner.planned == ([] if case == "no graphs" else [1, 2, 4, 8])
+    assert lines == ([] if why is None else [f"quantized CUDA graphs: none ({why})"])
     runner.model.run(256, CUDAGraphMode.PIECEWISE)
     assert runner.model.last is None
 
