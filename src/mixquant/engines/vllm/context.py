@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from mixquant.core.phase import PhasePlan, Range
+from mixquant.engines.vllm.attention.bf16_rows import Bf16Rows
 from mixquant.engines.vllm.attention.fp8 import Run, Shape
-from mixquant.engines.vllm.attention.rest import Rest
 from mixquant.engines.vllm.attention.rows import Piece
 from mixquant.engines.vllm.linear.route import Route
 
@@ -32,7 +32,7 @@ class PassState:
         block: rows that are multiplied with the copy in one product, or None where quantized rows are
             gathered. Owner: `linear.operator`.
         route: how rows go through FP8 layers. Owner: `linear.fp8_layer`.
-        plain, pieces, runs, rest: what attends in FP8, by the layers' shape and by the metadata of
+        plain, pieces, runs, bf16_rows: what attends in FP8, by the layers' shape and by the metadata of
             their cache. Owner: `attention.layers`.
     """
 
@@ -42,7 +42,7 @@ class PassState:
     plain: dict[int, bool] = field(default_factory=dict)
     pieces: dict[Shape, list[Piece]] = field(default_factory=dict)
     runs: dict[Shape, list[Run]] = field(default_factory=dict)
-    rest: dict[tuple[Shape, int], Rest | None] = field(default_factory=dict)
+    bf16_rows: dict[tuple[Shape, int], Bf16Rows | None] = field(default_factory=dict)
 
 
 def state_of(plan: PhasePlan) -> PassState:

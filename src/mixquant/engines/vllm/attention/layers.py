@@ -17,8 +17,8 @@ from torch import Tensor
 
 from mixquant.core.phase import PhasePlan, plan_in_force
 from mixquant.engines.vllm import versions
+from mixquant.engines.vllm.attention.bf16_rows import Bf16Rows, bf16_rows_of
 from mixquant.engines.vllm.attention.fp8 import Run, Shape, Workspace, attend
-from mixquant.engines.vllm.attention.rest import Rest, rest_of
 from mixquant.engines.vllm.attention.rows import PRECISE_KEYS, Piece, pieces_of, runs_of, worth
 from mixquant.engines.vllm.context import Batch, state_of
 from mixquant.engines.vllm.log import logger
@@ -69,15 +69,19 @@ class PrefillAttention:
         for run in runs:
             attend(self.shape, run, query, key, value, cache, attn_metadata.block_table, output)
         # Afterwards, for it writes over rows that stand between pieces.
-        rest = self._rest(plan, attn_metadata)
-        if rest is not None and isinstance(rest.rows, Tensor):
-            some = query.index_select(0, rest.rows)
-            into = output.new_empty(rest.count, *output.shape[1:])
-            self._forward(layer, some, key, value, kv_cache, rest.metadata, into, *args, **kwargs)
-            output.index_copy_(0, rest.rows, into)
-        elif rest is not None:
-            some, into = query[rest.rows], output[rest.rows]
-            self._forward(layer, some, key, value, kv_cache, rest.metadata, into, *args, **kwargs)
+        in_bf16 = self._bf16_rows(plan, attn_metadata)
+        if in_bf16 is not None and isinstance(in_bf16.rows, Tensor):
+            some = query.index_select(0, in_bf16.rows)
+            into = output.new_empty(in_bf16.count, *output.shape[1:])
+            self._forward(
+                layer, some, key, value, kv_cache, in_bf16.metadata, into, *args, **kwargs
+            )
+            output.index_copy_(0, in_bf16.rows, into)
+        elif in_bf16 is not None:
+            some, into = query[in_bf16.rows], output[in_bf16.rows]
+            self._forward(
+                layer, some, key, value, kv_cache, in_bf16.metadata, into, *args, **kwargs
+            )
         return output
 
     def _worth(self, rows: int, keys: int) -> bool:
@@ -105,14 +109,14 @@ class PrefillAttention:
             state.runs[self.shape] = [Run(run, device) for run in runs]
         return state.runs[self.shape]
 
-    def _rest(self, plan: PhasePlan, metadata: Any) -> Rest | None:
+    def _bf16_rows(self, plan: PhasePlan, metadata: Any) -> Bf16Rows | None:
         state = state_of(plan)
         assert state.batch is not None
         key = (self.shape, id(metadata))
-        if key not in state.rest:
+        if key not in state.bf16_rows:
             pieces = self._pieces(plan, state.batch)
-            state.rest[key] = rest_of(state.batch, pieces, metadata)
-        return state.rest[key]
+            state.bf16_rows[key] = bf16_rows_of(state.batch, pieces, metadata)
+        return state.bf16_rows[key]
 
     def workspace(self, rows: int, longest: int, device: torch.device) -> Workspace:
         """The most memory that a pass of so many rows may take, allocated.

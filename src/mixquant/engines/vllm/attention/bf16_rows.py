@@ -15,15 +15,15 @@ from mixquant.engines.vllm.attention.rows import Piece
 
 
 @dataclass
-class Rest:
+class Bf16Rows:
     """The other rows of a pass, as a pass of their own."""
 
-    rows: Tensor | slice  # [rest] int64, or consecutive ones
+    rows: Tensor | slice  # [rows] int64, or consecutive ones
     count: int
     metadata: Any
 
 
-def rest_of(batch: Any, pieces: list[Piece], metadata: Any) -> Rest | None:
+def bf16_rows_of(batch: Any, pieces: list[Piece], metadata: Any) -> Bf16Rows | None:
     """The rows that are in no piece, as sequences of consecutive rows with metadata of their own."""
     taken = {piece.sequence: [] for piece in pieces}  # type: dict[int, list[Piece]]
     for piece in pieces:
@@ -58,5 +58,5 @@ def rest_of(batch: Any, pieces: list[Piece], metadata: Any) -> Rest | None:
     own.block_table = metadata.block_table.index_select(0, table)
     own.scheduler_metadata = None  # made for the whole pass
     if rows[-1] - rows[0] == len(rows) - 1:
-        return Rest(slice(rows[0], rows[-1] + 1), len(rows), own)
-    return Rest(torch.tensor(rows).to(device, non_blocking=True), len(rows), own)
+        return Bf16Rows(slice(rows[0], rows[-1] + 1), len(rows), own)
+    return Bf16Rows(torch.tensor(rows).to(device, non_blocking=True), len(rows), own)
