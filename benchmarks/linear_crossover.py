@@ -24,8 +24,9 @@ from command_line import command_line
 from torch import Tensor
 
 from mixquant.engines.vllm.linear.fp8_layer import Fp8Layer
-from mixquant.engines.vllm.linear.route import FEW_ROWS, StaticRoute
+from mixquant.engines.vllm.linear.route import StaticRoute
 from mixquant.engines.vllm.products.scaled import ScaledProduct
+from mixquant.kernels.triton import FEW_ROWS
 
 ROWS = (512, 640, 704, 768, 832, 896, 1024, 1280, 1536, 2048, 4096)
 

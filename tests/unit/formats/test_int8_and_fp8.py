@@ -35,7 +35,7 @@ CPU = torch.device("cpu")
 FORMATS = tuple(BY_NAME)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 INT8_KERNELS = tuple(dict.fromkeys((int8.INT8.kernel(CPU), EMULATION)))
-# Around the row counts where a library, or FEW_ROWS, switches to another kernel.
+# Around the row counts where a library, or PLAIN_ROWS, switches to another kernel.
 ROW_COUNTS = (1, 2, 15, 16, 17, 33, 513)
 
 # The first calls compile.
@@ -302,7 +302,7 @@ def test_awkward_rows_are_quantized_as_if_they_were_alone(
     fmt = BY_NAME[name]
     kernel = fmt.kernel(CPU)
     x = awkward_rows(columns, dtype)
-    assert x.shape[0] > compiled.FEW_ROWS
+    assert x.shape[0] > compiled.PLAIN_ROWS
     together = tensors(fmt.quantize_rows(x, kernel, **options))
     for row in range(x.shape[0]):
         alone = tensors(fmt.quantize_rows(x[row : row + 1], kernel, **options))
@@ -550,7 +550,7 @@ def test_compiled_and_plain_chains_agree_bit_for_bit(
     torch._dynamo.reset()  # earlier compilations count toward its limit, beyond which nothing is
     graphs = counters["stats"]["unique_graphs"]
     outputs: list[list[Tensor]] = []
-    assert awkward_rows(7, dtype).shape[0] > compiled.FEW_ROWS
+    assert awkward_rows(7, dtype).shape[0] > compiled.PLAIN_ROWS
     for why_not in ("plain for the test", None):  # then compiled
         monkeypatch.setattr(compiled, "_failure", why_not)
         found: list[Tensor] = []

@@ -23,8 +23,9 @@ from torch import Tensor
 from mixquant.core.phase import PhasePlan
 from mixquant.core.recipe import Recipe
 from mixquant.engines.vllm.context import state_of
-from mixquant.engines.vllm.linear.route import FEW_ROWS, StaticRoute
+from mixquant.engines.vllm.linear.route import StaticRoute
 from mixquant.engines.vllm.patches.outcome import Outcome
+from mixquant.kernels.triton import FEW_ROWS
 
 MOST = 4096
 """Rows of the largest graph: longer passes take the GPU longer than the CPU."""

@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 # Guards and dispatch cost some 20 us a call, as much as the plain chain on this many rows; and a
 # row count of 1 would be compiled a second time, because dynamo specializes on 0 and 1.
-FEW_ROWS = 16
+PLAIN_ROWS = 16
 
 _lock = threading.Lock()
 _failure: str | None = None
@@ -30,7 +30,7 @@ def why_not_fused() -> str | None:
 
 
 def fused(
-    *, few_rows: int = FEW_ROWS, options: dict[str, Any] | None = None
+    *, few_rows: int = PLAIN_ROWS, options: dict[str, Any] | None = None
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Compiles a chain of tensor operations for any shape, on its first call with many rows.
 

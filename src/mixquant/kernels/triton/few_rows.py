@@ -16,9 +16,8 @@ import triton  # type: ignore[import-not-found, import-untyped]
 import triton.language as tl  # type: ignore[import-not-found, import-untyped]
 from torch import Tensor
 
+from mixquant.kernels.triton import FEW_ROWS
 from mixquant.kernels.triton.launching import launch
-
-MAX_ROWS = 16
 
 # Features and depth of a tile of the weight, warps, tiles in flight. With more features, a small weight
 # would make too few programs.
@@ -85,7 +84,7 @@ def few_rows(
     """Writes ``x @ weight.T`` into ``out``: FP32 sums, rounded once.
 
     Args:
-        x: BF16 ``[M, K]``, up to `MAX_ROWS` rows, each contiguous.
+        x: BF16 ``[M, K]``, up to `FEW_ROWS` rows, each contiguous.
         weight: BF16 ``[N, K]``, contiguous.
         out: BF16 ``[M, N]``, each row contiguous.
         rows_of_x: int64 ``[M]``, if the M rows are these of a larger ``x``.
@@ -96,8 +95,8 @@ def few_rows(
     """
     which = rows_of_x if rows_of_x is not None else x if rows_of_out is None else rows_of_out
     rows = which.shape[0]
-    if rows > MAX_ROWS:
-        raise ValueError(f"{rows} rows; this kernel takes up to {MAX_ROWS}")
+    if rows > FEW_ROWS:
+        raise ValueError(f"{rows} rows; this kernel takes up to {FEW_ROWS}")
     features, depth = weight.shape
     strides = x.stride(0), out.stride(0)
     launch(
@@ -105,7 +104,7 @@ def few_rows(
         (min(_multiprocessors(x.device), -(-features // _FEATURES)), 1, 1),
         (x, weight, out, rows_of_x, rows_of_out),
         (rows, features, depth, *strides),
-        {"ROWS": MAX_ROWS, "FEATURES": _FEATURES, "DEPTH": _DEPTH},
+        {"ROWS": FEW_ROWS, "FEATURES": _FEATURES, "DEPTH": _DEPTH},
         (
             "few rows",
             x.device,
@@ -139,7 +138,7 @@ def compile_for(capability: int) -> Any:
     from triton.backends.compiler import GPUTarget  # type: ignore[import-not-found, import-untyped]
     from triton.compiler import ASTSource  # type: ignore[import-not-found, import-untyped]
 
-    constants = {"ROWS": MAX_ROWS, "FEATURES": _FEATURES, "DEPTH": _DEPTH}
+    constants = {"ROWS": FEW_ROWS, "FEATURES": _FEATURES, "DEPTH": _DEPTH}
     types = {"x": "*bf16", "weight": "*bf16", "out": "*bf16", "rows_of_x": "*i64"}
     types["rows_of_out"] = "*i64"
     names = few_rows_kernel.arg_names

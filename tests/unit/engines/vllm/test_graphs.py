@@ -9,7 +9,7 @@ from vllm_engines import require_vllm
 require_vllm()
 
 from mixquant.engines.vllm.graphs import MARGIN, MOST, sizes  # noqa: E402
-from mixquant.engines.vllm.linear.route import FEW_ROWS  # noqa: E402
+from mixquant.kernels.triton import FEW_ROWS  # noqa: E402
 
 OWN = [1, 2, 4, *range(8, 256, 8), *range(256, 513, 16)]  # vLLM's default
 

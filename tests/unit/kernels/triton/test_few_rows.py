@@ -83,19 +83,20 @@ def check_some_rows(x: Tensor, weight: Tensor) -> None:
 
 def check_unused_places(x: Tensor, weight: Tensor) -> None:
     """As in CUDA graphs, where -1 stands in the places that a pass does not need."""
-    from mixquant.kernels.triton.few_rows import MAX_ROWS, few_rows
+    from mixquant.kernels.triton import FEW_ROWS
+    from mixquant.kernels.triton.few_rows import few_rows
 
     rows = len(x)
-    places = torch.full((MAX_ROWS,), torch.nan, dtype=x.dtype, device=x.device)
+    places = torch.full((FEW_ROWS,), torch.nan, dtype=x.dtype, device=x.device)
     places = places[:, None].repeat(1, x.shape[1])
     places[:rows] = x
     for used in (rows, 0):
-        index = torch.full((MAX_ROWS,), -1, device=x.device)
+        index = torch.full((FEW_ROWS,), -1, device=x.device)
         index[:used] = torch.arange(used) + 2
-        large = torch.full((MAX_ROWS + 2, x.shape[1]), torch.nan, device=x.device).bfloat16()
+        large = torch.full((FEW_ROWS + 2, x.shape[1]), torch.nan, device=x.device).bfloat16()
         large[2 : 2 + rows] = x
         for source, its_rows in ((places, None), (large, index)):
-            out = torch.full((MAX_ROWS + 2, len(weight)), torch.nan, device=x.device).bfloat16()
+            out = torch.full((FEW_ROWS + 2, len(weight)), torch.nan, device=x.device).bfloat16()
             few_rows(source, weight, out, its_rows, index)
             wanted = x[:used].double() @ weight.double().T
             got = out[2 : 2 + used].double()

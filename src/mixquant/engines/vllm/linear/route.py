@@ -10,9 +10,7 @@ from torch import Tensor
 
 from mixquant.core.phase import PhasePlan
 from mixquant.core.rows import index_of
-
-FEW_ROWS = 16
-"""Precise rows that a kernel of ours multiplies; more of them are torch's."""
+from mixquant.kernels.triton import FEW_ROWS
 
 
 class Route:

@@ -19,8 +19,9 @@ from mixquant.engines.vllm import hardware
 from mixquant.engines.vllm.linear import fp8_layer, operator
 from mixquant.engines.vllm.linear import method as linear
 from mixquant.engines.vllm.linear.fp8_layer import Fp8Layer, multiply
-from mixquant.engines.vllm.linear.route import FEW_ROWS, Route
+from mixquant.engines.vllm.linear.route import Route
 from mixquant.engines.vllm.products.scaled import ScaledProduct
+from mixquant.kernels.triton import FEW_ROWS
 
 K, N = 16, 24
 EPS = 1e-5
@@ -66,7 +67,7 @@ def a_hopper() -> Any:
             rows_of_out: Tensor | None = None,
         ) -> None:
             x = x if rows_of_x is None else x[rows_of_x]
-            assert 0 < len(x) <= few.MAX_ROWS == FEW_ROWS
+            assert 0 < len(x) <= FEW_ROWS
             assert weight.is_contiguous()
             LOG.append("few")
             products = (x.double() @ weight.double().T).to(out.dtype)
