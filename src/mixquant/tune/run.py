@@ -29,7 +29,7 @@ from mixquant.tune.work import Work, WorkError
 HEADS = (0, 1, 4, 16, 64)
 TAILS = (1, 16, 32, 64, 128, 256)
 DRAWS = 64  # more texts help more than more draws
-ROWS_AT_ONCE = 4096  # of the passes with gradients
+ROWS_WITH_GRADIENTS = 4096  # in one pass
 QUANTIZED = "quantized"  # the arm that quantizes both phases
 MEASURED = 8  # candidates, on each kind of texts; more only if none of them is within the budget
 CLOSE = 0.005  # in time next to plain: a smaller saving is not worth another measurement
@@ -184,7 +184,7 @@ class Tuner:
             if variant[0] != "nvfp4" or variant[1] == block_scale
         )
         borders = edges(passages.prompt_tokens, self.heads, self.tails)
-        at_once = max(1, ROWS_AT_ONCE // passages.prompt_tokens)
+        at_once = max(1, ROWS_WITH_GRADIENTS // passages.prompt_tokens)
         count = len(passages.prompts)
         samples = -(-DRAWS // count)
         batches = [range(first, min(first + at_once, count)) for first in range(0, count, at_once)]

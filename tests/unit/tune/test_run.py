@@ -188,7 +188,7 @@ def test_a_run_that_was_interrupted(
     checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each time, it goes on where it stopped, and ends as if it had not been. Its work serves more."""
-    monkeypatch.setattr(running, "ROWS_AT_ONCE", 96)  # a batch for each text
+    monkeypatch.setattr(running, "ROWS_WITH_GRADIENTS", 96)  # a batch for each text
 
     def run(
         folder: str, until: int, budget: Budget | None = None
