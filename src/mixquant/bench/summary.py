@@ -8,9 +8,8 @@ from statistics import median
 from mixquant.bench.counts import Counts
 from mixquant.bench.generator import Answer
 from mixquant.bench.workloads import Point
-from mixquant.results import Measurement
+from mixquant.results import BASELINE, Measurement
 
-REFERENCE = "bf16"
 TIMES = ("ttft", "tpot", "itl", "e2e")
 
 
@@ -78,7 +77,7 @@ def _prefill_seconds(run: Sequence[Answer]) -> float:
 def reference_of(arms: Iterable[str]) -> str:
     """The arm that ratios compare with: bf16 if there is one, else the first."""
     names = list(arms)
-    return REFERENCE if REFERENCE in names else names[0]
+    return BASELINE if BASELINE in names else names[0]
 
 
 # Workload, tokens, cached tokens, concurrency.

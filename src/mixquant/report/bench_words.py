@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 from mixquant.report.bench_groups import Group
 from mixquant.report.derived import (
-    BASELINE,
     Speedup,
     arms_of,
     condition,
@@ -17,7 +16,7 @@ from mixquant.report.derived import (
 from mixquant.report.names import device_name, model_name
 from mixquant.report.text import clauses, count, listed, quantity, times
 from mixquant.report.verdicts import in_words, no_difference, times_range
-from mixquant.results import Bench, Measurement
+from mixquant.results import BASELINE, Bench, Measurement
 
 # What the verdict speaks of, if it was measured: the metric that shows the phase best.
 _PREFILL = (("length", "ttft"), ("concurrency", "ttft"), ("agent", "ttft"), ("length", "prefill"))

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from functools import partial
 
-from mixquant.report.derived import BASELINE, arms_of
+from mixquant.report.derived import arms_of
 from mixquant.report.parts import Panel, Table
 from mixquant.report.plots import Stack, stacks
 from mixquant.report.style import kinds_of_work
 from mixquant.report.text import clauses, count, listed, number, percent
-from mixquant.results import Piece
+from mixquant.results import BASELINE, Piece
 
 
 def breakdowns(pieces: Sequence[Piece]) -> tuple[Panel, ...]:

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 
-from mixquant.report.derived import ATTENTION, BASELINE, ratio, sign_of
+from mixquant.report.derived import ATTENTION, ratio, sign_of
 from mixquant.report.names import device_name, model_name
 from mixquant.report.parts import KeyFigure, Panel, Section, Table
 from mixquant.report.plots import Bar, bars
 from mixquant.report.style import looks
 from mixquant.report.text import clauses, count, number, percent, times
 from mixquant.report.verdicts import in_words
-from mixquant.results import ComparedArm, Comparison
+from mixquant.results import BASELINE, ComparedArm, Comparison
 
 
 def section(comparison: Comparison) -> Section:

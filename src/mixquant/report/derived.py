@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from mixquant.results import Measurement
+from mixquant.results import BASELINE, Measurement
 
-BASELINE = "bf16"
 ATTENTION = "attention"  # the arm of `mixquant compare` that quantizes nothing
 _LARGEST_RATIO = 1e9
 _NOTICEABLE = 0.02  # a smaller difference does not count as faster or slower

@@ -6,13 +6,13 @@ import json
 from functools import partial
 
 from mixquant.report.axes import Point, Series
-from mixquant.report.derived import BASELINE, arms_of
+from mixquant.report.derived import arms_of
 from mixquant.report.evaluation_words import mean_scores, verdict
 from mixquant.report.parts import KeyFigure, Panel, Section, Table
 from mixquant.report.plots import Bar, bars, intervals
 from mixquant.report.style import Look, looks
 from mixquant.report.text import clauses, count, listed, percent, points
-from mixquant.results import Difference, Evaluation, Recovery
+from mixquant.results import BASELINE, Difference, Evaluation, Recovery
 
 _MEAN = "mean"
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from statistics import fmean
 
-from mixquant.report.derived import BASELINE
 from mixquant.report.names import device_name, model_name
 from mixquant.report.text import listed, percent
-from mixquant.results import Evaluation
+from mixquant.results import BASELINE, Evaluation
 
 
 def mean_scores(evaluation: Evaluation) -> tuple[dict[str, float], int]:

@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from functools import partial
 
 from mixquant.report.axes import Point, Series
-from mixquant.report.derived import BASELINE, arms_of, pareto_front
+from mixquant.report.derived import arms_of, pareto_front
 from mixquant.report.fidelity_words import notes, trends, verdict
 from mixquant.report.parts import KeyFigure, Panel, Section, Table
 from mixquant.report.plots import lines, scatter
 from mixquant.report.style import Look, looks
 from mixquant.report.text import clauses, count, listed, number, percent
-from mixquant.results import Cost, Divergence, Fidelity
+from mixquant.results import BASELINE, Cost, Divergence, Fidelity
 
 
 def section(fidelity: Fidelity) -> Section:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from mixquant.report.derived import BASELINE
 from mixquant.report.names import device_name, model_name
 from mixquant.report.text import count, listed, number, percent
-from mixquant.results import Fidelity
+from mixquant.results import BASELINE, Fidelity
 
 
 def verdict(fidelity: Fidelity) -> str:

@@ -7,9 +7,9 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mixquant.report.derived import ATTENTION, BASELINE
+from mixquant.report.derived import ATTENTION
 from mixquant.report.text import listed
-from mixquant.results import Arm, Comparison, Environment, Results
+from mixquant.results import BASELINE, Arm, Comparison, Environment, Results
 
 # What `mixquant fidelity` calls recipes that are given as JSON.
 _NUMBERED = re.compile(r"recipe(-\d+)?")

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import count
 
-from mixquant.report.derived import BASELINE
+from mixquant.results import BASELINE
 
 VARIABLES = ("ink", "muted", "grid", "surface", "gain", "loss", *(f"series-{i}" for i in range(8)))
 STAND_INS = {name: f"#0a{number:02x}fe" for number, name in enumerate(VARIABLES)}

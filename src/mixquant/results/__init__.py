@@ -4,7 +4,7 @@ Every file has a ``kind``, the ``environment`` and the ``command``; the class of
 else it has. A file of another kind or version is refused with the field that is wrong.
 """
 
-from mixquant.results.base import Arm, Environment
+from mixquant.results.base import BASELINE, Arm, Environment
 from mixquant.results.bench import Bench, Measurement, Piece
 from mixquant.results.comparison import ComparedArm, Comparison
 from mixquant.results.evaluation import Difference, Evaluation, Recovery, Score
@@ -13,6 +13,7 @@ from mixquant.results.reading import Results, ResultsError, read, to_json
 from mixquant.results.tuning import Predicted, Tried, Tuning
 
 __all__ = [
+    "BASELINE",
     "Arm",
     "Bench",
     "ComparedArm",

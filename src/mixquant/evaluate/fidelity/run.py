@@ -20,9 +20,7 @@ from mixquant.evaluate.divergence import divergence
 from mixquant.evaluate.fidelity.answers import Answers, Engine, EngineError, Progress
 from mixquant.evaluate.fidelity.cost import cost, cost_of_bf16
 from mixquant.evaluate.fidelity.passages import Passages
-from mixquant.results import Arm, Cost, Divergence, Environment, Fidelity, Position
-
-REFERENCE = "bf16"
+from mixquant.results import BASELINE, Arm, Cost, Divergence, Environment, Fidelity, Position
 
 
 def measure(
@@ -56,7 +54,7 @@ def measure(
     costs: list[Cost] = []
     results: list[Divergence] = []
     reference: tuple[Answers, ...] = ()
-    plan: list[tuple[str, Engine, Recipe | None, str | None]] = [(REFERENCE, engine, None, None)]
+    plan: list[tuple[str, Engine, Recipe | None, str | None]] = [(BASELINE, engine, None, None)]
     plan += [(name, engine, recipe, None) for name, recipe in recipes.items()]
     plan += [(name, other, None, arguments) for name, (other, arguments) in (others or {}).items()]
     for number, (name, runs, recipe, arguments) in enumerate(plan):
@@ -65,7 +63,7 @@ def measure(
             progress(f"{name}: {doing}", (number + share) / len(plan))
 
         run = runs(checkpoint, recipe, passages, report)
-        if name == REFERENCE:
+        if name == BASELINE:
             reference = run.answers
             costs.append(cost_of_bf16(name))
         elif run.layers:
@@ -92,7 +90,7 @@ def _check_vocabulary(name: str, reference: Sequence[Answers], own: Sequence[Ans
     expected, found = (answers[0].logits[0].shape[-1] for answers in (reference, own))
     if found != expected:
         raise EngineError(
-            f"{name}: its vocabulary has {found} tokens, that of {REFERENCE} {expected}: compare "
+            f"{name}: its vocabulary has {found} tokens, that of {BASELINE} {expected}: compare "
             "checkpoints with the same tokenizer"
         )
 
