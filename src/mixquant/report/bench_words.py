@@ -13,7 +13,7 @@ from mixquant.report.derived import (
     sign_of,
     unquantized,
 )
-from mixquant.report.names import device_name, model_name
+from mixquant.report.names import device_in_words, model_name
 from mixquant.report.text import clauses, count, listed, quantity, times
 from mixquant.report.verdicts import in_words, no_difference, times_range
 from mixquant.results import BASELINE, Bench, Measurement
@@ -56,7 +56,7 @@ def verdict(bench: Bench, groups: Sequence[Group]) -> str:
     """
     if not groups:
         return ""
-    model, device = model_name(bench.model), device_name(bench.environment)
+    model, device = model_name(bench.model), device_in_words(bench.environment)
     prefill, decode = (_first(groups, wanted) for wanted in (_PREFILL, _DECODE))
     arms = arms_of(r.arm for group in (prefill, decode) if group for r in group.ratios)
     if not arms:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from functools import partial
 
 from mixquant.report.derived import ATTENTION, ratio, sign_of
-from mixquant.report.names import device_name, model_name
+from mixquant.report.names import device_in_words, model_name
 from mixquant.report.parts import KeyFigure, Panel, Section, Table
 from mixquant.report.plots import Bar, bars
 from mixquant.report.style import looks
@@ -76,7 +76,7 @@ def _verdict(comparison: Comparison) -> str:
     main, base = arms.get("mixquant"), arms.get(BASELINE)
     if main is None:
         return ""
-    model, where = model_name(comparison.model), device_name(comparison.environment)
+    model, where = model_name(comparison.model), device_in_words(comparison.environment)
     said = []
     prefill = _prefill_ratio(comparison, main)
     turns = len(comparison.prompt_tokens_per_turn)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from statistics import fmean
 
-from mixquant.report.names import device_name, model_name
+from mixquant.report.names import device_in_words, model_name
 from mixquant.report.text import listed, percent
 from mixquant.results import BASELINE, Evaluation
 
@@ -30,7 +30,7 @@ def verdict(evaluation: Evaluation, arms: tuple[str, ...]) -> str:
         return ""
     score = f"Mean score over {benchmarks} benchmarks" if benchmarks > 1 else "Score"
     said = (
-        f"{score} of {model_name(evaluation.model)} on {device_name(evaluation.environment)}: "
+        f"{score} of {model_name(evaluation.model)} on {device_in_words(evaluation.environment)}: "
         f"{listed(shown)}."
     )
     main = "mixquant" if "mixquant" in arms else next((arm for arm in arms if arm != BASELINE), "")

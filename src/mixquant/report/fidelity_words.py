@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mixquant.report.names import device_name, model_name
+from mixquant.report.names import device_in_words, model_name
 from mixquant.report.text import count, listed, number, percent
 from mixquant.results import BASELINE, Fidelity
 
@@ -20,7 +20,7 @@ def verdict(fidelity: Fidelity) -> str:
     said = (
         f"Answers of {model_name(fidelity.model)} with {nearest.arm} are "
         f"{number(nearest.kl_mean)} nats per token from BF16's after {count(longest)} prompt tokens "
-        f"on {device_name(fidelity.environment)}, and the likeliest token is the same at "
+        f"on {device_in_words(fidelity.environment)}, and the likeliest token is the same at "
         f"{percent(nearest.top1)} of the positions."
     )
     if len(compared) > 1 and furthest.kl_mean > nearest.kl_mean:

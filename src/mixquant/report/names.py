@@ -30,7 +30,7 @@ def model_name(model: str) -> str:
     return model.rstrip("/").rpartition("/")[2] or model
 
 
-def device_name(environment: Environment) -> str:
+def device_in_words(environment: Environment) -> str:
     """The device in a sentence: a GPU as its vendor calls it, a CPU with its threads."""
     if not environment.device.startswith("CPU"):
         return environment.device

@@ -7,7 +7,7 @@ from functools import partial
 
 from mixquant.report.derived import Speedup, arms_of, condition, speedups, unquantized
 from mixquant.report.heatmap import Cell, heatmap
-from mixquant.report.names import device_name, model_name
+from mixquant.report.names import device_in_words, model_name
 from mixquant.report.parts import Panel, Table
 from mixquant.report.text import count, metric_name, number, spread, times
 from mixquant.results import Bench, Measurement
@@ -29,7 +29,7 @@ def verdict(bench: Bench) -> str:
     own = [r for r in ratios if r.arm == main]
     kinds = [r for r in every if r.arm == main]
     said = (
-        f"With {main}, {model_name(bench.model)} on {device_name(bench.environment)} answers sooner "
+        f"With {main}, {model_name(bench.model)} on {device_in_words(bench.environment)} answers sooner "
         f"than with BF16 in {_with(1, own)} of {len(kinds)} kinds of turns, later in {_with(-1, own)}, "
         f"and with no clear difference in {_with(0, own)}."
     )

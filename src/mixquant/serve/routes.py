@@ -89,12 +89,12 @@ def route_of(body: dict[str, Any], least: int) -> tuple[RouteName, str]:
         return "direct", "several_sequences"
     if body.get("prompt_logprobs") is not None or body.get("echo"):
         return "direct", "prompt_logprobs"  # these need the prompt's hidden states, not its cache
-    if estimated_tokens(body) < least:
+    if estimated_prompt_tokens(body) < least:
         return "direct", "short"
     return "transfer", "prompt"
 
 
-def estimated_tokens(body: dict[str, Any]) -> int:
+def estimated_prompt_tokens(body: dict[str, Any]) -> int:
     """About how many tokens the prompt of a request has, without a tokenizer."""
     prompt = body.get("prompt")
     if isinstance(prompt, list) and len(prompt) == 1 and isinstance(prompt[0], list):

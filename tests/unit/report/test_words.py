@@ -12,7 +12,7 @@ from sample_results import measurement
 
 from mixquant import results
 from mixquant.report import page
-from mixquant.report.names import described, device_name, labels_of, model_name
+from mixquant.report.names import described, device_in_words, labels_of, model_name
 from mixquant.report.page import _section
 from mixquant.results import Arm, Bench
 
@@ -212,8 +212,8 @@ class TestNames:
         assert model_name("HuggingFaceTB/SmolLM2-135M/") == "SmolLM2-135M"
         assert model_name("/") == "/"
         environment = sample_results.ENVIRONMENT.model_copy(update={"device": "CPU, AVX512"})
-        assert device_name(environment) == "a CPU (AVX512, 16 threads)"
-        assert device_name(sample_results.ENVIRONMENT) == "NVIDIA Imaginary"
+        assert device_in_words(environment) == "a CPU (AVX512, 16 threads)"
+        assert device_in_words(sample_results.ENVIRONMENT) == "NVIDIA Imaginary"
 
     def test_committed_recipes_are_named_by_what_differs(self) -> None:
         found = results.read(RESULTS / "fidelity_fp8_attention_h100.json")

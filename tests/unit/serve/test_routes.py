@@ -62,10 +62,10 @@ def test_responses_go_the_way_on_which_the_router_shows_the_key() -> None:
 @given(text=st.text(), least=st.integers(0, 50))
 def test_an_estimate_is_never_negative_and_zero_sends_everything(text: str, least: int) -> None:
     body = completion(text)
-    assert routes.estimated_tokens(body) >= 0
+    assert routes.estimated_prompt_tokens(body) >= 0
     assert routes.route_of(body, 0)[0] == "transfer"
     way = routes.route_of(body, least)[0]
-    assert way == ("transfer" if routes.estimated_tokens(body) >= least else "direct")
+    assert way == ("transfer" if routes.estimated_prompt_tokens(body) >= least else "direct")
 
 
 @pytest.mark.parametrize("header", routes.PASSED_ON)

@@ -29,7 +29,7 @@ FUSED = {
 def test_the_file_in_vllm(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, before: str) -> None:
     """vLLM has fused layers, and models of several parts have other names before their layers."""
     native = frozenset({"nvfp4", "fp8"})
-    monkeypatch.setattr(hardware, "native_formats", lambda: (native, "this GPU"))
+    monkeypatch.setattr(hardware, "native_in_vllm", lambda: (native, "this GPU"))
     monkeypatch.setattr(hardware, "is_gpu", lambda: True)
     names = [
         f"layers.{n}.{layer.rpartition('.')[0]}.{name}"

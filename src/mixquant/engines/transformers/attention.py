@@ -43,7 +43,7 @@ _HARMLESS = {
 Result = tuple[Tensor, Tensor | None]
 
 
-def only_attention(plan: PhasePlan) -> PhasePlan:
+def plan_of_attention_alone(plan: PhasePlan) -> PhasePlan:
     """A plan in which the quantized rows attend in our BF16, and nothing is quantized."""
     alone = PhasePlan(plan.rows, (), ((0, plan.rows),))
     alone.engine[AttendedRows] = AttendedRows(plan.quantized, "bf16")

@@ -302,7 +302,7 @@ def _plan(model: nn.Module, kwargs: dict[str, Any]) -> PhasePlan | None:
     assert isinstance(thresholds, Thresholds)
     plan = plan_pass(thresholds, cached - padding, np.full(sequences, columns), lengths)
     if plan.quantized and _only_attention.get():
-        return attention.only_attention(plan)
+        return attention.plan_of_attention_alone(plan)
     return plan if plan.quantized else None
 
 

@@ -12,7 +12,7 @@ from mixquant import formats
 from mixquant.hardware import HOPPER, cuda_formats
 
 
-def native_formats() -> tuple[frozenset[str], str]:
+def native_in_vllm() -> tuple[frozenset[str], str]:
     """What this machine multiplies natively in vLLM, without starting CUDA, and the machine's name."""
     from vllm.platforms import current_platform
 
@@ -35,7 +35,7 @@ def is_gpu() -> bool:
 
 def emulates(fmt: str) -> bool:
     """Whether products in this format are emulated on this machine."""
-    return fmt not in native_formats()[0]
+    return fmt not in native_in_vllm()[0]
 
 
 def multiplies_by_cutlass(fmt: str) -> bool:

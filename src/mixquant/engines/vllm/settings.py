@@ -79,7 +79,7 @@ def resolve(given: Any) -> Recipe:
             although ``emulate`` was not asked for.
     """
     recipe = _recipe_of(given)
-    native, device = hardware.native_formats()
+    native, device = hardware.native_in_vllm()
     if recipe.prefill_model is not None and recipe.role != "decode":
         recipe = _with_format_of(recipe)
     resolved = recipe.resolved(native, hardware.is_gpu())

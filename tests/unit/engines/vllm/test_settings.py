@@ -41,7 +41,7 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Makes this machine one that multiplies the given formats natively."""
 
     def becomes(*formats: str, name: str = "this GPU") -> None:
-        monkeypatch.setattr(hardware, "native_formats", lambda: (frozenset(formats), name))
+        monkeypatch.setattr(hardware, "native_in_vllm", lambda: (frozenset(formats), name))
 
     return becomes
 
@@ -269,7 +269,7 @@ def test_what_nvidia_gpus_multiply(
         get_device_name=lambda: "a GPU",
     )
     monkeypatch.setattr(vllm.platforms, "current_platform", platform)
-    assert hardware.native_formats() == (frozenset(formats), "a GPU")
+    assert hardware.native_in_vllm() == (frozenset(formats), "a GPU")
 
 
 def test_what_other_platforms_multiply(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -282,7 +282,7 @@ def test_what_other_platforms_multiply(monkeypatch: pytest.MonkeyPatch) -> None:
             is_cpu=lambda cpu=cpu: cpu, is_cuda=lambda: False, device_name="tpu"
         )
         monkeypatch.setattr(vllm.platforms, "current_platform", platform)
-        found, name = hardware.native_formats()
+        found, name = hardware.native_in_vllm()
         assert found == formats
         assert ("CPU" if cpu else "tpu") in name
 

@@ -1373,7 +1373,7 @@ def test_nvfp4_experts_need_blackwell(
     from vllm.model_executor.layers.quantization.utils import nvfp4_utils
 
     monkeypatch.setattr(nvfp4_utils, "cutlass_fp4_supported", lambda: operators)
-    monkeypatch.setattr(hardware, "native_formats", lambda: (frozenset({native}), "a GPU"))
+    monkeypatch.setattr(hardware, "native_in_vllm", lambda: (frozenset({native}), "a GPU"))
     monkeypatch.setattr(choose, "current_platform", SimpleNamespace(is_cuda=lambda: True))
     assert "Blackwell" in precise(layer_of(moe_config()), recipe_of("nvfp4"))
 

@@ -102,7 +102,7 @@ def test_what_a_cpu_multiplies_with(
     kernel: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(hardware, "native_formats", lambda: (frozenset(native), "a CPU"))
+    monkeypatch.setattr(hardware, "native_in_vllm", lambda: (frozenset(native), "a CPU"))
     product = product_of(fmt, random(48, K), Recipe(block_scale="4/6"))
     assert type(product) is kind
     assert (product.format, product.kernel.name) == (fmt, kernel)
@@ -116,7 +116,7 @@ def test_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
 
     assert "16" in (unsupported_shape("nvfp4", 32, 24) or "")
     assert unsupported_shape("nvfp4", 7, 32) is None
-    monkeypatch.setattr(hardware, "native_formats", lambda: (frozenset({"fp8"}), ""))
+    monkeypatch.setattr(hardware, "native_in_vllm", lambda: (frozenset({"fp8"}), ""))
     for cuda in (True, False):
         platform = SimpleNamespace(is_cuda=lambda cuda=cuda: cuda)
         monkeypatch.setattr(vllm.platforms, "current_platform", platform)
@@ -270,7 +270,7 @@ def test_our_own_nvfp4_product_where_vllm_has_none(
     kernel = type(vllms, (), {"process_weights_after_loading": lambda self, layer: None})
     monkeypatch.setattr(nvfp4_products, "nvfp4_kernel", kernel)
     monkeypatch.setattr(hardware, "triton_has_block_scales", lambda: triton)
-    monkeypatch.setattr(hardware, "native_formats", lambda: (frozenset({"nvfp4"}), "a Blackwell"))
+    monkeypatch.setattr(hardware, "native_in_vllm", lambda: (frozenset({"nvfp4"}), "a Blackwell"))
     codes = nvfp4_codes(random(48, K), Recipe())
     product = nvfp4_product(*codes, torch.bfloat16)
     ours = triton and vllms.startswith("Marlin")
@@ -385,7 +385,7 @@ def test_what_vllms_nvfp4_kernels_are_given(
     monkeypatch.setattr(flashinfer, "scaled_fp4_quant", fake.quantize)
     monkeypatch.setattr(flashinfer, "flashinfer_scaled_fp4_mm", fake.multiply)
     monkeypatch.setattr(Tensor, "cuda", lambda self: self)  # vLLM puts swizzled scales there
-    monkeypatch.setattr(hardware, "native_formats", lambda: (frozenset({"nvfp4"}), "a GPU"))
+    monkeypatch.setattr(hardware, "native_in_vllm", lambda: (frozenset({"nvfp4"}), "a GPU"))
     monkeypatch.setattr(kernel, "is_supported", lambda *args: (True, None))
     selected = kernel(vllm_kernels.NvFp4LinearLayerConfig())
     monkeypatch.setattr(vllm_kernels, "init_nvfp4_linear_kernel", lambda: selected)
