@@ -94,8 +94,8 @@ def when_loaded(file: Path) -> Iterator[str]:
 
 
 def layer(module: str) -> int:
-    room = [*module.split("."), "mixquant"][1]
-    return next(index for index, rooms in enumerate(LAYERS) if room in rooms)
+    package = [*module.split("."), "mixquant"][1]
+    return next(index for index, packages in enumerate(LAYERS) if package in packages)
 
 
 def loaded_after(code: str) -> set[str]:
@@ -125,9 +125,9 @@ def test_no_circle() -> None:
 
 
 def test_the_engines_do_not_import_each_other() -> None:
-    rooms = ("mixquant.engines.transformers", "mixquant.engines.vllm")
+    engines = ("mixquant.engines.transformers", "mixquant.engines.vllm")
     for module, names in imports().items():
-        for one, other in (rooms, rooms[::-1]):
+        for one, other in (engines, engines[::-1]):
             if module.startswith(one):
                 assert not [name for name in names if name.startswith(other)], module
 

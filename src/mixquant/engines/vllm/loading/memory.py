@@ -49,9 +49,9 @@ class Ledger:
         if needed <= free:
             return
         missing = self._estimate(device) - free
-        beside = " beside the BF16 ones" if any(self._weights.values()) else ""
+        next_to_bf16 = " beside the BF16 ones" if any(self._weights.values()) else ""
         raise CopyDoesNotFit(
-            f"the quantized copy of the weights does not fit{beside}: about "
+            f"the quantized copy of the weights does not fit{next_to_bf16}: about "
             f"{missing / _GIB:.1f} GiB are missing on {device}; {advice}"
         )
 
