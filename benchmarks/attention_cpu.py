@@ -146,7 +146,7 @@ def main() -> None:
     if arguments.show:
         print(table(json.loads(arguments.show.read_text())))
         return
-    if (reason := attention.why_not("int8")) is not None:
+    if (reason := attention.why_unavailable("int8")) is not None:
         parser.error(f"the kernel does not run here: {reason}")
 
     with torch.inference_mode():

@@ -12,7 +12,7 @@ import torch
 
 from mixquant import cli, results
 from mixquant.evaluate.compare import run as compare
-from mixquant.kernels.cpu.attention import why_not
+from mixquant.kernels.cpu.attention import why_unavailable
 from mixquant.report import page
 
 
@@ -45,7 +45,7 @@ def test_compare(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str])
     arms: dict[str, dict[str, Any]] = {arm["name"]: arm for arm in result["arms"]}
     assert [name for name in arms if name != "attention"] == ["bf16", "quantized", "mixquant"]
     bf16, quantized, mixquant = (arms[name] for name in ("bf16", "quantized", "mixquant"))
-    if torch.cuda.is_available() or why_not("bf16") is not None:
+    if torch.cuda.is_available() or why_unavailable("bf16") is not None:
         assert "attention" not in arms
     else:
         assert arms["attention"]["extra_bytes"] == 0

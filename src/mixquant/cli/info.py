@@ -40,7 +40,7 @@ def info() -> None:
     failure = why_not_fused()
     facts = Table(title="Machine", title_justify="left", show_header=False)
     facts.add_row("fused kernels (CPU)", "compiled" if failure is None else f"not: {failure}")
-    reason = attention.why_not("int8")
+    reason = attention.why_unavailable("int8")
     attends = "compiled" if reason is None else f"not: {reason}"
     facts.add_row("attention kernel (CPU)", attends)
     facts.add_row("CPU capability", torch.backends.cpu.get_cpu_capability())

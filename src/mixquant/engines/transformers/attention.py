@@ -98,7 +98,7 @@ def choose(
     if not wants_kernel(model, recipe):
         return None
     wanted: Precision = "bf16" if recipe.prefill_attention == "bf16" else "int8"
-    why = _why_not_model(model, seen) or kernel.why_not(wanted)
+    why = _why_not_model(model, seen) or kernel.why_unavailable(wanted)
     if why is not None:
         return f"attention: PyTorch's ({why})"
     reasons = dict(seen)
@@ -119,7 +119,7 @@ def choose(
 def attends_faster_in_bf16(model: nn.Module) -> bool:
     """Whether the kernel was chosen for a prepared model, and is faster than SDPA in BF16, too."""
     chosen = any(_CHOSEN in vars(module) for module in model.modules())
-    return chosen and kernel.why_not("bf16") is None
+    return chosen and kernel.why_unavailable("bf16") is None
 
 
 def wants_kernel(model: PreTrainedModel, recipe: Recipe) -> bool:

@@ -30,7 +30,7 @@ _SOURCE = Path(__file__).with_name("attention.cpp")
 _INSTRUCTIONS = ("avx2", "fma", "avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512vnni")
 
 
-def why_not(precision: Precision) -> str | None:
+def why_unavailable(precision: Precision) -> str | None:
     """Why attention in this precision is not available here, or not faster than PyTorch's; else None.
 
     The first question that depends on the library compiles it, which takes some 15 seconds.
@@ -39,7 +39,7 @@ def why_not(precision: Precision) -> str | None:
         return "the processor has no AVX-512 BF16"
     if precision == "bf16" and torch.cpu._is_amx_tile_supported():
         return "PyTorch's is faster with AMX"
-    return _why_not_at_all()
+    return _why_unavailable_at_all()
 
 
 def attend(
@@ -70,7 +70,7 @@ def attend(
     Raises:
         RuntimeError: the machine cannot, or the shapes do not go together.
     """
-    if (reason := _why_not_at_all()) is not None:
+    if (reason := _why_unavailable_at_all()) is not None:
         raise RuntimeError(f"no attention in {precision} here: {reason}")
     torch.ops.mixquant_cpu.attend(
         q,
@@ -85,7 +85,7 @@ def attend(
     )
 
 
-def _why_not_at_all() -> str | None:
+def _why_unavailable_at_all() -> str | None:
     if not torch.cpu._is_avx512_supported() or not torch.cpu._is_vnni_supported():
         return "the processor has no AVX-512 VNNI"
     return _why_not_loaded()

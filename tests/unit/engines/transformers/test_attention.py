@@ -236,7 +236,7 @@ def test_other_types_are_named() -> None:
 
 
 def test_without_the_kernel_the_table_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernel, "why_not", lambda precision: "there is no C++ compiler c++")
+    monkeypatch.setattr(kernel, "why_unavailable", lambda precision: "there is no C++ compiler c++")
     plain = model()
     wanted = plain(tokens(40)).logits
     prepared = mixquant.prepare(plain, ALONE)

@@ -294,18 +294,18 @@ def test_what_does_not_go_together_is_refused(change: dict[str, Any]) -> None:
 
 def test_without_the_instructions_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: False)
-    assert attention.why_not("int8") == "the processor has no AVX-512 VNNI"
+    assert attention.why_unavailable("int8") == "the processor has no AVX-512 VNNI"
     x = torch.zeros(1, 1, 8, 64).bfloat16()
     with pytest.raises(RuntimeError, match="no AVX-512 VNNI"):
         attention.attend(x, x, x, [(0, 8)], [0], 1.0, "int8", x)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
-    assert attention.why_not("bf16") == "the processor has no AVX-512 BF16"
+    assert attention.why_unavailable("bf16") == "the processor has no AVX-512 BF16"
 
 
 def test_bf16_is_left_to_amx(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
-    assert attention.why_not("bf16") == "PyTorch's is faster with AMX"
+    assert attention.why_unavailable("bf16") == "PyTorch's is faster with AMX"
 
 
 FAILS = "#!/bin/sh\necho 'attention.cpp:1:1: error: no such thing' >&2\nexit 1\n"
@@ -335,7 +335,7 @@ def test_without_a_compiler_it_says_so_once(
     attention._why_not_loaded.cache_clear()
     try:
         for _ in range(2):
-            reason = attention.why_not("int8")
+            reason = attention.why_unavailable("int8")
             assert reason is not None
             assert re.fullmatch(says, reason)
     finally:
@@ -348,7 +348,7 @@ def test_without_a_compiler_it_says_so_once(
 
 BUILD = """
 from mixquant.kernels.cpu import attention
-assert attention.why_not("int8") is None
+assert attention.why_unavailable("int8") is None
 print("made" if attention._library().exists() else "")
 """
 
