@@ -17,7 +17,7 @@ from mixquant.errors import MixquantError
 from mixquant.evaluate.benchmarks.answer_file import AnswerFile
 from mixquant.evaluate.benchmarks.runner import Work
 from mixquant.evaluate.benchmarks.settings import MiddleCutter, PromptTokens, Settings
-from mixquant.evaluate.tasks import OPTIONS, Item, Room, Task, TaskError
+from mixquant.evaluate.tasks import OPTIONS, Item, PromptLimits, Task, TaskError
 from mixquant.evaluate.tasks.registry import TASKS
 from mixquant.evaluate.tasks.registry import task as find_task
 from mixquant.servers.arms import Arm, served_models, served_name
@@ -178,7 +178,7 @@ def load(
 
     around = {"around": 0} if task.cuts_prompts else {}
     cut = MiddleCutter(settings, context, tokenizer, **around)
-    task.room = Room(PromptTokens(tokenizer, note), context, settings.max_tokens)
+    task.limits = PromptLimits(PromptTokens(tokenizer, note), context, settings.max_tokens)
     items = task.load(options.data.get(task.name), cut)
     if not items:
         raise TaskError(f"{task.name}: the data holds no item")

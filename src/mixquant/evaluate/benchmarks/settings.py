@@ -115,7 +115,7 @@ class MiddleCutter:
 
 
 class PromptTokens:
-    """Counts the tokens of prompts, by the model's tokenizer and chat template; see `Room`.
+    """Counts the tokens of prompts, by the model's tokenizer and chat template; see `PromptLimits`.
 
     Where this machine has no tokenizer of the model, the number is estimated.
 

@@ -67,7 +67,7 @@ class Verdict:
 
 
 @dataclass(frozen=True)
-class Room:
+class PromptLimits:
     """The size that a prompt may have, for benchmarks that make prompts of a given length."""
 
     tokens: Callable[[str], int]  # of a prompt of one message with this text, by the chat template
@@ -126,7 +126,7 @@ class Task:
         in_turns: whether a limited run draws from one group after the other.
         order: of the groups in tables; those that are not named follow as they come.
         options: what the constructor takes, by keyword: a name of `OPTIONS` each.
-        room: what a prompt may be; given before ``load``.
+        limits: what a prompt may be; given before ``load``.
         cuts_prompts: whether ``load`` cuts whole prompts, with nothing of the benchmark's around them.
     """
 
@@ -138,7 +138,7 @@ class Task:
     in_turns: ClassVar[bool] = False
     order: ClassVar[Sequence[str]] = ()
     options: ClassVar[frozenset[str]] = frozenset()
-    room: Room | None = None
+    limits: PromptLimits | None = None
     cuts_prompts: ClassVar[bool] = False
 
     def defaults_for(self, model: str) -> Mapping[str, Any]:

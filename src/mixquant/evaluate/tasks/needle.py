@@ -118,7 +118,7 @@ class Needle(Task):
                 raise TaskError(f"--length {length}: expected {SHORTEST} to {LONGEST} tokens")
 
     def load(self, data: Path | None, cut: Cut) -> list[Item]:
-        if self.room is None:
+        if self.limits is None:
             raise TaskError("needle: no tokenizer to count a prompt's tokens with")
         words = _words(data)
         items = []
@@ -127,7 +127,7 @@ class Needle(Task):
                 pieces = 0  # the previous sample's number: a good first guess
                 for number in range(SAMPLES):
                     sample = _Sample(kind, words, f"{kind.name} {length} {number}")
-                    pieces = fill(sample.prompt, self.room.tokens, length - ANSWER, pieces)
+                    pieces = fill(sample.prompt, self.limits.tokens, length - ANSWER, pieces)
                     items.append(
                         Item(
                             id=f"{length}-{kind.name}-{number}",
@@ -141,8 +141,8 @@ class Needle(Task):
 
     def _fitting(self) -> tuple[int, ...]:
         """The lengths that the model has room for; those that the user gave have to fit."""
-        assert self.room is not None
-        context, answer = self.room.context, self.room.answer
+        assert self.limits is not None
+        context, answer = self.limits.context, self.limits.answer
         if context is None:
             return self._lengths or LENGTHS
         most = context - answer + ANSWER

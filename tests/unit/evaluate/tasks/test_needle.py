@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from mixquant.checkpoints.errors import ModelError
 from mixquant.conversation import render
 from mixquant.evaluate.benchmarks.settings import PromptTokens, estimated_tokens
-from mixquant.evaluate.tasks import Item, Room, TaskError, Verdict
+from mixquant.evaluate.tasks import Item, PromptLimits, TaskError, Verdict
 from mixquant.evaluate.tasks.needle import ANSWER, KINDS, SAMPLES, Needle, fill
 from mixquant.evaluate.tasks.registry import task
 
@@ -25,9 +25,11 @@ def words(text: str) -> int:
     return len(text.split())
 
 
-def load(lengths: list[int], data: Path | None = None, room: Room | None = None) -> list[Item]:
+def load(
+    lengths: list[int], data: Path | None = None, limits: PromptLimits | None = None
+) -> list[Item]:
     needle = task("needle", {"lengths": lengths})
-    needle.room = room or Room(words, None, ANSWER)
+    needle.limits = limits or PromptLimits(words, None, ANSWER)
     return needle.load(data, lambda text: text)
 
 
@@ -127,8 +129,8 @@ def test_a_text_of_the_users_is_the_haystack(tmp_path: Path) -> None:
 @pytest.mark.parametrize("length", [1024, pytest.param(4096, marks=pytest.mark.slow)])
 def test_lengths_hold_in_the_models_own_tokens(smollm2: tuple[Any, Any], length: int) -> None:
     _, tokenizer = smollm2
-    room = Room(PromptTokens(lambda: tokenizer, print), 8192, ANSWER)
-    for item in load([length], room=room)[:: SAMPLES // 2]:
+    limits = PromptLimits(PromptTokens(lambda: tokenizer, print), 8192, ANSWER)
+    for item in load([length], limits=limits)[:: SAMPLES // 2]:
         chat = render(tokenizer, item.messages)
         tokens = len(tokenizer(chat, add_special_tokens=False)["input_ids"]) + ANSWER
         # One more needle of two UUIDs, the largest piece, would not have fitted.
@@ -142,7 +144,7 @@ def test_without_a_tokenizer_lengths_are_estimated_and_never_too_long(
         raise ModelError("stub is not a model")
 
     notes: list[str] = []
-    for item in load([2048], room=Room(PromptTokens(none, notes.append), None, ANSWER)):
+    for item in load([2048], limits=PromptLimits(PromptTokens(none, notes.append), None, ANSWER)):
         tokens = len(smollm2[1](text(item))["input_ids"])
         assert 0.7 * (2048 - ANSWER - 64) < tokens <= 2048 - ANSWER - 64
     assert notes == ["lengths of prompts are estimated: stub is not a model"]
@@ -162,7 +164,7 @@ def test_a_length_without_room_for_the_needles() -> None:
 
 def test_lengths_are_those_that_the_model_has_room_for() -> None:
     def lengths(given: list[int], context: int | None, answer: int = ANSWER) -> list[str]:
-        items = load(given, room=Room(words, context, answer))
+        items = load(given, limits=PromptLimits(words, context, answer))
         return list(dict.fromkeys(item.also[0] for item in items))
 
     assert lengths([], None) == ["1024", "2048", "4096", "8192"]
