@@ -17,10 +17,10 @@ Engines say where each sequence stands; they never decide about a row themselves
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     import torch
 
 Range = tuple[int, int]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,6 @@ class PhasePlan:
         index: row numbers, int64, by group of rows and device. Owner: `mixquant.core.rows`.
         encoded: an activation, its version, and its quantized rows, by format, kernel and options.
             Owner: `mixquant.core.rows`.
-        engine: what an engine's layers derive, one object by its type. Owner: that engine.
     """
 
     rows: int
@@ -65,7 +65,20 @@ class PhasePlan:
     encoded: dict[Hashable, tuple[torch.Tensor, int, Any]] = field(
         default_factory=dict, compare=False, repr=False
     )
-    engine: dict[type, Any] = field(default_factory=dict, compare=False, repr=False)
+    _derived: dict[type, object] = field(
+        default_factory=dict, init=False, compare=False, repr=False
+    )
+
+    def derived(self, kind: type[T], make: Callable[[PhasePlan], T]) -> T:
+        """What an engine's layers derive from the plan: one object of a type, made when first asked for.
+
+        The owner of a type is the only module that asks for it.
+        """
+        if kind not in self._derived:
+            self._derived[kind] = make(self)
+        found = self._derived[kind]
+        assert isinstance(found, kind)
+        return found
 
     @property
     def quantized_rows(self) -> int:

@@ -260,6 +260,9 @@ def test_everything_quantized_has_no_precise_row() -> None:
 
 def test_what_is_derived_belongs_to_one_plan() -> None:
     one, other = everything_quantized(3), everything_quantized(3)
-    one.engine[int] = 1
+    assert one.derived(int, lambda plan: plan.rows) == 3
+    assert one.derived(int, lambda plan: 5) == 3  # made once
+    assert one.derived(str, lambda plan: "of another type") == "of another type"
     assert one == other
-    assert not (other.engine or other.index or other.encoded)
+    assert other.derived(int, lambda plan: 5) == 5
+    assert not (other.index or other.encoded)

@@ -46,7 +46,7 @@ Result = tuple[Tensor, Tensor | None]
 def plan_of_attention_alone(plan: PhasePlan) -> PhasePlan:
     """A plan in which the quantized rows attend in our BF16, and nothing is quantized."""
     alone = PhasePlan(plan.rows, (), ((0, plan.rows),))
-    alone.engine[AttendedRows] = AttendedRows(plan.quantized, "bf16")
+    alone.derived(AttendedRows, lambda _: AttendedRows(plan.quantized, "bf16"))
     return alone
 
 
@@ -211,7 +211,7 @@ def _attend(
         or why_not_kernel(module, query, key, value, mask, *args, **kwargs) is not None
     ):
         return _stock(module, query, key, value, mask, *args, **kwargs)
-    attended = plan.engine.setdefault(AttendedRows, AttendedRows(plan.quantized))
+    attended = plan.derived(AttendedRows, lambda plan: AttendedRows(plan.quantized))
     found = attended.under(mask, sequences, rows, key.shape[2])
     if found is None:
         return _stock(module, query, key, value, mask, *args, **kwargs)

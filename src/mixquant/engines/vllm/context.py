@@ -47,10 +47,7 @@ class PassState:
 
 def state_of(plan: PhasePlan) -> PassState:
     """The state that belongs to a plan, made when it is first asked for."""
-    state: PassState | None = plan.engine.get(PassState)
-    if state is None:
-        state = plan.engine[PassState] = PassState(_block_of(plan))
-    return state
+    return plan.derived(PassState, lambda plan: PassState(_block_of(plan)))
 
 
 def _block_of(plan: PhasePlan) -> Range | None:

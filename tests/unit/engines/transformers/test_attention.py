@@ -292,7 +292,7 @@ def test_what_is_not_known_to_be_plain_is_sdpas(changes: dict[str, Any], says: s
 def test_attention_alone_quantizes_nothing() -> None:
     plan = attention.plan_of_attention_alone(PhasePlan(10, ((0, 9),), ((9, 10),)))
     assert plan.quantized_rows == 0
-    assert plan.engine[AttendedRows].ranges == ((0, 9),)
+    assert plan.derived(AttendedRows, lambda _: AttendedRows(())).ranges == ((0, 9),)
 
 
 @needs_bf16
