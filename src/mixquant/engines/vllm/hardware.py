@@ -1,4 +1,7 @@
-"""What this machine can do for the plugin. No other module of the plugin asks a GPU what it is."""
+"""What this machine can do for the plugin: the only module that asks which formats and kernels it has.
+
+Others ask torch only whether there is a CUDA device, to allocate on it or to capture graphs.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ import torch
 from packaging.version import Version
 
 from mixquant import formats
-from mixquant.hardware import HOPPER, cuda_formats
+from mixquant.hardware import HOPPER, cuda_capability, cuda_formats
 
 
 def native_in_vllm() -> tuple[frozenset[str], str]:
@@ -48,7 +51,7 @@ def multiplies_by_cutlass(fmt: str) -> bool:
 @functools.cache
 def is_hopper() -> bool:
     """Whether the GPU of this process has compute capability 9.0."""
-    return torch.cuda.is_available() and torch.cuda.get_device_capability() == HOPPER
+    return torch.cuda.is_available() and cuda_capability(torch.device("cuda")) == HOPPER
 
 
 def why_no_triton() -> str | None:

@@ -136,8 +136,6 @@ def _with_format_of(recipe: Recipe) -> Recipe:
 
 def _check_recipe(vllm_config: Any, recipe: Recipe) -> None:
     """Refuses what cannot work with a recipe that quantizes. Raises SettingsError."""
-    from vllm.platforms import current_platform
-
     assert isinstance(recipe.format, dict)
     if set(recipe.format.values()) == {"bf16"} and recipe.prefill_attention != "fp8":
         return
@@ -153,7 +151,7 @@ def _check_recipe(vllm_config: Any, recipe: Recipe) -> None:
             "weights; use nccl or ipc, or preset exact"
         )
     dtype = getattr(vllm_config.model_config, "dtype", None)
-    if current_platform.is_cuda() and dtype == torch.float32:
+    if hardware.is_gpu() and dtype == torch.float32:
         raise SettingsError(
             "vLLM's quantized products on a GPU write BF16 or FP16, not float32; leave out --dtype "
             "float32, or use preset exact"

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 from vllm.model_executor.layers.fused_moe import RoutedExperts
-from vllm.platforms import current_platform
 
 from mixquant.core.recipe import Recipe
 from mixquant.core.summary import IGNORED, THE_RECIPE
+from mixquant.engines.vllm import hardware
 from mixquant.engines.vllm.experts import fp8 as fp8_experts
 from mixquant.engines.vllm.experts.method import PhaseExpertsMethod
 from mixquant.engines.vllm.loading.memory import Ledger
@@ -42,7 +42,7 @@ def unsupported(layer: RoutedExperts, fmt: str) -> str | None:
     """Why these experts cannot be multiplied in this format, each row by itself; None if they can."""
     moe = layer.moe_config
     parallel = moe.moe_parallel_config
-    if not current_platform.is_cuda():
+    if not hardware.is_gpu():
         return "vLLM's CPU experts are compiled into the graph, where no row can be told apart"
     if parallel.dp_size > 1:
         return "data parallel: rows of other ranks arrive, each with a plan of its own"

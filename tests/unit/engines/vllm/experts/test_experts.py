@@ -1262,7 +1262,7 @@ def recipe_of(format: Any, **fields: Any) -> Recipe:
 @pytest.fixture
 def on_blackwell(bare: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """As if on such a GPU, with all the kernels."""
-    monkeypatch.setattr(choose, "current_platform", SimpleNamespace(is_cuda=lambda: True))
+    monkeypatch.setattr(hardware, "is_gpu", lambda: True)
     monkeypatch.setattr(hardware, "has_nvfp4_experts", lambda: True)
     monkeypatch.setattr(fp8_experts, "kernel_class", lambda moe: TritonExperts)
 
@@ -1374,7 +1374,7 @@ def test_nvfp4_experts_need_blackwell(
 
     monkeypatch.setattr(nvfp4_utils, "cutlass_fp4_supported", lambda: operators)
     monkeypatch.setattr(hardware, "native_in_vllm", lambda: (frozenset({native}), "a GPU"))
-    monkeypatch.setattr(choose, "current_platform", SimpleNamespace(is_cuda=lambda: True))
+    monkeypatch.setattr(hardware, "is_gpu", lambda: True)
     assert "Blackwell" in precise(layer_of(moe_config()), recipe_of("nvfp4"))
 
 
@@ -1602,7 +1602,7 @@ def test_in_a_layer_of_vllm(
 
     torch.cpu._init_amx()  # as vLLM's worker does
     monkeypatch.setattr(passes, "install", lambda method: None)
-    monkeypatch.setattr(choose, "current_platform", SimpleNamespace(is_cuda=lambda: True))
+    monkeypatch.setattr(hardware, "is_gpu", lambda: True)
     monkeypatch.setattr(fp8_experts, "kernel_class", lambda moe: TritonExperts)
     monkeypatch.setattr(experts, "_quantized_experts", lambda layer, fmt, block_scale: Copy())
     config = PhaseQuantizationConfig()

@@ -86,12 +86,17 @@ def test_other_types_and_layers_stay_bf16() -> None:
     assert "ChunkedLocal" in str(attention.why_bf16(ChunkedLocal(), one, torch.bfloat16))
 
 
-@pytest.mark.parametrize("capability", [None, (8, 9), (10, 0), (12, 0)])
+@pytest.mark.parametrize(
+    ("capability", "cuda"),
+    [(None, None), ((8, 9), "13.0"), ((10, 0), "13.0"), ((12, 0), "13.0"), ((9, 0), None)],
+)
 def test_other_machines_stay_bf16(
-    capability: tuple[int, int] | None, monkeypatch: pytest.MonkeyPatch
+    capability: tuple[int, int] | None, cuda: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """The last is ROCm, which calls its devices cuda, too."""
+    monkeypatch.setattr(torch.version, "cuda", cuda)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: capability is not None)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(hardware, "is_hopper", hardware.is_hopper.__wrapped__)
     why = attention.why_bf16(PLAIN, flash_implementation(), torch.bfloat16)
     assert why is not None and "9.0" in why
