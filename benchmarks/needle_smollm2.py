@@ -28,7 +28,7 @@ from mixquant.checkpoints.models import Checkpoint, find, load_model, load_token
 from mixquant.conversation import opening
 from mixquant.core.recipe import Recipe
 from mixquant.engines.transformers import prepare
-from mixquant.evaluate.tasks import Item, Room
+from mixquant.evaluate.tasks import Item, PromptLimits
 from mixquant.evaluate.tasks.needle import Needle
 from mixquant.results import Environment
 from mixquant.tune.measure import free
@@ -48,7 +48,7 @@ def items_of(
     def tokens(text: str) -> int:
         return len(opening(tokenizer, [{"role": "user", "content": text}]))
 
-    task.room = Room(tokens, checkpoint.context, NEW_TOKENS)
+    task.limits = PromptLimits(tokens, checkpoint.context, NEW_TOKENS)
     wanted = {
         f"{length}-{kind}-{number}"
         for length in lengths

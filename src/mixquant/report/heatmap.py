@@ -10,7 +10,6 @@ from markupsafe import Markup
 from matplotlib.patches import Rectangle
 
 from mixquant.report.axes import figure_and_axes
-from mixquant.report.derived import sign_of
 from mixquant.report.plots import Alt
 from mixquant.report.style import color
 from mixquant.report.svg import inline
@@ -34,18 +33,18 @@ def heatmap(
     x_label: str,
     y_label: str,
 ) -> Markup:
-    """Rows of cells, the first on top: losses red and bold, gains blue, others without a tint."""
+    """Rows of cells, the first on top: red and bold below 1, blue above, no tint at 1."""
     with figure_and_axes(1.0 + 0.42 * len(rows)) as (figure, axes):
         for y, row in enumerate(cells):
             for x, cell in enumerate(row):
-                sign = 0 if cell.ratio is None else sign_of(cell.ratio)
+                slower = cell.ratio is not None and is_loss(cell.ratio)
                 axes.add_patch(
                     Rectangle(
                         (x - 0.5, y - 0.5),
                         1,
                         1,
-                        facecolor=color("loss" if sign < 0 else "gain"),
-                        alpha=_tint(cell.ratio) if sign else 0.0,
+                        facecolor=color("loss" if slower else "gain"),
+                        alpha=_tint(cell.ratio),
                         linewidth=0,
                     )
                 )
@@ -56,7 +55,7 @@ def heatmap(
                     ha="center",
                     va="center",
                     fontsize=11 if len(columns) <= _WIDE else 9.5,
-                    fontweight="bold" if sign < 0 else "normal",
+                    fontweight="bold" if slower else "normal",
                 )
         axes.set_xlim(-0.5, len(columns) - 0.5)
         axes.set_ylim(len(rows) - 0.5, -0.5)
@@ -71,6 +70,11 @@ def heatmap(
         axes.set_xlabel(x_label)
         axes.set_ylabel(y_label)
         return inline(figure, alt.identity, alt.title, alt.description)
+
+
+def is_loss(ratio: float) -> bool:
+    """Below 1 with the two digits that a cell shows."""
+    return round(ratio, 2) < 1
 
 
 def _tint(ratio: float | None) -> float:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from functools import partial
 
 from mixquant.report.derived import Speedup, arms_of, condition, speedups, unquantized
-from mixquant.report.heatmap import Cell, heatmap
+from mixquant.report.heatmap import Cell, heatmap, is_loss
 from mixquant.report.names import device_in_words, model_name
 from mixquant.report.parts import Panel, Table
 from mixquant.report.text import count, metric_name, number, spread, times
@@ -18,7 +18,7 @@ _METRIC = "ttft"  # what a turn waits for
 def verdict(bench: Bench) -> str:
     """In how many turns the main arm is faster and slower; empty if no turn was compared.
 
-    Turns in which nothing was quantized are counted apart: a ratio there is no speed-up.
+    A turn in which nothing was quantized may be slower, but not faster: a ratio there is no speed-up.
     """
     every = _ratios(bench.results)
     ratios = _quantized(every, bench.results)
@@ -28,13 +28,14 @@ def verdict(bench: Bench) -> str:
     main = "mixquant" if "mixquant" in arms else arms[0]
     own = [r for r in ratios if r.arm == main]
     kinds = [r for r in every if r.arm == main]
+    sooner, later = _with(1, own), _with(-1, kinds)
     said = (
         f"With {main}, {model_name(bench.model)} on {device_in_words(bench.environment)} answers sooner "
-        f"than with BF16 in {_with(1, own)} of {len(kinds)} kinds of turns, later in {_with(-1, own)}, "
-        f"and with no clear difference in {_with(0, own)}."
+        f"than with BF16 in {sooner} of {len(kinds)} kinds of turns, later in {later}, and with no "
+        f"clear difference in {len(kinds) - sooner - later}."
     )
-    if len(kinds) > len(own):
-        said += f" In the other {len(kinds) - len(own)} nothing was quantized."
+    if idle := len(kinds) - len(own):
+        said += f" It quantized nothing in {idle} of them, which do not count as sooner."
     if len(own) > 1:
         lowest, highest = (f(own, key=lambda r: r.ratio) for f in (min, max))
         said += f" Slowest against BF16: {_of(lowest)}. Fastest: {_of(highest)}."
@@ -98,15 +99,14 @@ def _panel(
     cells = [
         [_cell(found.get((behind, tokens)), idle) for tokens in new] for behind in reversed(cached)
     ]
-    slower = _with(-1, ratios)
-    lowest, highest = (f(ratios, key=lambda r: r.ratio) for f in (min, max))
+    slower = sum(is_loss(r.ratio) for r in every)
+    lowest, highest = (f(every, key=lambda r: r.ratio) for f in (min, max))
     said = (
         "Each cell is a kind of turn: new prompt tokens behind cached ones. Its number says how many "
-        f"times as fast as BF16 {arm} gives the first token. Red and bold: {arm} is slower by 2 % or "
-        "more."
+        f"times as fast as BF16 {arm} gives the first token. Below 1 (red, bold) {arm} is slower."
     )
     if slower:
-        said += f" That is so in {slower} of {len(ratios)} cells."
+        said += f" That is so in {slower} of {len(every)} cells."
     else:
         said += " That is so in no cell."
     if idle:
@@ -114,7 +114,7 @@ def _panel(
     return Panel(
         f"Turns with {arm}: speed to the first token",
         said,
-        f"{slower} of {len(ratios)} are slower. Slowest: {_of(lowest)}. Fastest: {_of(highest)}.",
+        f"{slower} of {len(every)} are slower. Slowest: {_of(lowest)}. Fastest: {_of(highest)}.",
         partial(
             heatmap,
             cells=cells,
@@ -146,7 +146,8 @@ def _cell(found: Speedup | None, idle: Sequence[Speedup]) -> Cell:
     if found is None:
         return Cell("–", None)
     label = _shown(found, f"{found.ratio:.2f}", idle)
-    return Cell(label, None if found in idle else found.ratio)
+    # A gain without anything quantized has no tint; a loss has.
+    return Cell(label, None if found in idle and not is_loss(found.ratio) else found.ratio)
 
 
 def _shown(found: Speedup, value: str, idle: Sequence[Speedup]) -> str:
