@@ -25,7 +25,7 @@ def quantize(
         typer.Option(
             "--rounding",
             metavar="HOW",
-            help="nearest: each weight to the nearest code. gptq: closer to BF16, and takes minutes "
+            help="Rounding of the weights: nearest, or gptq, which is closer to BF16 and takes minutes "
             "longer.",
         ),
     ] = "nearest",

@@ -246,7 +246,7 @@ def test_other_work_is_refused(checkpoint: Checkpoint, tmp_path: Path) -> None:
     with pytest.raises(WorkError, match="begin like texts of --text"):
         tuner(checkpoint, tmp_path / "new", Budget("kl", 0.1), held_out=texts(1))
     longer = Texts(("one", "two"), passages(1, prompt=100, answer=8))  # they begin alike
-    with pytest.raises(WorkError, match="begin like texts searched on"):
+    with pytest.raises(WorkError, match="begin like texts of --text"):
         tuner(checkpoint, tmp_path / "new", Budget("kl", 0.1), held_out=longer)
     assert not (tmp_path / "new").exists()
 
