@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import re
 import warnings
@@ -121,6 +122,9 @@ def _quiet(progress: Progress) -> Iterator[None]:
         logger.level("METRIC", no=38)
     for library in libraries:
         logger.disable(library)
+    tracing = logging.getLogger("torch.fx._symbolic_trace")  # warns of a call in Transformers
+    level = tracing.level
+    tracing.setLevel(logging.ERROR)
     tqdm.__init__ = start_hidden
     try:
         with warnings.catch_warnings():
@@ -128,6 +132,7 @@ def _quiet(progress: Progress) -> Iterator[None]:
             yield
     finally:
         tqdm.__init__ = start
+        tracing.setLevel(level)
         for library in libraries:
             logger.enable(library)
 

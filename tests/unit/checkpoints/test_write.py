@@ -432,17 +432,25 @@ class TestRefusals:
 
 
 class TestCommand:
+    @pytest.mark.parametrize("rounding", ["nearest", "gptq"])
     def test_writes(
-        self, compressor: None, tiny: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+        self,
+        compressor: None,
+        tiny: Path,
+        tmp_path: Path,
+        capfd: pytest.CaptureFixture[str],
+        rounding: str,
     ) -> None:
         out = tmp_path / "out"
         arguments = ["quantize", str(tiny), str(out), "--ignore", "o_proj", "--samples", "1"]
+        arguments += ["--rounding", rounding]
         assert cli.main(arguments) == 0
         assert len(PrefillCheckpoint.open(out).formats) == 12
         printed = capfd.readouterr()
         assert printed.out == ""
-        assert printed.err.replace("\n", "").startswith(f"wrote {out}")  # and no log lines
-        assert printed.err.count("\n") == 1
+        # No log lines; on a busy machine, lines of progress.
+        lines = [line for line in printed.err.splitlines() if not line.endswith(" s so far")]
+        assert len(lines) == 1 and lines[0].startswith(f"wrote {out}")
 
     @pytest.mark.parametrize(
         ("arguments", "says"),
