@@ -9,8 +9,9 @@ directory with a config.json is enough), of such size that activations are about
 (vLLM's own dummy weights are tiny, and FP8 attention would multiply zeros, which takes a GPU less
 power and so less time), and random tokens, chunks of 8,192. Engines may start together (--together), but
 are measured one at a time, the others idle; round by round where the time depends on the host's CPU,
-which is slower for seconds at a time. TTFT is the time of a request for one token; TPOT the rest
-of a longer one's. Medians; ratios hold within one run only.
+which is slower for seconds at a time, and all on the same few cores, as a host's cores differ. TTFT is
+the time of a request for one token; TPOT the rest of a longer one's. Medians; ratios hold within one
+run only.
 
 Without --turns the prefix cache is off. With it, an agent's turns are measured: so many new tokens
 behind so many that the prefix cache holds, in engines that capture CUDA graphs as vLLM does by default.
@@ -30,9 +31,11 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from command_line import command_line
 from filelock import FileLock
@@ -62,6 +65,7 @@ ARMS: dict[str, dict[str, Any]] = {
 }
 NEW = (128, 256, 512, 1024, 2048, 4096, 8192)  # tokens of a turn
 ROUNDS = 3  # in which engines measure in turns what a host's CPU bounds
+ROUNDS_OF_TURNS = 6  # the same for an agent's; of longer ones, every second
 PROFILED = {  # prompts of up to so many tokens
     "bf16": 200_000,
     "fp8": 100_000,
@@ -69,6 +73,7 @@ PROFILED = {  # prompts of up to so many tokens
     "mixquant, without quantized graphs": 200_000,
 }
 NEW_TOKENS = 128
+CORES = 4  # on which engines are measured
 FILLED = Path(tempfile.gettempdir(), f"vllm-speed-{secrets.token_hex(8)}-filled")
 CROWD_TOKENS = 4096
 
@@ -86,6 +91,31 @@ def fill(tensor: torch.Tensor, *_: float, **__: str) -> None:
         random = torch.randn(piece.shape, generator=generator, device=tensor.device)
         piece.copy_(random * tensor.shape[-1] ** -0.5)
     FILLED.touch()
+
+
+def quickest_cores(count: int) -> set[int]:
+    """The cores of this host that run Python in the least time just now."""
+    cores = os.sched_getaffinity(0)
+
+    def took(core: int) -> float:
+        os.sched_setaffinity(0, {core})
+        start = time.perf_counter()
+        sum(range(1_000_000))
+        return time.perf_counter() - start
+
+    found = sorted(cores, key=took)[:count]
+    os.sched_setaffinity(0, cores)
+    return set(found)
+
+
+def bind(cores: set[int]) -> None:
+    """Has all threads of this process and of its children run on these cores."""
+    this = psutil.Process()
+    for process in (this, *this.children(recursive=True)):
+        with suppress(psutil.NoSuchProcess):
+            for thread in process.threads():
+                with suppress(ProcessLookupError):
+                    os.sched_setaffinity(thread.id, cores)
 
 
 def measure(arm: str, options: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
@@ -139,6 +169,7 @@ def measure(arm: str, options: argparse.Namespace) -> dict[str, list[dict[str, A
         lock.acquire()
 
     take_turns("started")  # others that still start would be measured, too
+    bind({int(core) for core in options.cores.split(",")})
     generator = random.Random(0)
 
     def prompts(count: int, tokens: int) -> list[dict[str, list[int]]]:
@@ -233,11 +264,13 @@ def measure(arm: str, options: argparse.Namespace) -> dict[str, list[dict[str, A
             prefix = prompts(1, cached)[0]["prompt_token_ids"] if cached else []
             turn(prefix, 16)
             values: dict[int, list[float]] = {new: [] for new in NEW}
-            for number in range(ROUNDS):
+            for number in range(ROUNDS_OF_TURNS):
                 take_turns(f"round-{number}-behind-{cached}")
                 for new, of_new in values.items():
+                    if new > 1024 and number % 2:
+                        continue
                     turn(prefix, new)
-                    count = 2 if new >= 4096 else 4
+                    count = 1 if new >= 4096 else 3
                     of_new += [1e3 * turn(prefix, new) for _ in range(count)]
             for new, of_new in values.items():
                 record("ttft", new, 1, of_new, "ms", "turns", cached)
@@ -355,6 +388,7 @@ def main() -> None:
     parser.add_argument("--together", type=int, default=1, help="engines that start at a time")
     parser.add_argument("--one-arm", metavar="FILE", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--lock", metavar="FILE", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--cores", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.show:
         print(tables(json.loads(options.show.read_text())["results"]))
@@ -377,6 +411,7 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     pieces: list[dict[str, Any]] = []
     arms = options.arms.split("; ")
+    cores = ",".join(map(str, sorted(quickest_cores(CORES))))
     for first in range(0, len(arms), options.together):
         with tempfile.TemporaryDirectory() as folder:
             started = time.perf_counter()
@@ -388,7 +423,7 @@ def main() -> None:
                 command += [f"--{name}={text}" for name, text in numbers.items()]
                 command += ["--one-arm", str(result), "--lock", str(Path(folder, "lock"))]
                 command += ["--turns"] * options.turns
-                command += ["--kv-cache", str(options.kv_cache)]
+                command += ["--kv-cache", str(options.kv_cache), "--cores", cores]
                 command += ["--together", str(len(group))]
                 if options.traces:
                     command += ["--traces", str(options.traces)]
