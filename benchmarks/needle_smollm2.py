@@ -35,7 +35,6 @@ from mixquant.tune.measure import free
 
 KINDS = ("single-1", "single-2", "multikey-1", "multivalue")
 NEW_TOKENS = 64
-BATCH = 10
 ARMS = ("nvfp4 in both phases", "fast nvfp4", "balanced nvfp4")
 
 
@@ -75,9 +74,10 @@ def answers(model: Any, tokenizer: Any, items: Sequence[Item]) -> list[str]:
         [
             [tokenizer.pad_token_id] * pad + prompt
             for pad, prompt in zip(padding, prompts, strict=True)
-        ]
+        ],
+        device=model.device,
     )
-    mask = torch.arange(longest) >= torch.tensor(padding)[:, None]
+    mask = torch.arange(longest, device=model.device) >= tokens.new_tensor(padding)[:, None]
     written = model.generate(
         tokens, attention_mask=mask.long(), max_new_tokens=NEW_TOKENS, do_sample=False
     )
@@ -110,6 +110,7 @@ def main() -> None:
     parser.add_argument("--lengths", default="1024", help="of prompt and answer, in tokens")
     parser.add_argument("--kinds", default=",".join(KINDS), help="of needles")
     parser.add_argument("--items", type=int, default=20, help="of each kind and length")
+    parser.add_argument("--batch", type=int, default=10, help="items that are read side by side")
     parser.add_argument(
         "--tuned", action="append", default=[], help="NAME=FILE of mixquant tune; may be repeated"
     )
@@ -138,8 +139,8 @@ def main() -> None:
         if not missing or (options.only and name not in options.only.split(",")):
             continue
         model = model_of(checkpoint, recipe)
-        for first in range(0, len(missing), BATCH):
-            some = missing[first : first + BATCH]
+        for first in range(0, len(missing), options.batch):
+            some = missing[first : first + options.batch]
             begin = time.process_time()
             for item, said in zip(some, answers(model, tokenizer, some), strict=True):
                 verdict = asyncio.run(score(item, {"text": said}))
