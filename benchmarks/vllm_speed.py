@@ -118,6 +118,14 @@ def bind(cores: set[int]) -> None:
                     os.sched_setaffinity(thread.id, cores)
 
 
+def settle(cores: set[int], seconds: int = 30) -> None:
+    """Waits, but no longer than this, until these cores have had next to nothing to do for 3 s."""
+    quiet, deadline = 0, time.monotonic() + seconds
+    while quiet < 3 and time.monotonic() < deadline:
+        busy = psutil.cpu_percent(1, percpu=True)
+        quiet = quiet + 1 if max(busy[core] for core in cores) < 10 else 0
+
+
 def measure(arm: str, options: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
     """One arm's figures and breakdowns, measured in this process."""
     from vllm import LLM, SamplingParams
@@ -169,7 +177,9 @@ def measure(arm: str, options: argparse.Namespace) -> dict[str, list[dict[str, A
         lock.acquire()
 
     take_turns("started")  # others that still start would be measured, too
-    bind({int(core) for core in options.cores.split(",")})
+    cores = {int(core) for core in options.cores.split(",")}
+    bind(cores)
+    settle(cores)
     generator = random.Random(0)
 
     def prompts(count: int, tokens: int) -> list[dict[str, list[int]]]:
