@@ -126,7 +126,9 @@ def test_other_numbers_are_committed_results() -> None:
         rate = {arm["name"]: arm["prefill_tokens_per_s"] for arm in results(name)["arms"]}
         assert shown.format(rate["mixquant"] / rate["bf16"]) in readme
     # The extremes of the gain on Hopper are those of the table.
-    gains = [float(row[2].strip("*")) for row in tables_after("Results")[1] if "first token" in row[0]]
+    gains = [
+        float(row[2].strip("*")) for row in tables_after("Results")[1] if "first token" in row[0]
+    ]
     assert f"{min(gains):.2f} to {max(gains):.2f} times" in readme
     decode = [
         speed_up(name, "mixquant", "tpot", 128, sequences)

@@ -15,7 +15,7 @@ from mixquant.bench.generator import Answer
 from mixquant.bench.run import Progress
 from mixquant.bench.summary import measurements
 from mixquant.bench.trace import Request
-from mixquant.bench.workloads import Point
+from mixquant.bench.workloads import LoadPoint
 from mixquant.checkpoints.models import Checkpoint, load_model
 from mixquant.engines.transformers import phase, prepare
 from mixquant.engines.transformers.counting import quantized_rows
@@ -26,7 +26,7 @@ from mixquant.servers.arms import Arm
 def run(
     arms: Sequence[Arm],
     checkpoint: Checkpoint,
-    points: Sequence[Point],
+    points: Sequence[LoadPoint],
     repeats: int,
     progress: Progress = lambda doing, share: None,
 ) -> Iterator[tuple[Arm, list[Measurement]]]:

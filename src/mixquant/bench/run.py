@@ -9,7 +9,7 @@ from pathlib import Path
 from mixquant.bench.counts import read_counts
 from mixquant.bench.generator import Generator, GeneratorError, generator
 from mixquant.bench.summary import measurements
-from mixquant.bench.workloads import Point
+from mixquant.bench.workloads import LoadPoint
 from mixquant.results import Measurement
 from mixquant.servers.arms import Arm, ArmError, running, served_models, served_name
 
@@ -18,7 +18,7 @@ API_KEY = "OPENAI_API_KEY"  # the generator's own, too
 Progress = Callable[[str, float], None]
 
 
-def check_server(url: str, name: str, points: Sequence[Point]) -> None:
+def check_server(url: str, name: str, points: Sequence[LoadPoint]) -> None:
     """Refuses, before anything is measured, servers that cannot answer the requests.
 
     Raises:
@@ -38,7 +38,7 @@ def run(
     arms: Sequence[Arm],
     model: str,
     name: str,
-    points: Sequence[Point],
+    points: Sequence[LoadPoint],
     repeats: int,
     logs: Path,
     progress: Progress = lambda doing, share: None,
@@ -82,7 +82,7 @@ def _measure(
     arm: Arm,
     url: str,
     name: str,
-    points: Sequence[Point],
+    points: Sequence[LoadPoint],
     repeats: int,
     done: Callable[[str, float], None],
 ) -> list[Measurement]:
@@ -101,6 +101,6 @@ def _measure(
     return found
 
 
-def _work(point: Point, repeats: int) -> float:
+def _work(point: LoadPoint, repeats: int) -> float:
     """Prompt tokens, with those of the warm-up: the unit of progress."""
     return float(point.prompt_tokens * (repeats + 1))

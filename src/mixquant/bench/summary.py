@@ -7,14 +7,14 @@ from statistics import median
 
 from mixquant.bench.counts import Counts
 from mixquant.bench.generator import Answer
-from mixquant.bench.workloads import Point
+from mixquant.bench.workloads import LoadPoint
 from mixquant.results import BASELINE, Measurement
 
 TIMES = ("ttft", "tpot", "itl", "e2e")
 
 
 def measurements(
-    arm: str, point: Point, runs: Sequence[Sequence[Answer]], counts: Counts
+    arm: str, point: LoadPoint, runs: Sequence[Sequence[Answer]], counts: Counts
 ) -> list[Measurement]:
     """The figures of one arm at one point.
 

@@ -39,7 +39,7 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class Point:
+class LoadPoint:
     """One setting of one workload.
 
     Attributes:
@@ -67,11 +67,11 @@ class Point:
         return f"{self.workload}, {self.tokens} tokens{at_once}"
 
 
-def points(plan: Plan, tokenizer: Any) -> list[Point]:
+def points(plan: Plan, tokenizer: Any) -> list[LoadPoint]:
     """Every point of a plan, in the order in which they are run."""
     vocabulary = plain_tokens(tokenizer)
 
-    def of_random_tokens(workload: Workload, tokens: int, at_once: int, requests: int) -> Point:
+    def of_random_tokens(workload: Workload, tokens: int, at_once: int, requests: int) -> LoadPoint:
         def run(number: int) -> list[list[Request]]:
             key = zlib.crc32(f"{workload} {tokens} {at_once} {number}".encode())
             generator = np.random.default_rng((plan.seed, key))
@@ -79,7 +79,7 @@ def points(plan: Plan, tokenizer: Any) -> list[Point]:
             return [[Request(tuple(row), plan.output_tokens)] for row in ids.tolist()]
 
         longest = tokens + plan.output_tokens
-        return Point(workload, tokens, at_once, tokens * requests, longest, run)
+        return LoadPoint(workload, tokens, at_once, tokens * requests, longest, run)
 
     found = [of_random_tokens("length", tokens, 1, 1) for tokens in plan.lengths]
     found += [of_random_tokens("batch", plan.prompt_tokens, size, size) for size in plan.batches]
@@ -100,7 +100,7 @@ def points(plan: Plan, tokenizer: Any) -> list[Point]:
 
 def _turn_point(
     plan: Plan, vocabulary: np.ndarray[Any, np.dtype[np.int64]], cached: int, new: int
-) -> Point:
+) -> LoadPoint:
     def random_tokens(what: str, tokens: int) -> tuple[int, ...]:
         generator = np.random.default_rng((plan.seed, zlib.crc32(what.encode())))
         return tuple(generator.choice(vocabulary, tokens).tolist())
@@ -113,10 +113,10 @@ def _turn_point(
         return [first + turn]
 
     longest = cached + new + plan.output_tokens
-    return Point("turns", new, 1, new, longest, run, cached)
+    return LoadPoint("turns", new, 1, new, longest, run, cached)
 
 
-def _agent_point(plan: Plan, tokenizer: Any, at_once: int) -> Point:
+def _agent_point(plan: Plan, tokenizer: Any, at_once: int) -> LoadPoint:
     def run(number: int) -> list[list[Request]]:
         mark = f"run {plan.seed}.{at_once}.{number}"
         sessions = plan.sessions if number else plan.sessions[:1]
@@ -125,7 +125,7 @@ def _agent_point(plan: Plan, tokenizer: Any, at_once: int) -> Point:
     requests = [request for session in run(1) for request in session]
     read = [len(request.prompt) for request in requests]
     longest = max(len(request.prompt) + request.output_tokens for request in requests)
-    return Point("agent", round(sum(read) / len(read)), at_once, sum(read), longest, run)
+    return LoadPoint("agent", round(sum(read) / len(read)), at_once, sum(read), longest, run)
 
 
 def plain_tokens(tokenizer: Any) -> np.ndarray[Any, np.dtype[np.int64]]:

@@ -37,7 +37,7 @@ from mixquant.files import scratch
 from mixquant.files.reading import shown
 
 if TYPE_CHECKING:
-    from mixquant.bench.workloads import Point
+    from mixquant.bench.workloads import LoadPoint
     from mixquant.results import Measurement
     from mixquant.servers.arms import Arm
 
@@ -303,14 +303,14 @@ def _numbers(
 
 
 def _that_fit(
-    points: Sequence[Point], checkpoint: Checkpoint, chosen: set[str]
-) -> tuple[list[Point], list[str]]:
+    points: Sequence[LoadPoint], checkpoint: Checkpoint, chosen: set[str]
+) -> tuple[list[LoadPoint], list[str]]:
     """The points that fit the model's context, and a message for each point that does not.
 
     Raises:
         InputError: that was chosen by the user.
     """
-    fitting: list[Point] = []
+    fitting: list[LoadPoint] = []
     left_out: list[str] = []
     for point in points:
         if checkpoint.context is None or point.longest <= checkpoint.context:

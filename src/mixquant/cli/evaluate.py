@@ -21,7 +21,7 @@ from mixquant.cli.console import (
     write_results,
 )
 from mixquant.cli.options import (
-    MOST,
+    MAX_COUNT,
     FormatOption,
     JsonFile,
     Model,
@@ -181,7 +181,7 @@ def evaluate(
         typer.Option(
             "--top-k",
             min=-1,
-            max=MOST,
+            max=MAX_COUNT,
             help="Sample from this many of the likeliest tokens; -1 samples from all.",
             show_default="20",
         ),

@@ -39,13 +39,13 @@ FormatOption = Annotated[
     ),
 ]
 LARGEST_SEED = 2**32 - 1  # NumPy's
-MOST = 2**31 - 1  # engines count in 32 bits
+MAX_COUNT = 2**31 - 1  # engines count in 32 bits
 NewTokens = Annotated[
     int,
     typer.Option(
         "--max-new-tokens",
         min=1,
-        max=MOST,
+        max=MAX_COUNT,
         metavar="N",
         help="Maximum length of an answer, in tokens.",
     ),
@@ -56,13 +56,13 @@ def lengths(given: list[str] | None) -> list[int]:
     """The numbers of options that each hold one or several, separated by commas.
 
     Raises:
-        typer.BadParameter: one is not a whole number from 1 to `MOST`.
+        typer.BadParameter: one is not a whole number from 1 to `MAX_COUNT`.
     """
     found: list[int] = []
     for text in ",".join(given or ()).split(",") if given else ():
-        if not text.strip().isdecimal() or not 1 <= int(text) <= MOST:
+        if not text.strip().isdecimal() or not 1 <= int(text) <= MAX_COUNT:
             raise typer.BadParameter(
-                f"expected a whole number from 1 to {MOST}, got {text.strip()!r}",
+                f"expected a whole number from 1 to {MAX_COUNT}, got {text.strip()!r}",
                 param_hint="'--length'",
             )
         found.append(int(text))

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from typing import Any
 
 DEEPEST = 100  # levels; known files have less than a tenth of that
-_MOST_YAML_VALUES = 100_000  # with every alias written out
+_MAX_YAML_VALUES = 100_000  # with every alias written out
 _LARGEST = 10**4300  # Python refuses to print larger integers
 
 
@@ -80,8 +80,8 @@ def parse_yaml(text: str) -> Any:
     except Exception as error:  # a date of 99 months, a number of 5,000 digits, an empty !!int
         raise ReadingError(f"a value cannot be read: {_cut(error)}") from None
     for number, _ in enumerate(_parts(value)):
-        if number >= _MOST_YAML_VALUES:
-            raise ReadingError(f"its aliases stand for more than {_MOST_YAML_VALUES:,} values")
+        if number >= _MAX_YAML_VALUES:
+            raise ReadingError(f"its aliases stand for more than {_MAX_YAML_VALUES:,} values")
     return value
 
 

@@ -18,7 +18,7 @@ from mixquant.report.svg import plot_settings
 from mixquant.report.text import plain, short, tick
 
 _WIDTH = 5.0  # inches; half of the page, or the width of a phone
-_MOST_LABELS = 6  # of values, beside the points of a line
+_MAX_LABELS = 6  # of values, beside the points of a line
 LEAST = 1e-9  # a divergence below it is rounding; logarithmic axes begin there
 
 
@@ -92,7 +92,7 @@ def label_outermost(axes: Axes, series: Sequence[Series]) -> None:
     for one in series:
         for point in one.points:
             by_x.setdefault(point.x, []).append(point)
-    if len(by_x) > _MOST_LABELS:
+    if len(by_x) > _MAX_LABELS:
         return
     for points in by_x.values():
         ordered = sorted(points, key=lambda p: p.y)

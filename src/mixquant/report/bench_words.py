@@ -21,7 +21,7 @@ from mixquant.results import BASELINE, Bench, Measurement
 # What the verdict speaks of, if it was measured: the metric that shows the phase best.
 _PREFILL = (("length", "ttft"), ("concurrency", "ttft"), ("agent", "ttft"), ("length", "prefill"))
 _DECODE = (("batch", "tpot"), ("length", "tpot"), ("concurrency", "tpot"), ("agent", "tpot"))
-_MOST_SENTENCES = 4
+_MAX_SENTENCES = 4
 _WHAT = {
     "ttft": "How long a request waits for its first token.",
     "tpot": "How long each further token takes.",
@@ -108,8 +108,8 @@ def meaning(group: Group) -> str:
         said = _best(group)
     said += [_against("mixquant", group, arm) for arm in arms if "mixquant" in arms]
     said = [sentence for sentence in said if sentence]
-    if len(said) > _MOST_SENTENCES:
-        said = [*said[:_MOST_SENTENCES], "The table has the other arms"]
+    if len(said) > _MAX_SENTENCES:
+        said = [*said[:_MAX_SENTENCES], "The table has the other arms"]
     closing = "".join(f" {sentence}." for sentence in said)
     if group.metric == "tpot" and "mixquant" in arms:
         closing += " mixquant decodes in BF16, so no gain is expected here."

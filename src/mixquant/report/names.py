@@ -14,7 +14,7 @@ from mixquant.results import BASELINE, Arm, Comparison, Environment, Results
 # What `mixquant fidelity` calls recipes that are given as JSON.
 _NUMBERED = re.compile(r"recipe(-\d+)?")
 _ONLY_ATTENTION = "nothing quantized; the prompt attends in mixquant's kernel, in BF16"
-_MOST_NAMED = 3  # patterns of a recipe's formats in a description
+_MAX_NAMED = 3  # patterns of a recipe's formats in a description
 _SHORT = {
     "preset": "",
     "format.default": "",
@@ -153,7 +153,7 @@ def _in_formats(formats: Mapping[str, Any]) -> str:
     said = _in_format(formats.get("default"))
     if not rest:
         return said
-    if len(rest) <= _MOST_NAMED:
+    if len(rest) <= _MAX_NAMED:
         return f"{said} ({listed([f'{name} {_in_format(to)}' for name, to in rest.items()])})"
     (most, n), *others = Counter(rest.values()).most_common()
     counts = [f"{n} patterns {_in_format(most)}", *(f"{n} {_in_format(to)}" for to, n in others)]

@@ -14,7 +14,7 @@ from mixquant.report.text import clauses, count, number, percent
 from mixquant.results import Predicted, Tried, Tuning
 
 TUNED = "tuned"
-_MOST_POINTS = 15  # of the frontier, as numbers
+_MAX_POINTS = 15  # of the frontier, as numbers
 
 
 def section(tuning: Tuning) -> Section:
@@ -124,7 +124,7 @@ def _against_cost(tuning: Tuning) -> list[Panel]:
                 front_name="predicted frontier",
             ),
             Table(
-                "The predicted frontier" + ", in part" * (len(tuning.frontier) > _MOST_POINTS),
+                "The predicted frontier" + ", in part" * (len(tuning.frontier) > _MAX_POINTS),
                 ("Time next to plain", "Bits", "KL predicted, nats per token"),
                 tuple(
                     (number(one.time), number(one.bits), number(one.kl))
@@ -137,7 +137,7 @@ def _against_cost(tuning: Tuning) -> list[Panel]:
 
 def _some(frontier: Sequence[Predicted]) -> list[Predicted]:
     """Points from all over the frontier, as many as fit on a printed page, first and last among them."""
-    most = min(len(frontier), _MOST_POINTS)
+    most = min(len(frontier), _MAX_POINTS)
     last = len(frontier) - 1
     return [frontier[round(last * place / max(most - 1, 1))] for place in range(most)]
 

@@ -16,7 +16,7 @@ from typing import Any
 TOO_DEEP = 100  # levels; the routers accept 127
 # In one request; a prompt of a million token ids fits. Without a limit, 16 MiB of empty lists take
 # a minute and a gigabyte, and block everything else for seconds.
-MOST_VALUES = 1_200_000
+MAX_VALUES = 1_200_000
 MOST_LEFT_OUT, LONGEST_PATH = 100, 200  # parameters that an answer can name; characters of each
 _STRING_OR_VALUE = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"?|[\[{,]', re.DOTALL)
 
@@ -222,10 +222,10 @@ def accepted(path: str, raw: bytes) -> Accepted:
 
     Raises:
         Refused: with status 400, it is not a JSON object, or holds what JSON or UTF-8 cannot; with
-            status 413, it holds more than `MOST_VALUES` values.
+            status 413, it holds more than `MAX_VALUES` values.
     """
     if _holds_too_many_values(raw):
-        raise Refused(413, f"the request holds more than {MOST_VALUES} values")
+        raise Refused(413, f"the request holds more than {MAX_VALUES} values")
     try:
         given = json.loads(raw, parse_constant=_no_number, parse_float=_finite)
     except Refused:
@@ -271,12 +271,12 @@ def _kept(value: Any, known: Known, where: str, left_out: dict[str, None], depth
 
 
 def _holds_too_many_values(raw: bytes) -> bool:
-    if sum(raw.count(mark) for mark in (b"[", b"{", b",")) <= MOST_VALUES:
+    if sum(raw.count(mark) for mark in (b"[", b"{", b",")) <= MAX_VALUES:
         return False
     values = 0
     for found in _STRING_OR_VALUE.finditer(raw):
         values += raw[found.start()] != ord('"')
-        if values > MOST_VALUES:
+        if values > MAX_VALUES:
             return True
     return False
 

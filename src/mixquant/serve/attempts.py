@@ -18,8 +18,8 @@ LOG = logging.getLogger("uvicorn.error")  # the server sets up its handler and l
 # s before each attempt on a route. A router needs a second to notice that an engine died; on a busy
 # machine it needs seconds to see that an engine it took for dead is alive.
 PAUSES = (0.0, 1.5, 3.0, 6.0)
-MOST_FAULTS = 2  # on a route: the request itself may be what crashes engines
-MOST_DEATHS = 2  # crashes that engines report, on both routes together
+MAX_FAULTS = 2  # on a route: the request itself may be what crashes engines
+MAX_CRASHES = 2  # crashes that engines report, on both routes together
 
 ROUTED = prometheus.Counter(
     "mixquant_routed",
@@ -63,7 +63,7 @@ class Attempts:
         """The first answer that is not a sign of a dead engine, or the last answer if there is
         none."""
         last: httpx.Response | None = None
-        attempt = faults = deaths = 0
+        attempt = faults = crashes = 0
         found: list[str] = []
         while True:
             await asyncio.sleep(PAUSES[attempt])
@@ -95,8 +95,8 @@ class Attempts:
                 if error_of_its_own is not None:
                     # The next engine would answer the same request with the same error.
                     dead = answers.DEAD in error_of_its_own
-                    deaths += dead
-                    final = not self._may_be_tried_again(error_of_its_own) or deaths == MOST_DEATHS
+                    crashes += dead
+                    final = not self._may_be_tried_again(error_of_its_own) or crashes == MAX_CRASHES
                     alone = not others and self._started == started_before
                     final = final or (dead and alone)
             attempt += 1
@@ -115,7 +115,7 @@ class Attempts:
                 # There is no prefill engine, or two attempts met a dead one.
                 route, reason = "direct", "fallback"
                 attempt = faults = 0
-            elif attempt == len(PAUSES) or faults == MOST_FAULTS:
+            elif attempt == len(PAUSES) or faults == MAX_FAULTS:
                 LOG.warning("no engine served a request; attempts: %s", "; ".join(found))
                 return last or httpx.Response(503)
 

@@ -15,7 +15,7 @@ from mixquant.serve.description import Deployment, ServeError
 
 # The smallest share of a model's BF16 size that an engine of a role needs: NVFP4 is a little more than a
 # quarter, and a colocated engine holds both.
-LEAST_SHARE = {"prefill": 0.28, "decode": 1.0, "colocated": 1.28}
+MIN_SHARE = {"prefill": 0.28, "decode": 1.0, "colocated": 1.28}
 GIB = 2**30
 
 
@@ -99,7 +99,7 @@ def check_memory(deployment: Deployment, weights: int, gpus: list[Gpu]) -> None:
         counts = {"colocated": 1}
     if gpus:
         for role in counts:
-            size = LEAST_SHARE[role] * weights / deployment.tensor_parallel_size
+            size = MIN_SHARE[role] * weights / deployment.tensor_parallel_size
             smallest = min(gpu.memory for gpu in gpus)
             if size > smallest:
                 raise ServeError(
@@ -117,7 +117,7 @@ def check_memory(deployment: Deployment, weights: int, gpus: list[Gpu]) -> None:
         raise ServeError(
             f"VLLM_CPU_KVCACHE_SPACE is a number of GiB for each engine, not {cache!r}"
         ) from None
-    needed = caches + weights * sum(LEAST_SHARE[role] * count for role, count in counts.items())
+    needed = caches + weights * sum(MIN_SHARE[role] * count for role, count in counts.items())
     if available is not None and needed > available:
         raise ServeError(
             f"{sum(counts.values())} engines need at least {needed / GIB:.1f} GiB of memory "

@@ -11,7 +11,7 @@ from mixquant.serve.answers import BROKEN, UNREADY, own_error
 from mixquant.serve.listener import error_body
 from mixquant.serve.routes import RoutedRequest
 
-MOST_OF_A_HEADER = 1000  # characters; for the names of parameters
+MAX_HEADER_CHARACTERS = 1000  # characters; for the names of parameters
 
 
 async def relayed(answer: httpx.Response, streams: bool) -> Response:
@@ -53,7 +53,7 @@ def with_left_out(response: Response, request: RoutedRequest) -> Response:
         for path in request.left_out
         if path.isascii() and all(name.isidentifier() for name in path.split("."))
     ]
-    while len(", ".join(names)) > MOST_OF_A_HEADER:
+    while len(", ".join(names)) > MAX_HEADER_CHARACTERS:
         names.pop()
     if names:
         response.headers["x-ignored-parameters"] = ", ".join(names)

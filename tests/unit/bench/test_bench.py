@@ -23,7 +23,7 @@ from mixquant.bench import counts, generator, summary
 from mixquant.bench.counts import Counts
 from mixquant.bench.generator import Answer, GeneratorError
 from mixquant.bench.trace import Request
-from mixquant.bench.workloads import Plan, Point, points
+from mixquant.bench.workloads import LoadPoint, Plan, points
 from mixquant.cli.tables import speed as table
 from mixquant.core.recipe import Recipe
 from mixquant.results import Measurement
@@ -129,8 +129,8 @@ an_answer = st.builds(
 some_runs = st.lists(st.lists(an_answer, min_size=1, max_size=4), min_size=1, max_size=4)
 
 
-def a_point(workload: Any = "length", tokens: int = 7, concurrency: int = 1) -> Point:
-    return Point(workload, tokens, concurrency, tokens, tokens, lambda number: [])
+def a_point(workload: Any = "length", tokens: int = 7, concurrency: int = 1) -> LoadPoint:
+    return LoadPoint(workload, tokens, concurrency, tokens, tokens, lambda number: [])
 
 
 @given(some_runs)
@@ -483,12 +483,12 @@ def test_the_warm_up_is_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     counted: list[Counts] = []
 
-    def measurements(arm: str, point: Point, runs: Any, counts: Counts) -> list[Any]:
+    def measurements(arm: str, point: LoadPoint, runs: Any, counts: Counts) -> list[Any]:
         counted.append(counts)
         return []
 
     monkeypatch.setattr(run, "measurements", measurements)
-    point: Any = Point("length", 7, 1, 7, 8, lambda number: number)  # type: ignore[arg-type, return-value]
+    point: Any = LoadPoint("length", 7, 1, 7, 8, lambda number: number)  # type: ignore[arg-type, return-value]
     load: Any = Load()
     arm: Any = SimpleNamespace(name="one", url=None)
     run._measure(load, arm, "http://x", "m", [point], 2, lambda doing, tokens: None)

@@ -207,7 +207,7 @@ def test_a_value_is_no_object(name: str) -> None:
 def test_more_values_than_a_prompt_of_token_ids_has_are_refused(
     monkeypatch: pytest.MonkeyPatch, values: str
 ) -> None:
-    monkeypatch.setattr(module, "MOST_VALUES", 1000)
+    monkeypatch.setattr(module, "MAX_VALUES", 1000)
     for count, refused in ((400, False), (1001, True)):
         content = f'{{"logit_bias":[{",".join([values] * count)}]}}'.encode()
         if refused:
@@ -220,7 +220,7 @@ def test_more_values_than_a_prompt_of_token_ids_has_are_refused(
 
 @pytest.mark.parametrize("text", ["[{,", '"[', "\\[", '\\"[,{', "\\"])
 def test_a_text_is_one_value_whatever_it_holds(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
-    monkeypatch.setattr(module, "MOST_VALUES", 10)
+    monkeypatch.setattr(module, "MAX_VALUES", 10)
     body = {"prompt": text * 100, "stop": [text] * 5}
     assert accepted("/v1/completions", json.dumps(body).encode()).body == body
     cut = json.dumps(body).encode()[:60]  # in a string that does not end

@@ -15,7 +15,7 @@ from typing import Any
 from mixquant.checkpoints.models import find, load_tokenizer
 from mixquant.errors import MixquantError
 from mixquant.evaluate.benchmarks.answer_file import AnswerFile
-from mixquant.evaluate.benchmarks.runner import Work
+from mixquant.evaluate.benchmarks.runner import BenchmarkRun
 from mixquant.evaluate.benchmarks.settings import MiddleCutter, PromptTokens, Settings
 from mixquant.evaluate.tasks import OPTIONS, Item, PromptLimits, Task, TaskError
 from mixquant.evaluate.tasks.registry import TASKS
@@ -217,7 +217,7 @@ def some_items(items: Sequence[Item], limit: int | None, *, in_turns: bool) -> S
     return [item for item in items if item.id in kept]
 
 
-def work_of(benchmark: Benchmark, arm: Arm, options: Options, context: int | None) -> Work:
+def work_of(benchmark: Benchmark, arm: Arm, options: Options, context: int | None) -> BenchmarkRun:
     settings = benchmark.settings.to_dict()
     configuration = {
         "model": options.model,
@@ -231,7 +231,7 @@ def work_of(benchmark: Benchmark, arm: Arm, options: Options, context: int | Non
         "items": benchmark.digest,
     }
     file = AnswerFile(options.out / benchmark.task.name / f"{arm.name}.jsonl", configuration)
-    return Work(
+    return BenchmarkRun(
         benchmark.task,
         benchmark.items,
         benchmark.settings.seeds,

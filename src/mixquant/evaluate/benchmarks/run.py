@@ -26,7 +26,7 @@ from mixquant.evaluate.benchmarks.plan import (
     on_cpu,
     work_of,
 )
-from mixquant.evaluate.benchmarks.runner import Work, run
+from mixquant.evaluate.benchmarks.runner import BenchmarkRun, run
 from mixquant.evaluate.benchmarks.scoring import Answered, differences_of, recoveries_of, scores_of
 from mixquant.evaluate.benchmarks.tool_parser import with_tool_parser
 from mixquant.evaluate.tasks import Task
@@ -119,7 +119,11 @@ def _with_tool_parsers(options: Options, tasks: Sequence[Task], progress: Progre
 
 
 def _run_arm(
-    arm: Arm, work: Sequence[Work], options: Options, context: int | None, progress: Progress
+    arm: Arm,
+    work: Sequence[BenchmarkRun],
+    options: Options,
+    context: int | None,
+    progress: Progress,
 ) -> None:
     def starting(what: str) -> None:
         progress.doing(f"{arm.name}: {what}")
@@ -139,11 +143,16 @@ def _run_arm(
 
 
 async def _ask(
-    arm: Arm, url: str, name: str, work: Sequence[Work], options: Options, progress: Progress
+    arm: Arm,
+    url: str,
+    name: str,
+    work: Sequence[BenchmarkRun],
+    options: Options,
+    progress: Progress,
 ) -> None:
     failed = 0
 
-    def tell(one: Work, entry: Entry) -> None:
+    def tell(one: BenchmarkRun, entry: Entry) -> None:
         nonlocal failed
         failed += entry.answer is None
         problem = f", {failed} failed" if failed else ""

@@ -26,7 +26,7 @@ class RunError(MixquantError, RuntimeError):
 
 
 @dataclass(frozen=True)
-class Work:
+class BenchmarkRun:
     """One benchmark in one arm."""
 
     task: Task
@@ -56,12 +56,12 @@ class Work:
 
 
 async def run(
-    work: Sequence[Work],
+    work: Sequence[BenchmarkRun],
     endpoint: Endpoint,
     judge: Endpoint | None = None,
     *,
     concurrency: int = 16,
-    tell: Callable[[Work, Entry], None] = lambda work, entry: None,
+    tell: Callable[[BenchmarkRun, Entry], None] = lambda work, entry: None,
 ) -> None:
     """Does the missing work, one benchmark after the other.
 
@@ -82,10 +82,10 @@ async def run(
 class _Run:
     def __init__(
         self,
-        work: Work,
+        work: BenchmarkRun,
         endpoint: Endpoint,
         judge: Endpoint | None,
-        tell: Callable[[Work, Entry], None],
+        tell: Callable[[BenchmarkRun, Entry], None],
     ) -> None:
         self._work = work
         self._endpoint = endpoint

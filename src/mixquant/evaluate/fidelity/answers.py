@@ -39,7 +39,7 @@ class Answers:
 
 
 @dataclass(frozen=True)
-class Run:
+class ArmAnswers:
     """All results of one arm."""
 
     answers: tuple[Answers, ...]  # in the order of the passages
@@ -48,5 +48,5 @@ class Run:
     head: str | None  # the name of the output head, if it may be among them
 
 
-Engine = Callable[[Checkpoint, Recipe | None, Sequence[Passages], Progress], Run]
+Engine = Callable[[Checkpoint, Recipe | None, Sequence[Passages], Progress], ArmAnswers]
 """Runs one arm: the model with a recipe, or for None without mixquant."""

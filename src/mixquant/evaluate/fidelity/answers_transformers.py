@@ -14,7 +14,7 @@ from mixquant.checkpoints.models import Checkpoint, load_model
 from mixquant.core.recipe import Recipe
 from mixquant.engines.transformers import phase, prepare, summary
 from mixquant.engines.transformers.counting import quantized_rows
-from mixquant.evaluate.fidelity.answers import Answers, Progress, Run
+from mixquant.evaluate.fidelity.answers import Answers, ArmAnswers, Progress
 from mixquant.evaluate.fidelity.passages import Passages
 
 # Texts are read in one batch while their prompts together have no more tokens than this.
@@ -26,7 +26,7 @@ def run(
     recipe: Recipe | None,
     passages: Sequence[Passages],
     progress: Progress = lambda doing, share: None,
-) -> Run:
+) -> ArmAnswers:
     """Loads the model in BF16, prepares it, and computes its answers. Only one model is in memory.
 
     Raises:
@@ -49,7 +49,7 @@ def run(
         answers.append(_joined(parts))
     made = None if recipe is None else summary(model)
     head = model.get_output_embeddings()
-    run = Run(
+    run = ArmAnswers(
         answers=tuple(answers),
         recipe=None if made is None else made.recipe.to_dict(),
         layers=() if made is None else made.layers,

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from mixquant.checkpoints.models import Checkpoint
 from mixquant.core.recipe import Recipe
 from mixquant.core.summary import Layer
-from mixquant.evaluate.fidelity.answers import Answers, EngineError, Progress, Run
+from mixquant.evaluate.fidelity.answers import Answers, ArmAnswers, EngineError, Progress
 from mixquant.evaluate.fidelity.passages import Passages
 from mixquant.files import scratch
 from mixquant.servers.arms import terminated_like_interrupted
@@ -60,7 +60,7 @@ class VLLM:
         recipe: Recipe | None,
         passages: Sequence[Passages],
         progress: Progress = lambda doing, share: None,
-    ) -> Run:
+    ) -> ArmAnswers:
         """Starts an engine, lets it answer, and ends it.
 
         Raises:
@@ -85,7 +85,7 @@ class VLLM:
             raise
         about = json.loads((folder / "about.json").read_text())
         numbers = iter(range(len(prompts)))
-        run = Run(
+        run = ArmAnswers(
             answers=tuple(
                 _answers(folder, [next(numbers) for _ in one.prompts]) for one in passages
             ),

@@ -14,7 +14,7 @@ from chat_stub import Body, Drop, Refuse, Stub, question, serving
 
 from mixquant.evaluate.benchmarks.answer_file import AnswerFile, Entry
 from mixquant.evaluate.benchmarks.chat import Endpoint
-from mixquant.evaluate.benchmarks.runner import HOPELESS, RunError, Work, run
+from mixquant.evaluate.benchmarks.runner import HOPELESS, BenchmarkRun, RunError, run
 from mixquant.evaluate.tasks import Answer, Chat, Item, JudgeError, Task, Verdict
 
 
@@ -60,7 +60,7 @@ def items(number: int) -> list[Item]:
 
 @dataclass
 class Ran:
-    work: Work
+    work: BenchmarkRun
     stub: Stub
     judge: Stub
     told: list[Entry] = field(default_factory=list)
@@ -99,7 +99,7 @@ def do(
             chosen = judging if judge else None
             await run([ran.work], endpoint, chosen, concurrency=concurrency, tell=tell)
 
-    work = Work(task, asked, seeds, {"temperature": 0.6}, AnswerFile(path, {}))
+    work = BenchmarkRun(task, asked, seeds, {"temperature": 0.6}, AnswerFile(path, {}))
     with serving(Stub(answer)) as stub, serving(Stub(judge or echo)) as judging_stub:
         ran = Ran(work, stub, judging_stub)
         asyncio.run(go())

@@ -12,7 +12,7 @@ import pytest
 from mixquant.checkpoints.models import Checkpoint
 from mixquant.core.recipe import Recipe
 from mixquant.evaluate.fidelity import answers_vllm
-from mixquant.evaluate.fidelity.answers import Run
+from mixquant.evaluate.fidelity.answers import ArmAnswers
 from mixquant.evaluate.fidelity.passages import Passages
 
 WORKER = """
@@ -29,7 +29,7 @@ save_file({"logits": torch.ones(2, 3)}, folder / "0.safetensors")
 
 def run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...], recipe: Any = None
-) -> tuple[dict[str, Any], Run]:
+) -> tuple[dict[str, Any], ArmAnswers]:
     """The specification that the worker gets, and what comes of its answers."""
     spec = tmp_path / "spec.json"
     monkeypatch.setattr(answers_vllm, "COMMAND", (sys.executable, "-c", WORKER, str(spec)))

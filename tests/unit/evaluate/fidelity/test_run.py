@@ -16,7 +16,7 @@ from rich.console import Console
 from mixquant.checkpoints.models import Checkpoint
 from mixquant.cli.tables.fidelity import tables
 from mixquant.evaluate.fidelity import run as fidelity
-from mixquant.evaluate.fidelity.answers import Answers, Engine, EngineError, Run
+from mixquant.evaluate.fidelity.answers import Answers, ArmAnswers, Engine, EngineError
 from mixquant.evaluate.fidelity.passages import Passages
 from mixquant.report.fidelity import section
 from mixquant.results import Fidelity
@@ -100,11 +100,11 @@ class TestArmsOfTheUsers:
 
     @staticmethod
     def engine(vocabulary: int, shift: float) -> Engine:
-        def run(checkpoint: Any, recipe: Any, passages: Any, progress: Any) -> Run:
+        def run(checkpoint: Any, recipe: Any, passages: Any, progress: Any) -> ArmAnswers:
             logits = torch.arange(2.0 * vocabulary).reshape(2, -1).remainder(7)
             logits[:, 0] += shift
             answers = Answers((logits,), ((0, 0),), 0.0)
-            return Run((answers,), recipe=None, layers=(), head=None)
+            return ArmAnswers((answers,), recipe=None, layers=(), head=None)
 
         return run
 
