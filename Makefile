@@ -44,7 +44,7 @@ test-all: export HYPOTHESIS_PROFILE ?= thorough
 test-all: test rest
 
 unit: $(VENV)/.ready-dev
-	$(UNIT) -m "not slow"
+	$(UNIT) -m "not slow" $(COVERAGE)
 
 real: $(VENV)/.ready-dev
 	$(REAL) -m "not slow"
