@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from torch import Tensor
 
-from mixquant.formats import fp8, nvfp4_blocks
+from mixquant.formats import Kernel, fp8, nvfp4, nvfp4_blocks
 
 FormatName = Literal["nvfp4", "fp8"]
 
@@ -51,6 +52,13 @@ class Nvfp4Tensors:
             self.global_scale,
         )
 
+    def weight_for(self, kernel: Kernel, device: torch.device) -> nvfp4.NVFP4Weight:
+        """The weight on a device, laid out for a kernel."""
+        codes, scales, scale = (
+            one.to(device) for one in (self.codes, self.block_scales, self.global_scale)
+        )
+        return nvfp4.weight_of(codes, scales, scale.reciprocal(), kernel)
+
     def dequantize(self) -> Tensor:
         """The FP32 matrix ``[N, K]``."""
         return nvfp4_blocks.dequantize(
@@ -79,6 +87,10 @@ class Fp8Tensors:
         """The input features ``start`` to ``stop``, as views. Raises ValueError: out of range."""
         _check_range(start, stop, self.shape[1])
         return Fp8Tensors(self.codes[:, start:stop], self.scale)
+
+    def weight_for(self, kernel: Kernel, device: torch.device) -> fp8.Fp8Weight:
+        """The weight on a device, laid out for a kernel."""
+        return fp8.Fp8Weight(self.codes.to(device), self.scale.to(device), kernel, self.shape)
 
     def dequantize(self) -> Tensor:
         """The FP32 matrix ``[N, K]``."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -73,8 +73,10 @@ class Recipe:
             Transformers runs on a CPU with AVX-512 VNNI. ``bf16``: BF16. ``auto``: what is
             fastest, unless nothing is quantized. BF16 replaces a precision that is not available.
         everywhere: quantize every row of both phases, whatever the thresholds. For comparisons.
-        prefill_model: a checkpoint in NVFP4 or FP8 (compressed-tensors) from which the vLLM engine
-            takes the quantized copy; None makes the copy from the BF16 weights.
+        prefill_model: a checkpoint in NVFP4 or FP8 (compressed-tensors) from which the quantized copy is
+            taken. ``format`` is then the checkpoint's. If it is a mapping, a layer has the more precise
+            of the two formats, and is made from the BF16 weights where the checkpoint has another one.
+            None makes the whole copy from the BF16 weights.
         role: what a vLLM engine of a disaggregated set is for. ``prefill``: it holds quantized layers
             in their format alone, without BF16 weights, so every row is quantized, whatever the
             thresholds. ``decode``: nothing is quantized, whatever the format, so that one
@@ -316,6 +318,12 @@ class Recipe:
         if any(key != "default" and matches(key, layer) for key in self.format):
             return None
         return tuple(self.format_of(f"{path}.{part}" if path else part) for part in parts)
+
+
+def most_precise(formats: Iterable[FormatName]) -> FormatName:
+    """The most precise of some formats."""
+    order: tuple[FormatName, ...] = ("bf16", "fp8", "int8", "nvfp4")
+    return min(formats, key=order.index)
 
 
 def fastest(native: frozenset[str]) -> FormatName:

@@ -49,8 +49,10 @@ class NVFP4Weight:
         return sum(tensor.nbytes for tensor in held if tensor is not None)
 
 
-def emulated_weight(codes: Tensor, block_scales: Tensor, tensor_scale: Tensor) -> NVFP4Weight:
-    """A weight for emulation out of what another quantizer made.
+def weight_of(
+    codes: Tensor, block_scales: Tensor, tensor_scale: Tensor, kernel: Kernel
+) -> NVFP4Weight:
+    """A weight laid out for a kernel, out of what another quantizer made.
 
     Args:
         codes: ``[N, K/2]`` uint8, packed.
@@ -59,12 +61,17 @@ def emulated_weight(codes: Tensor, block_scales: Tensor, tensor_scale: Tensor) -
     """
     return NVFP4Weight(
         codes=codes,
-        block_scales=block_scales,
+        block_scales=swizzle(block_scales) if kernel.native else block_scales,
         tensor_scale=tensor_scale.view(1),
-        unscaled=unscaled(codes, block_scales),
-        kernel=EMULATION,
+        unscaled=None if kernel.native else unscaled(codes, block_scales),
+        kernel=kernel,
         shape=(codes.shape[0], codes.shape[1] * 2),
     )
+
+
+def emulated_weight(codes: Tensor, block_scales: Tensor, tensor_scale: Tensor) -> NVFP4Weight:
+    """`weight_of` for emulation."""
+    return weight_of(codes, block_scales, tensor_scale, EMULATION)
 
 
 @dataclass(frozen=True)
@@ -114,14 +121,7 @@ class _NVFP4:
             raise ValueError(reason)
         scale = global_scale(weight.abs().amax().float(), block_scale)
         codes, scales = quantize(weight, scale, block_scale)
-        return NVFP4Weight(
-            codes=codes,
-            block_scales=swizzle(scales) if kernel.native else scales,
-            tensor_scale=scale.reciprocal().view(1),
-            unscaled=None if kernel.native else unscaled(codes, scales),
-            kernel=kernel,
-            shape=(n, k),
-        )
+        return weight_of(codes, scales, scale.reciprocal(), kernel)
 
     def dequantize_weight(self, weight: NVFP4Weight) -> Tensor:
         n, k = weight.shape

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import logging as hf_logging
 
+from mixquant.checkpoints.second_checkpoint import opened, with_format_of
 from mixquant.core.phase import Thresholds
 from mixquant.core.recipe import Recipe
 from mixquant.core.rows import Part
@@ -39,19 +41,18 @@ def convert(model: PreTrainedModel, recipe: Recipe) -> None:
     """Does to a model what `prepare` says, but for what Transformers knows of it.
 
     Raises:
-        PrepareError: as `prepare` does, before anything is changed.
+        PrepareError, CheckpointError, RecipeError: as `prepare` does, before anything is changed.
     """
     if recipe.role != "both":
         raise PrepareError(
             f"role {recipe.role!r} is for the vLLM engines of a disaggregated set; here one model does "
             "both phases, so leave it out"
         )
-    if recipe.prefill_model is not None:
-        raise PrepareError(
-            f"prefill_model {recipe.prefill_model!r} is for vLLM engines; here the copy is made from "
-            "the model's own weights, so leave it out"
-        )
     _check_model(model)
+    given = recipe
+    if recipe.prefill_model is not None:
+        _check_prefill_model(model, recipe.prefill_model)
+        recipe = with_format_of(recipe)
     decoder = model.get_decoder()
     device = decoder.device
     resolved = recipe.resolved(native_formats(device), device.type == "cuda")
@@ -74,7 +75,7 @@ def convert(model: PreTrainedModel, recipe: Recipe) -> None:
             layers.append(layer_line(name, linear.weight.shape, Part((0, 0), "bf16", None), why))
             continue
         refuse_unfit(name, linear.weight)
-        parts = quantize_parts(linear.weight, layout)
+        parts = quantize_parts(linear.weight, layout, name, resolved.prefill_model)
         chosen.append((name, linear, layout, parts, why))
         layers.extend(describe(name, linear.weight, layout, parts, why))
     layers.extend(left_alone(model, decoder))
@@ -85,10 +86,10 @@ def convert(model: PreTrainedModel, recipe: Recipe) -> None:
         )
     attends = attention.choose(model, resolved, attending)
     made = Summary(resolved, tuple(layers), (attends,) if attends else ())
-    warn_of_no_effect(model, recipe, made)
+    warn_of_no_effect(model, given, made)
 
     for name, linear, layout, parts, why in chosen:
-        PhaseLinear.adopt(linear, name, layout, why).set_copy(parts)
+        PhaseLinear.adopt(linear, name, layout, why, resolved.prefill_model).set_copy(parts)
     fuse(model)
     watch(
         model,
@@ -119,6 +120,18 @@ def _check_model(model: PreTrainedModel) -> None:
             raise PrepareError(
                 f"the weight {name} is not in memory (offloaded); load the model without offloading"
             )
+
+
+def _check_prefill_model(model: PreTrainedModel, prefill_model: str) -> None:
+    """Checks that a checkpoint is of this model: raises CheckpointError.
+
+    Norms and embeddings are compared if the model was loaded from safetensors files that are at hand;
+    quantized layers are compared with the loaded weights when their copies are made.
+    """
+    checkpoint = opened(prefill_model).checkpoint
+    directory = Path(model.name_or_path)
+    at_hand = model.name_or_path and any(directory.glob("*.safetensors"))
+    checkpoint.check_against(model.config.to_dict(), directory if at_hand else None)
 
 
 def _check_linears(model: PreTrainedModel, decoder: nn.Module, resolved: Recipe) -> None:

@@ -10,9 +10,10 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
+from mixquant.checkpoints.second_checkpoint import opened
 from mixquant.core.layer_names import FUSED_PROJECTIONS, is_router
 from mixquant.core.phase import Range
-from mixquant.core.recipe import Recipe
+from mixquant.core.recipe import FormatName, Recipe, most_precise
 from mixquant.core.summary import IGNORED, THE_RECIPE
 from mixquant.engines.source import statements_of_forward
 from mixquant.formats import BY_NAME
@@ -66,7 +67,11 @@ def linears(model: PreTrainedModel, decoder: nn.Module) -> Iterator[tuple[str, n
 def layout_of(
     name: str, linear: nn.Linear, recipe: Recipe, model: PreTrainedModel
 ) -> tuple[Layout, str | None]:
-    """The parts of a layer and their formats, and if it stays BF16, why."""
+    """The parts of a layer and their formats, and if it stays BF16, why.
+
+    Raises:
+        CheckpointError: the recipe's prefill_model cannot be read.
+    """
     out_features, in_features = linear.weight.shape
     whole = (0, out_features)
     precise: Layout = ((whole, "bf16", {}),)
@@ -87,13 +92,17 @@ def layout_of(
         pieces = [(whole, formats[0] if formats else _format_of(recipe, name, linear, model))]
     elif boundaries is None:
         # Where the projections lie is not known: the whole layer as precise as its most precise one.
-        order = ("bf16", "fp8", "int8", "nvfp4")
-        pieces = [(whole, min(formats, key=order.index))]
+        pieces = [(whole, most_precise(formats))]
     else:
         pieces = list(zip(boundaries, formats, strict=True))
 
     layout: Layout = ()
     reasons: list[str] = []
+    if recipe.prefill_model is not None:
+        source = opened(recipe.prefill_model)
+        if source.format_of(name) is None:
+            reasons.append("not quantized in the prefill model")
+        pieces = [(features, source.chosen(name, fmt)) for features, fmt in pieces]
     for (start, stop), fmt in pieces:
         options: dict[str, Any] = {"block_scale": recipe.block_scale} if fmt == "nvfp4" else {}
         if fmt != "bf16":
@@ -106,7 +115,7 @@ def layout_of(
     return layout, "; ".join(dict.fromkeys(reasons)) or THE_RECIPE
 
 
-def _format_of(recipe: Recipe, name: str, linear: nn.Linear, model: PreTrainedModel) -> str:
+def _format_of(recipe: Recipe, name: str, linear: nn.Linear, model: PreTrainedModel) -> FormatName:
     """By the name that a recipe has a format for, if it has one for any of the layer's names."""
     default = recipe.format_of("")
     chosen = map(recipe.format_of, names_in_recipes(name, linear, model))

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mixquant.checkpoints.prefill import check_is_of
+from mixquant.checkpoints.second_checkpoint import opened
 from mixquant.core.fingerprint import Origin, changed
 from mixquant.core.phase import Range, plan_in_force
 from mixquant.core.rows import Part, phase_linear
@@ -29,6 +31,7 @@ class PhaseLinear(nn.Linear):
     name: str  # full and dotted, as the model was prepared
     layout: tuple[tuple[Range, str, dict[str, Any]], ...]  # features, format, options, per part
     why_precise: str | None
+    prefill_model: str | None  # of the recipe
     _copy: tuple[tuple[Part, ...], Origin] | None
 
     @classmethod
@@ -38,6 +41,7 @@ class PhaseLinear(nn.Linear):
         name: str,
         layout: tuple[tuple[Range, str, dict[str, Any]], ...],
         why_precise: str | None = None,
+        prefill_model: str | None = None,
     ) -> PhaseLinear:
         """Turns ``linear`` itself into a PhaseLinear whose output features have this layout.
 
@@ -46,12 +50,14 @@ class PhaseLinear(nn.Linear):
             layout: for each part, in order: its output features ``(start, stop)``, its format
                 (``bf16`` for one that is always precise), and options of the format's quantizers.
             why_precise: why parts in ``bf16`` are.
+            prefill_model: the recipe's.
         """
         linear.__class__ = cls
         assert isinstance(linear, cls)
         linear.name = name
         linear.layout = layout
         linear.why_precise = why_precise
+        linear.prefill_model = prefill_model
         linear._copy = None
         return linear
 
@@ -76,6 +82,7 @@ class PhaseLinear(nn.Linear):
         Raises:
             PrepareError: a weight that is not in memory, holds NaN or infinity, or has other rows
                 than before in a layer of several parts.
+            CheckpointError: the weight is no longer that of the prefill_model.
         """
         refuse_unfit(self.name, self.weight)
         before, rows = self.layout[-1][0][1], self.weight.shape[0]
@@ -86,7 +93,7 @@ class PhaseLinear(nn.Linear):
                     "no longer known; load the model again and prepare it as it is then"
                 )
             self.layout = (((0, rows), *self.layout[0][1:]),)
-        parts = quantize_parts(self.weight, self.layout)
+        parts = quantize_parts(self.weight, self.layout, self.name, self.prefill_model)
         self.set_copy(parts)
         return parts
 
@@ -183,22 +190,38 @@ class _NotDifferentiable(torch.autograd.Function):
 
 @torch.no_grad()
 def quantize_parts(
-    weight: Tensor, layout: tuple[tuple[Range, str, dict[str, Any]], ...]
+    weight: Tensor,
+    layout: tuple[tuple[Range, str, dict[str, Any]], ...],
+    name: str = "",
+    prefill_model: str | None = None,
 ) -> tuple[Part, ...]:
     """Quantizes a weight ``[N, K]`` part by part, for the kernels of the device it is on.
 
     A part that its kernel cannot hold stays BF16: the layout may be another device's.
+
+    Args:
+        name: of the layer.
+        prefill_model: the checkpoint that a part is taken from if it has the layer in the part's format.
+
+    Raises:
+        CheckpointError: the checkpoint cannot be read, or its weight is not this one.
     """
     parts = []
-    for (start, stop), name, options in layout:
-        if name == "bf16":
-            parts.append(Part((start, stop), name, None))
+    for (start, stop), of, options in layout:
+        if of == "bf16":
+            parts.append(Part((start, stop), of, None))
             continue
-        fmt = BY_NAME[name]
+        fmt = BY_NAME[of]
         kernel = fmt.kernel(weight.device)
         if fmt.why_not(stop - start, weight.shape[1], kernel) is not None:
             parts.append(Part((start, stop), "bf16", None))
             continue
-        quantized = fmt.quantize_weight(weight[start:stop].detach(), kernel, **options)
-        parts.append(Part((start, stop), name, quantized, options))
+        mine = weight[start:stop].detach()
+        if prefill_model is not None and opened(prefill_model).format_of(name) == of:
+            stored = opened(prefill_model).layer(name).rows(start, stop)
+            check_is_of(stored, mine, name)
+            quantized: Any = stored.weight_for(kernel, weight.device)
+        else:
+            quantized = fmt.quantize_weight(mine, kernel, **options)
+        parts.append(Part((start, stop), of, quantized, options))
     return tuple(parts)

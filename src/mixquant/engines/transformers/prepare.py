@@ -34,7 +34,8 @@ def prepare(
         RecipeError: an invalid recipe.
         PrepareError: a model that is prepared or quantized already, is not decoder-only, is not on
             a device, has no linear layers, or has a NaN or an infinity in a weight (the message names
-            the layer); a recipe with a role or a prefill_model, which only a vLLM engine can have.
+            the layer); a recipe with a role, which only a vLLM engine can have.
+        CheckpointError: the recipe's prefill_model cannot be read, or is of another model.
     """
     recipe = as_recipe(recipe)
     convert(model, recipe)

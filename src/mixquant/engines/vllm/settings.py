@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import difflib
 import os
-from dataclasses import fields, replace
+from dataclasses import fields
 from typing import Any
 
 import torch
 
+from mixquant.checkpoints.second_checkpoint import opened, with_format_of
 from mixquant.checkpoints.tensor_files import directory_of
-from mixquant.core.recipe import FormatName, Recipe, RecipeError
+from mixquant.core.recipe import Recipe, RecipeError
 from mixquant.engines.vllm import hardware, versions
 from mixquant.engines.vllm.config import QUANTIZATION_METHOD, PhaseQuantizationConfig
 from mixquant.engines.vllm.counters import Counters
-from mixquant.engines.vllm.loading.second_checkpoint import opened
 from mixquant.engines.vllm.log import logger
 from mixquant.errors import MixquantError
 
@@ -81,7 +81,7 @@ def resolve(given: Any) -> Recipe:
     recipe = _recipe_of(given)
     native, device = hardware.native_in_vllm()
     if recipe.prefill_model is not None and recipe.role != "decode":
-        recipe = _with_format_of(recipe)
+        recipe = with_format_of(recipe)
     resolved = recipe.resolved(native, hardware.is_gpu())
     assert isinstance(resolved.format, dict)
     foreign = sorted(set(resolved.format.values()) - native - {"bf16"})
@@ -118,20 +118,6 @@ def _misplaced(additional_config: dict[str, Any]) -> str | None:
     ours = {one.name for one in fields(Recipe)}
     like = difflib.get_close_matches(QUANTIZATION_METHOD, additional_config, n=1, cutoff=0.75)
     return next((key for key in additional_config if key in ours), like[0] if like else None)
-
-
-def _with_format_of(recipe: Recipe) -> Recipe:
-    """A recipe whose format is that of its prefill_model. Raises CheckpointError, RecipeError."""
-    assert recipe.prefill_model is not None
-    there = set(opened(recipe.prefill_model).checkpoint.formats.values())
-    name: FormatName = "nvfp4" if "nvfp4" in there else "fp8"
-    wanted = {"default": name}
-    if recipe.preset == "exact" or recipe.format not in ("auto", name, wanted):
-        raise RecipeError(
-            f"the recipe's formats come from {recipe.prefill_model}; remove 'format' from the recipe, "
-            "and use a preset other than exact"
-        )
-    return replace(recipe, format=wanted)
 
 
 def _check_recipe(vllm_config: Any, recipe: Recipe) -> None:

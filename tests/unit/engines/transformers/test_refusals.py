@@ -226,12 +226,6 @@ def test_interleaved_projections_are_not_taken_for_parts(name: str) -> None:
 # --- settings without effect ---------------------------------------------------------------------
 
 
-def test_a_prefill_model_is_refused() -> None:
-    message = refused(build("llama"), {**INT8, "prefill_model": "some/where"})
-    assert "prefill_model 'some/where'" in message
-    assert "vLLM" in message
-
-
 @pytest.mark.parametrize(
     ("recipe", "says"),
     [

@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 from vllm.model_executor.layers.fused_moe import RoutedExperts
 
-from mixquant.core.recipe import Recipe
+from mixquant.checkpoints.second_checkpoint import opened
+from mixquant.core.recipe import Recipe, most_precise
 from mixquant.core.summary import IGNORED, THE_RECIPE
 from mixquant.engines.vllm import hardware
 from mixquant.engines.vllm.experts import fp8 as fp8_experts
 from mixquant.engines.vllm.experts.method import PhaseExpertsMethod
 from mixquant.engines.vllm.loading.memory import Ledger
-from mixquant.engines.vllm.loading.second_checkpoint import opened
 
 
 def experts_method(
@@ -21,7 +21,7 @@ def experts_method(
 
     Where it is None, ``layer.mixquant_why_precise`` says why.
     """
-    fmt, why = _format_of(layer, recipe, prefix)
+    fmt, why, stored = _format_of(layer, recipe, prefix)
     if why is None:
         why = unsupported(layer, fmt)
     if why is not None:
@@ -34,7 +34,7 @@ def experts_method(
         ledger,
         recipe.block_scale,
         only_quantized=recipe.role == "prefill",
-        prefill_model=recipe.prefill_model,
+        prefill_model=recipe.prefill_model if stored else None,
     )
 
 
@@ -69,14 +69,18 @@ def unsupported(layer: RoutedExperts, fmt: str) -> str | None:
     return f"no experts in {fmt}"
 
 
-def _format_of(layer: RoutedExperts, recipe: Recipe, prefix: str) -> tuple[str, str | None]:
+def _format_of(layer: RoutedExperts, recipe: Recipe, prefix: str) -> tuple[str, str | None, bool]:
+    """The experts' format, why it is BF16, and whether the prefill model has them in that format."""
     if recipe.ignores(prefix):
-        return "bf16", IGNORED
+        return "bf16", IGNORED, False
+    fmt = recipe.format_of(prefix)
+    found = None
     if recipe.prefill_model is not None:
         moe = layer.moe_config
         if not moe.is_act_and_mul:
-            return "bf16", "experts without a gate are not taken from a prefill model"
+            return "bf16", "experts without a gate are not taken from a prefill model", False
         found, why = opened(recipe.prefill_model).format_of_experts(prefix, moe.num_experts)
-        return found or "bf16", why
-    fmt = recipe.format_of(prefix)
-    return fmt, THE_RECIPE if fmt == "bf16" else None
+        if found is None:
+            return "bf16", why, False
+        fmt = most_precise((fmt, found))
+    return fmt, THE_RECIPE if fmt == "bf16" else None, fmt == found

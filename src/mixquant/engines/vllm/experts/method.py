@@ -18,6 +18,7 @@ from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import (
 )
 
 from mixquant.checkpoints.prefill import check_is_of
+from mixquant.checkpoints.second_checkpoint import opened
 from mixquant.core.fingerprint import sample
 from mixquant.core.phase import PhasePlan, everything_quantized, plan_in_force
 from mixquant.core.summary import Layer
@@ -30,7 +31,7 @@ from mixquant.engines.vllm.loading.online import (
     should_process,
     weights_are_made_up,
 )
-from mixquant.engines.vllm.loading.second_checkpoint import opened
+from mixquant.engines.vllm.loading.second_checkpoint import expert as expert_of
 from mixquant.engines.vllm.products.base import nbytes_of
 from mixquant.formats.nvfp4_blocks import BlockScale
 
@@ -197,7 +198,7 @@ class PhaseExpertsMethod(UnquantizedFusedMoEMethod):  # type: ignore[misc]
         features = _features(moe)
         half = layer.w13_weight.shape[1] // 2
         for expert in range(moe.num_experts):
-            parts = source.expert(self.prefix, expert, moe.moe_parallel_config, features)
+            parts = expert_of(source, self.prefix, expert, moe.moe_parallel_config, features)
             if expert in (0, moe.num_experts - 1) and not self.made_up:
                 gate_up = layer.w13_weight[expert].data
                 for tensors, weight in zip(

@@ -5,15 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from mixquant.checkpoints.second_checkpoint import opened
 from mixquant.core.layer_names import FUSED_PROJECTIONS, INTERLEAVED
 from mixquant.core.phase import Range
-from mixquant.core.recipe import Recipe
+from mixquant.core.recipe import FormatName, Recipe, most_precise
 from mixquant.core.summary import IGNORED, THE_RECIPE
-from mixquant.engines.vllm.loading.second_checkpoint import opened
 from mixquant.engines.vllm.products.base import unsupported_shape
-
-# Formats from the most precise to the least: what a fused layer takes whose parts are not known.
-_PRECISION = ("bf16", "fp8", "int8", "nvfp4")
 
 
 @dataclass(frozen=True)
@@ -77,7 +74,7 @@ def lay_out(
     if len(formats) != len(sizes):
         # Where the projections lie is not known: the whole as precise as its most precise one.
         if recipe.prefill_model is None:
-            return whole(min(formats, key=_PRECISION.index))
+            return whole(most_precise(formats))
         return whole("bf16", "vLLM has it in other parts than the prefill model")
 
     parts: list[OutputSlice] = []
@@ -102,36 +99,42 @@ def sibling(prefix: str, projection: str) -> str:
     return f"{path}.{projection}" if path else projection
 
 
-def _formats(recipe: Recipe, prefix: str, names: Sequence[str]) -> tuple[str, ...] | None:
+def from_checkpoint(recipe: Recipe, layer: str, fmt: str) -> bool:
+    """Whether a projection's copy in this format is the prefill model's."""
+    return recipe.prefill_model is not None and opened(recipe.prefill_model).format_of(layer) == fmt
+
+
+def _formats(recipe: Recipe, prefix: str, names: Sequence[str]) -> tuple[FormatName, ...] | None:
     """The formats of the projections that a layer is fused from, or None if it counts as one."""
     if not names:
         return None
     formats = recipe.formats_of_fused(prefix, names)
-    if formats is None or recipe.prefill_model is None:
+    if recipe.prefill_model is None:
         return formats
     source = opened(recipe.prefill_model)
     layers = [sibling(prefix, name) for name in names]
-    there = [source.format_of(layer) for layer in layers]
-    if not any(there) and source.format_of(prefix) is not None:
+    if not any(map(source.format_of, layers)) and source.format_of(prefix) is not None:
         return None  # fused in the checkpoint, too
-    return tuple(
-        "bf16" if fmt is None or recipe.ignores(layer) else fmt
-        for layer, fmt in zip(layers, there, strict=True)
-    )
+    wanted = formats or (recipe.format_of(prefix),) * len(names)
+    return tuple(map(source.chosen, layers, wanted))
 
 
-def _format(recipe: Recipe, prefix: str) -> str:
+def _format(recipe: Recipe, prefix: str) -> FormatName:
     if recipe.prefill_model is None:
         return recipe.format_of(prefix)
-    return opened(recipe.prefill_model).format_of(prefix) or "bf16"
+    wanted = recipe.formats_of_fused(prefix) or (recipe.format_of(prefix),)
+    return opened(recipe.prefill_model).chosen(prefix, most_precise(wanted))
 
 
 def _may_join(recipe: Recipe, prefix: str, before: OutputSlice, name: str) -> bool:
     """Whether a projection may be held in one tensor with those before it, in the same format."""
     if recipe.prefill_model is None or before.format == "bf16":
         return True
-    first = sibling(prefix, before.projections[-1][0])
-    return opened(recipe.prefill_model).have_one_scale(first, sibling(prefix, name))
+    pair = [sibling(prefix, one) for one in (before.projections[-1][0], name)]
+    stored = {from_checkpoint(recipe, layer, before.format) for layer in pair}
+    if len(stored) > 1:
+        return False
+    return stored == {False} or opened(recipe.prefill_model).have_one_scale(*pair)
 
 
 def _possible(part: OutputSlice, in_features: int) -> OutputSlice:

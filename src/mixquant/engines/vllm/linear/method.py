@@ -11,6 +11,7 @@ from torch import Tensor
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 
 from mixquant.checkpoints.prefill import check_is_of
+from mixquant.checkpoints.second_checkpoint import opened
 from mixquant.core.fingerprint import sample
 from mixquant.core.phase import Range
 from mixquant.core.recipe import Recipe
@@ -18,7 +19,7 @@ from mixquant.core.summary import Layer
 from mixquant.engines.vllm import hardware
 from mixquant.engines.vllm.linear import operator
 from mixquant.engines.vllm.linear.fp8_layer import Fp8Layer
-from mixquant.engines.vllm.linear.layout import OutputSlice, lay_out, sibling
+from mixquant.engines.vllm.linear.layout import OutputSlice, from_checkpoint, lay_out, sibling
 from mixquant.engines.vllm.loading.memory import Ledger
 from mixquant.engines.vllm.loading.online import (
     CannotReload,
@@ -28,7 +29,7 @@ from mixquant.engines.vllm.loading.online import (
     should_process,
     weights_are_made_up,
 )
-from mixquant.engines.vllm.loading.second_checkpoint import joined, opened, shard
+from mixquant.engines.vllm.loading.second_checkpoint import joined, shard
 from mixquant.engines.vllm.products.base import Product, nbytes_of
 from mixquant.engines.vllm.products.choose import product_of, product_of_tensors
 from mixquant.engines.vllm.products.in_torch import PreciseProduct
@@ -271,8 +272,10 @@ class PhaseLinearMethod(UnquantizedLinearMethod):  # type: ignore[misc]
         start, stop = part.features
         if part.format == "bf16":
             return PreciseProduct(layer.weight.data[start:stop]) if self.only_quantized else None
-        if self.recipe.prefill_model is None:
+        first = sibling(self.prefix, part.projections[0][0])
+        if not from_checkpoint(self.recipe, first, part.format):
             return product_of(part.format, layer.weight.data[start:stop], self.recipe)
+        assert self.recipe.prefill_model is not None
         source = opened(self.recipe.prefill_model)
         shards = [
             shard(source.layer(sibling(self.prefix, name)), layer, name, rows, self.shape[1])
@@ -281,4 +284,4 @@ class PhaseLinearMethod(UnquantizedLinearMethod):  # type: ignore[misc]
         tensors = joined(shards)
         if not self.made_up:
             check_is_of(tensors, layer.weight.data[start:stop], self.prefix)
-        return product_of_tensors(tensors, layer.weight.device, self.dtype)
+        return product_of_tensors(tensors, layer.weight.device, self.dtype, self.recipe.block_scale)

@@ -15,6 +15,7 @@ from mixquant.engines.vllm.products.nvfp4 import nvfp4_codes, nvfp4_product
 from mixquant.engines.vllm.products.scaled import ScaledProduct
 from mixquant.formats import EMULATION, nvfp4
 from mixquant.formats.fp8 import Fp8Weight
+from mixquant.formats.nvfp4_blocks import BlockScale
 
 
 def product_of(fmt: str, weight: Tensor, recipe: Recipe) -> Product:
@@ -31,18 +32,27 @@ def product_of(fmt: str, weight: Tensor, recipe: Recipe) -> Product:
 
 
 def product_of_tensors(
-    tensors: Fp8Tensors | Nvfp4Tensors, device: torch.device, dtype: torch.dtype
+    tensors: Fp8Tensors | Nvfp4Tensors,
+    device: torch.device,
+    dtype: torch.dtype,
+    block_scale: BlockScale,
 ) -> Product:
-    """The same for a weight that a checkpoint holds quantized; ``dtype`` is the rows'."""
+    """The same for a weight that a checkpoint holds quantized.
+
+    Args:
+        tensors: ``[N, K]``.
+        dtype: of the rows.
+        block_scale: of rows in emulated NVFP4.
+    """
     if isinstance(tensors, Fp8Tensors):
         codes, scale = tensors.codes.to(device), tensors.scale.to(device)
         if device.type == "cuda" and not hardware.emulates("fp8"):
             return ScaledProduct.of_codes(codes, scale)
         weight = Fp8Weight(codes, scale, EMULATION, tensors.shape)
-        return EmulatedProduct.of_weight("fp8", weight)
+        return EmulatedProduct.of_weight("fp8", weight, {})
     codes, block_scales = tensors.codes.to(device), tensors.block_scales.to(device)
     tensor_scale = tensors.global_scale.to(device).reciprocal()
     if device.type == "cuda":
         return nvfp4_product(codes, block_scales, tensor_scale, dtype)
     emulated = nvfp4.emulated_weight(codes, block_scales, tensor_scale)
-    return EmulatedProduct.of_weight("nvfp4", emulated)
+    return EmulatedProduct.of_weight("nvfp4", emulated, {"block_scale": block_scale})

@@ -37,10 +37,10 @@ class EmulatedProduct(Product):
         self._set_weight(fmt, BY_NAME[fmt].quantize_weight(weight, EMULATION, **options), options)
 
     @classmethod
-    def of_weight(cls, fmt: str, weight: Any) -> EmulatedProduct:
+    def of_weight(cls, fmt: str, weight: Any, options: dict[str, Any]) -> EmulatedProduct:
         """From a weight that is quantized already, in this project's own representation."""
         self = cls.__new__(cls)
-        self._set_weight(fmt, weight, {})
+        self._set_weight(fmt, weight, options)
         return self
 
     def _set_weight(self, fmt: str, weight: Any, options: dict[str, Any]) -> None:

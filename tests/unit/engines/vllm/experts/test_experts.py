@@ -48,9 +48,10 @@ from vllm.platforms import current_platform
 
 from mixquant.checkpoints.errors import CheckpointError
 from mixquant.checkpoints.quantized_tensors import Fp8Tensors, Nvfp4Tensors
+from mixquant.checkpoints.second_checkpoint import SecondCheckpoint
 from mixquant.core.phase import PhasePlan, Thresholds, everything_quantized, in_force, plan_pass
 from mixquant.core.recipe import Recipe
-from mixquant.core.summary import IGNORED, Layer
+from mixquant.core.summary import IGNORED, THE_RECIPE, Layer
 from mixquant.engines.vllm import hardware
 from mixquant.engines.vllm.config import PhaseQuantizationConfig
 from mixquant.engines.vllm.experts import choose
@@ -64,7 +65,6 @@ from mixquant.engines.vllm.experts.method import PhaseExpertsMethod
 from mixquant.engines.vllm.experts.nvfp4 import Nvfp4Experts
 from mixquant.engines.vllm.loading.memory import CopyDoesNotFit, Ledger
 from mixquant.engines.vllm.loading.online import CannotReload
-from mixquant.engines.vllm.loading.second_checkpoint import SecondCheckpoint
 from mixquant.engines.vllm.patches import runners as passes
 from mixquant.engines.vllm.products.base import nbytes_of
 from mixquant.formats import EMULATION, fp8, nvfp4, nvfp4_blocks
@@ -1548,6 +1548,24 @@ def test_gate_and_up_with_scales_of_their_own_are_refused(
     second(checkpoint)
     with pytest.raises(CheckpointError, match=r"expert 1.*'ignore'"):
         method_for(layer, "nvfp4")._take(layer, Nvfp4Experts(layer))
+
+
+def test_experts_in_a_more_precise_format_are_rounded_from_the_bf16_weights(
+    second: Any, on_blackwell: None, kernel_calls: list[dict[str, Any]]
+) -> None:
+    layer = with_weights(moe_config(FEATURES, WIDE))
+    second(Second("nvfp4", NAMES[0], layer))
+    recipe = dataclasses.replace(recipe_of("fp8"), prefill_model="second")
+    method = experts_method(layer, recipe, PREFIX, Ledger())
+    assert method is not None
+    assert (method.format, method.prefill_model) == ("fp8", None)
+    unquantized = dataclasses.replace(recipe, format={"default": "bf16"})
+    assert precise(layer, unquantized) == THE_RECIPE
+    second(Second("fp8", NAMES[0], layer))
+    coarser = dataclasses.replace(recipe_of("nvfp4"), prefill_model="second")
+    method = experts_method(layer, coarser, PREFIX, Ledger())
+    assert method is not None
+    assert (method.format, method.prefill_model) == ("fp8", "second")
 
 
 def test_experts_that_the_prefill_model_does_not_quantize_stay_precise(

@@ -10,11 +10,12 @@ import torch
 
 from mixquant.checkpoints.errors import CheckpointError
 from mixquant.checkpoints.quantized_tensors import Fp8Tensors, Nvfp4Tensors
+from mixquant.checkpoints.second_checkpoint import SecondCheckpoint
 from mixquant.formats import fp8, nvfp4_blocks
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
 
-from mixquant.engines.vllm.loading.second_checkpoint import SecondCheckpoint, joined, shard
+from mixquant.engines.vllm.loading.second_checkpoint import joined, shard
 
 
 def random(fmt: str, rows: int, columns: int, seed: int = 0) -> Any:

@@ -507,5 +507,5 @@ def test_codes_of_a_checkpoint_meet_a_kernel_that_takes_the_rows(
     tensors = SimpleNamespace(
         codes=Held(codes), block_scales=Held(block_scales), global_scale=Held(scale.reciprocal())
     )
-    products.product_of_tensors(tensors, OnGpu(), dtype)  # type: ignore[arg-type]
+    products.product_of_tensors(tensors, OnGpu(), dtype, "6")  # type: ignore[arg-type]
     assert given == [dtype]
