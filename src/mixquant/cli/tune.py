@@ -75,6 +75,15 @@ def tune(
             show_default="this machine's",
         ),
     ] = None,
+    prefill_model: Annotated[
+        str | None,
+        typer.Option(
+            "--prefill-model",
+            metavar="DIR",
+            help="Checkpoint of mixquant quantize in the target's fastest format. Layers that have that "
+            "format take their weights from it.",
+        ),
+    ] = None,
     rates: Annotated[
         Path | None,
         typer.Option(
@@ -222,6 +231,7 @@ def tune(
             decide,
             cost_length,
             work or out_file.with_suffix(".work"),
+            prefill_model=prefill_model,
             command=context.obj,
             progress=progress,
             say=say,

@@ -13,6 +13,7 @@ import numpy as np
 
 from mixquant._version import __version__
 from mixquant.checkpoints.models import Checkpoint
+from mixquant.checkpoints.second_checkpoint import opened
 from mixquant.core.recipe import Recipe
 from mixquant.evaluate.fidelity.passages import Passages
 from mixquant.results import Arm, Environment, Predicted, Tried, Tuning
@@ -65,6 +66,12 @@ class Tuner:
         held_out: the texts that decide; their prompts may have another length.
         cost_tokens: of the prompt whose prefill the cost model times.
         folder: where the work is kept.
+        prefill_model: the checkpoint of layers in the target's fastest format, or None.
+
+    Raises:
+        CheckpointError: the prefill_model cannot be read, or is of another model.
+        WorkError: the folder cannot be used, the texts are not other ones, or the prefill_model has
+            another format.
     """
 
     def __init__(
@@ -77,6 +84,7 @@ class Tuner:
         cost_tokens: int,
         folder: Path,
         *,
+        prefill_model: str | None = None,
         command: str,
         progress: Progress = lambda doing, share: None,
         say: Say = lambda message: None,
@@ -87,7 +95,9 @@ class Tuner:
             )
         self.checkpoint, self.target, self.budget = checkpoint, target, budget
         self.searched, self.held_out, self.cost_tokens = searched, held_out, cost_tokens
+        self.prefill_model = prefill_model
         self.command, self.progress, self.say = command, progress, say
+        self._check_prefill_model()
         self.work = Work(folder, self._what())
         self._references: dict[str, measure.Logits] = {}
         rows = searched.passages.prompt_tokens
@@ -104,7 +114,9 @@ class Tuner:
             WorkError: the folder cannot be used.
         """
         self.progress("loading", 0.0)
-        units = self._in_bf16(lambda model: units_of(model, self.target.formats))
+        units = self._in_bf16(
+            lambda model: units_of(model, self.target.formats, self.prefill_model)
+        )
         if not len(units):
             formats = " or ".join(self.target.formats)
             raise WorkError(
@@ -113,7 +125,10 @@ class Tuner:
         cost = CostModel(units, self.target, self.cost_tokens)
         plain = Choice((self.target.plain,) * len(units), "6", 0, 1)
         self.progress("quantizing both phases, for comparison", 0.02)
-        lost = {of: self._kl(plain, units, of, everywhere=True) for of in ("searched", "held_out")}
+        lost = {
+            of: self._kl(plain, units, of, everywhere=True, stored=False)
+            for of in ("searched", "held_out")
+        }
         block_scale = self._block_scale(plain, units)
         predictor = self._predictor(units, block_scale)
         frontier = self._frontier(predictor, cost, block_scale)
@@ -126,7 +141,7 @@ class Tuner:
         """What all of the work depends on; not the budget or the texts held out, so that other ones
         can reuse what was measured."""
         config = json.dumps(self.checkpoint.config, sort_keys=True, default=str).encode()
-        return {
+        what: dict[str, object] = {
             "mixquant": __version__,
             "model": self.checkpoint.source,
             "config": hashlib.sha256(config).hexdigest(),
@@ -135,13 +150,42 @@ class Tuner:
             "plain": self.target.plain,
             "texts": _digest(self.searched),
         }
+        if self.prefill_model is not None:
+            what["prefill_model"] = [self.prefill_model, *_files(Path(self.prefill_model))]
+        return what
+
+    def _check_prefill_model(self) -> None:
+        if self.prefill_model is None:
+            return
+        checkpoint, fmt = opened(self.prefill_model).checkpoint, self.target.plain
+        if other := sorted(set(checkpoint.formats.values()) - {fmt}):
+            raise WorkError(
+                f"{self.prefill_model} has layers in {other[0]}; a prefill model for {self.target.name} "
+                f"has them in {fmt} alone (mixquant quantize --format {fmt})"
+            )
+        source = Path(self.checkpoint.source)
+        main = source if source.is_dir() and any(source.glob("*.safetensors")) else None
+        checkpoint.check_against(self.checkpoint.config, main)
+
+    def _recipe(self, choice: Choice, units: Units, stored: bool = True) -> Recipe:
+        """The recipe of a choice; ``stored``: with the prefill model, if there is one."""
+        recipe = choice.recipe(units, self.target.plain)
+        return replace(recipe, prefill_model=self.prefill_model if stored else None)
 
     def _in_bf16(self, use: Callable[[Any], Any]) -> Any:
         return measure.in_bf16(self.checkpoint, use)
 
-    def _kl(self, choice: Choice, units: Units, of: str, *, everywhere: bool = False) -> float:
+    def _kl(
+        self,
+        choice: Choice,
+        units: Units,
+        of: str,
+        *,
+        everywhere: bool = False,
+        stored: bool = True,
+    ) -> float:
         """The divergence of a choice on the texts searched on or held out, measured once."""
-        recipe = choice.recipe(units, self.target.plain)
+        recipe = self._recipe(choice, units, stored)
         texts = self.searched if of == "searched" else self.held_out
         what = [replace(recipe, everywhere=everywhere).to_dict(), _digest(texts)]
         said = json.dumps(what, sort_keys=True)
@@ -198,7 +242,16 @@ class Tuner:
                 tuple(passages.prompts[text] for text in batch),
                 tuple(passages.continuations[text] for text in batch),
             )
-            return draw(model[0], units, some, variants, borders, samples, seed=batch.start)
+            return draw(
+                model[0],
+                units,
+                some,
+                variants,
+                borders,
+                samples,
+                seed=batch.start,
+                prefill_model=self.prefill_model,
+            )
 
         drawn = []
         for number, batch in enumerate(batches):
@@ -276,15 +329,21 @@ class Tuner:
         lost: Mapping[str, float],
     ) -> Tuned:
         self.progress("plain, on all texts", 0.98)
-        default = self.target.plain
         arms: list[Arm] = []
         tried: list[Tried] = []
 
         def add(
-            name: str, choice: Choice, searched: float | None, held_out: float | None, **known: Any
+            name: str,
+            choice: Choice,
+            searched: float | None,
+            held_out: float | None,
+            stored: bool = True,
+            **known: Any,
         ) -> None:
-            recipe = replace(choice.recipe(units, default), everywhere=name == QUANTIZED)
-            arms.append(Arm(name=name, recipe=recipe.to_dict()))
+            recipe = self._recipe(choice, units, stored)
+            arms.append(
+                Arm(name=name, recipe=replace(recipe, everywhere=name == QUANTIZED).to_dict())
+            )
             found = {"time": cost.time(choice), "predicted": None, **known}
             tried.append(
                 Tried(
@@ -297,15 +356,19 @@ class Tuner:
                 )
             )
 
-        add(QUANTIZED, plain, lost["searched"], lost["held_out"], time=None)
-        held_out = self._kl(plain, units, "held_out")
+        add(QUANTIZED, plain, lost["searched"], lost["held_out"], stored=False, time=None)
+        searched, held_out = (
+            self._kl(plain, units, of, stored=False) for of in ("searched", "held_out")
+        )
         begun = replace(plain, block_scale=chosen.choice.block_scale)
         predicted = predictor.kl(begun)
-        if begun == plain:
-            add("plain", plain, self._kl(plain, units, "searched"), held_out, predicted=predicted)
-        else:  # nothing predicts plain: the sensitivities are those of the other block scale
-            add("plain", plain, self._kl(plain, units, "searched"), held_out)
-            name = f"plain {begun.block_scale}"
+        if begun == plain and self.prefill_model is None:
+            add("plain", plain, searched, held_out, predicted=predicted)
+        else:  # nothing predicts plain: the sensitivities are those of other weights or scales
+            add("plain", plain, searched, held_out, stored=False)
+            name = "plain" if begun == plain else f"plain {begun.block_scale}"
+            if self.prefill_model is not None:
+                name += ", prefill model"
             add(name, begun, self._kl(begun, units, "searched"), None, predicted=predicted)
         number = 0
         for index in sorted({*measured["searched"], *measured["held_out"]}):
@@ -339,7 +402,7 @@ class Tuner:
             ),
             rank=_rank([(one.predicted, one.searched) for one in tried]),
         )
-        return Tuned(chosen.choice.recipe(units, default), results)
+        return Tuned(self._recipe(chosen.choice, units), results)
 
 
 def _digest(texts: Texts) -> str:

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from mixquant.engines.transformers.module import quantize_parts
 from mixquant.evaluate.fidelity.passages import Passages
 from mixquant.formats import BY_NAME
 from mixquant.tune.units import Units
@@ -48,6 +49,7 @@ def draw(
     borders: Sequence[int],
     samples: int,
     seed: int,
+    prefill_model: str | None = None,
 ) -> np.ndarray:
     """The products g . e of some texts, which are read in one batch.
 
@@ -56,6 +58,7 @@ def draw(
         borders: of the groups of prompt positions, from `edges`.
         samples: how many answers are drawn for each text.
         seed: of the drawing.
+        prefill_model: the checkpoint that weights are taken from in the format that it has them in.
 
     Returns:
         ``[texts * samples, units, variants, groups]`` FP32, scaled so that the predicted divergence, in
@@ -74,7 +77,7 @@ def draw(
 
     def keep(name: str, linear: nn.Linear, args: Any, out: Tensor) -> None:
         x, y = (one.detach()[:, :rows].flatten(0, 1) for one in (args[0], out))
-        errors[name] = [_error(linear, x, y, variant) for variant in variants]
+        errors[name] = [_error(name, linear, x, y, variant, prefill_model) for variant in variants]
         out.register_hook(lambda gradient: collect(name, gradient))
 
     def collect(name: str, gradient: Tensor) -> None:
@@ -122,13 +125,17 @@ def draw(
 
 
 @torch.no_grad()
-def _error(linear: nn.Linear, x: Tensor, y: Tensor, variant: Variant) -> Tensor:
+def _error(
+    layer: str, linear: nn.Linear, x: Tensor, y: Tensor, variant: Variant, prefill_model: str | None
+) -> Tensor:
     """What quantizing adds to the output of rows: ``[rows, N]`` in the type of ``y``."""
     name, block_scale = variant
-    fmt = BY_NAME[name]
-    kernel = fmt.kernel(x.device)
     options = {"block_scale": block_scale} if name == "nvfp4" else {}
+    layout = (((0, len(linear.weight)), name, options),)
+    (part,) = quantize_parts(linear.weight, layout, layer, prefill_model)
+    assert part.weight is not None, "units can be held in each format"
+    fmt = BY_NAME[name]
     out = torch.empty_like(y, dtype=torch.float32)
-    weight = fmt.quantize_weight(linear.weight.detach(), kernel, **options)
-    fmt.linear(fmt.quantize_rows(x, kernel, **options), weight, linear.bias, out)
+    rows = fmt.quantize_rows(x, part.weight.kernel, **options)
+    fmt.linear(rows, part.weight, linear.bias, out)
     return (out - y).to(y.dtype)

@@ -6,6 +6,7 @@ import random
 from pathlib import Path
 
 import pytest
+import second_checkpoints
 import tiny_models
 from refusals import refusal
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -102,6 +103,23 @@ def test_before_anything_is_loaded(
     monkeypatch.chdir(tmp_path)
     assert says in refusal(capsys, "tune", tiny, *arguments)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_prefill_model(
+    capsys: pytest.CaptureFixture[str], tiny: str, texts: list[str], tmp_path: Path
+) -> None:
+    second = str(second_checkpoints.write(Path(tiny), tmp_path / "nvfp4"))
+    recipe = tmp_path / "r.json"
+    command = ["tune", tiny, "--target", "blackwell", "--recovered", "0.8", "--out", str(recipe)]
+    command += [*texts, "--length", "128", "--answer-tokens", "16"]
+    nowhere = refusal(capsys, *command, "--prefill-model", "no/where/else")
+    assert "'no/where/else' is not a checkpoint: there is no such directory" in nowhere
+    assert not recipe.with_suffix(".work").exists()
+    assert cli.main([*command, "--prefill-model", second]) == 0
+    assert "prefill model" in capsys.readouterr().out
+    assert Recipe.load(recipe).prefill_model == second
+    measure = ["fidelity", tiny, "--recipe", str(recipe), *texts[:2], "--length", "128"]
+    assert cli.main([*measure, "--answer-tokens", "16"]) == 0
 
 
 def test_rates(capsys: pytest.CaptureFixture[str], tiny: str, tmp_path: Path) -> None:

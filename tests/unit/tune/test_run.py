@@ -9,9 +9,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import second_checkpoints
 import tiny_models
 import torch
 
+from mixquant.checkpoints.errors import CheckpointError
 from mixquant.checkpoints.models import Checkpoint
 from mixquant.core.recipe import FormatName, Recipe
 from mixquant.evaluate.fidelity import answers_transformers
@@ -141,7 +143,9 @@ def test_draws_are_derivatives(checkpoint: Checkpoint, monkeypatch: pytest.Monke
                 def add(linear: Any, args: Any, out: torch.Tensor) -> torch.Tensor:
                     x, y = args[0][0, :40], out[0, :40]
                     changed = out.clone()
-                    changed[0, :40] += step * sensitivity._error(linear, x, y, ("nvfp4", "6"))
+                    changed[0, :40] += step * sensitivity._error(
+                        "", linear, x, y, ("nvfp4", "6"), None
+                    )
                     return changed
 
                 hook = module.register_forward_hook(add)
@@ -272,6 +276,85 @@ def test_longer_prompts_decide(
     reference = measure.in_bf16(checkpoint, lambda model: measure.logits(model, longer))
     found = measure.kl(checkpoint, tuned.recipe, longer, reference)
     assert found == pytest.approx(one.held_out)
+
+
+@pytest.fixture(scope="module")
+def second(checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The model in NVFP4, rounded otherwise than the engine rounds it."""
+    folder = tmp_path_factory.mktemp("second") / "nvfp4"
+    return str(second_checkpoints.write(Path(checkpoint.source), folder, factor=1.05))
+
+
+def test_sensitivities_are_those_of_the_prefill_model(checkpoint: Checkpoint, second: str) -> None:
+    """The error of the checkpoint's weights, and of those that are rounded here, in their formats."""
+    some = passages(4, texts=1, prompt=64, answer=3)
+    model = measure.load_model(checkpoint)
+    units = units_of(model, ("nvfp4", "fp8"), second)
+    assert units == units_of(model, ("nvfp4", "fp8"))
+    own, theirs = (
+        draw(model, units, some, (("nvfp4", "6"), ("fp8", "6")), (0, 64), 2, 0, source)
+        for source in (None, second)
+    )
+    assert np.array_equal(own[:, :, 1], theirs[:, :, 1])
+    assert (own[:, :, 0] != theirs[:, :, 0]).all()
+
+
+def test_layers_that_a_prefill_model_leaves_alone_stay_bf16(
+    checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    name = "model.layers.1.mlp.down_proj"
+    model = measure.load_model(checkpoint)
+
+    def leave(tensors: dict[str, torch.Tensor]) -> None:
+        for key in [key for key in tensors if key.startswith(f"{name}.")]:
+            del tensors[key]
+        tensors[f"{name}.weight"] = model.get_submodule(name).weight.detach().clone()
+
+    source = second_checkpoints.write(Path(checkpoint.source), tmp_path / "nvfp4", tensors=leave)
+    every, some = (units_of(model, ("nvfp4", "fp8"), of) for of in (None, str(source)))
+    assert {unit.name for unit in every.chosen} - {unit.name for unit in some.chosen} == {name}
+    assert some.fixed - every.fixed == model.get_submodule(name).weight.numel()
+
+
+def test_a_recipe_with_a_prefill_model(checkpoint: Checkpoint, second: str, tmp_path: Path) -> None:
+    tuned = tuner(
+        checkpoint, tmp_path / "work", Budget("recovered", 0.9), prefill_model=second
+    ).run()
+    assert tuned.recipe.prefill_model == second
+    tried = {one.arm: one for one in tuned.results.tried}
+    recipes = {arm.name: Recipe.from_dict(arm.recipe) for arm in tuned.results.arms if arm.recipe}
+    theirs = next(name for name in tried if name.endswith(", prefill model"))
+    assert recipes[theirs].prefill_model == second
+    # What costs and recovered shares are relative to is the same as without it.
+    assert recipes["plain"].prefill_model is recipes["quantized"].prefill_model is None
+    assert recipes["quantized"].everywhere and tried["plain"].time == 1
+    arms = (("tuned", "held_out", 2), (theirs, "searched", 1), ("plain", "held_out", 2))
+    for name, of, seed in arms:
+        some = texts(seed).passages
+        reference = measure.logits(measure.load_model(checkpoint), some)
+        found = measure.kl(checkpoint, recipes[name], some, reference)
+        assert found == pytest.approx(getattr(tried[name], of))
+    predicted, measured = tried[theirs].predicted, tried[theirs].searched
+    assert predicted is not None and measured is not None and 0.4 < measured / predicted < 2.5
+
+
+def test_prefill_models_that_do_not_fit(
+    checkpoint: Checkpoint, second: str, tmp_path: Path
+) -> None:
+    def begin(prefill_model: str | None, folder: str = "new") -> None:
+        tuner(checkpoint, tmp_path / folder, Budget("kl", 0.1), prefill_model=prefill_model)
+
+    fp8 = second_checkpoints.write(Path(checkpoint.source), tmp_path / "fp8", "fp8")
+    with pytest.raises(WorkError, match=r"has layers in fp8; .* blackwell has them in nvfp4 alone"):
+        begin(str(fp8))
+    tiny_models.build("llama", seed=1).save_pretrained(tmp_path / "other")
+    other = second_checkpoints.write(tmp_path / "other", tmp_path / "of another")
+    with pytest.raises(CheckpointError, match="does not fit the main model"):
+        begin(str(other))
+    assert not (tmp_path / "new").exists()
+    begin(None, "work")
+    with pytest.raises(WorkError, match="prefill_model differs"):
+        begin(second, "work")
 
 
 def test_damaged_work(tmp_path: Path) -> None:
