@@ -25,7 +25,7 @@ def texts() -> dict[str, str]:
         for number in range(2)
     }
     for number, module in enumerate((argparse, difflib)):
-        found[f"source-{number + 1}"] = Path(module.__file__).read_text(encoding="utf-8")
+        found[f"source-{number + 1}"] = Path(str(module.__file__)).read_text(encoding="utf-8")
     return found
 
 

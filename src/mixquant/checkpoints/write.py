@@ -28,10 +28,11 @@ from mixquant.files.writing import is_out_of_space, sync
 _BYTES_PER_WEIGHT: dict[Scheme, float] = {"nvfp4": 0.5625, "fp8": 1.0}
 _SAMPLES: dict[Rounding, int] = {"nearest": 16, "gptq": 64}
 _SAMPLE_TOKENS = 512
-# GPTQ fits the weights to its texts. So these are not the ones that `mixquant fidelity` reads.
+# GPTQ fits the weights to its texts. So these are not the ones that `mixquant fidelity` reads, nor those
+# of benchmarks/unseen_texts.py.
 _MODULES = (
-    "argparse",
     "ast",
+    "datetime",
     "doctest",
     "enum",
     "inspect",

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import tiny_models
 import torch
+import unseen_texts
 from real_model import first_layers
 from safetensors.torch import load_file
 from torch import Tensor
@@ -27,6 +28,7 @@ from mixquant.checkpoints.errors import ModelError
 from mixquant.checkpoints.prefill import PrefillCheckpoint
 from mixquant.checkpoints.quantized_tensors import Fp8Tensors, Nvfp4Tensors
 from mixquant.checkpoints.write import quantize
+from mixquant.evaluate.fidelity.passages import documentation
 from mixquant.formats import e2m1, fp8, nvfp4_blocks
 
 
@@ -255,6 +257,14 @@ def test_gptq_keeps_products_closer(
     ratios = {name: gptq / nearest for name, (nearest, gptq) in errors.items()}
     assert max(ratios.values()) < 1, ratios
     assert sum(ratios.values()) < 0.75 * len(ratios), ratios
+
+
+def test_gptq_is_not_fitted_to_texts_that_measure_it() -> None:
+    fitted = module._library()
+    measured = [*documentation(len(topics)).values(), *unseen_texts.texts().values()]
+    assert len(measured) > 10
+    for text in measured:
+        assert text[:2000] not in fitted
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen3_moe", "qwen3_5"])
