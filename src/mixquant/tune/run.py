@@ -205,8 +205,12 @@ class Tuner:
         return self.work.number(hashlib.sha256(said.encode()).hexdigest()[:16], compute)
 
     def _block_scale(self, plain: Choice, units: Units) -> BlockScale:
-        """The better of the two, which cost the same: as measured on the texts searched on."""
-        if self.target.plain != "nvfp4":
+        """The better of the two, which cost the same: as measured on the texts searched on.
+
+        A prefill model has scales of its own. What is left of the choice is rows, which vLLM's kernels
+        scale by 6 whatever the recipe says.
+        """
+        if self.target.plain != "nvfp4" or self.prefill_model is not None:
             return "6"
         self.progress("block scales", 0.06)
         scales: tuple[BlockScale, ...] = ("6", "4/6")
