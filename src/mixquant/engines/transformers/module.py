@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mixquant.checkpoints.errors import CheckpointError
 from mixquant.checkpoints.prefill import check_is_of
 from mixquant.checkpoints.second_checkpoint import opened
 from mixquant.core.fingerprint import Origin, changed
@@ -218,7 +219,13 @@ def quantize_parts(
             continue
         mine = weight[start:stop].detach()
         if prefill_model is not None and opened(prefill_model).format_of(name) == of:
-            stored = opened(prefill_model).layer(name).rows(start, stop)
+            whole = opened(prefill_model).layer(name)
+            if whole.shape != tuple(weight.shape):
+                raise CheckpointError(
+                    f"{name} is {list(weight.shape)}, in {prefill_model} {list(whole.shape)}; both must "
+                    "be the same model"
+                )
+            stored = whole.rows(start, stop)
             check_is_of(stored, mine, name)
             quantized: Any = stored.weight_for(kernel, weight.device)
         else:

@@ -12,7 +12,7 @@ import pytest
 import second_checkpoints
 import torch
 from tiny_models import build, tokens
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 import mixquant
@@ -162,6 +162,14 @@ def test_weights_without_files_are_compared_as_they_are(main: Path, second: Seco
     with pytest.raises(CheckpointError, match=r"layers\.1\.self_attn\.o_proj differs"):
         mixquant.prepare(model, {"prefill_model": source})
     assert not phase_linears(model)
+
+
+def test_a_layer_of_another_shape_is_refused(main: Path, second: Second) -> None:
+    model = load(main)
+    model.name_or_path = ""
+    model.model.layers[1].self_attn.o_proj = nn.Linear(64, 32, bias=False, dtype=torch.bfloat16)
+    with pytest.raises(CheckpointError, match=r"o_proj is \[32, 64\], in .*second \[64, 64\]"):
+        mixquant.prepare(model, {"prefill_model": second()})
 
 
 def test_a_weight_that_changes_later_is_refused(main: Path, second: Second) -> None:
