@@ -88,8 +88,9 @@ class Layer:
 
     def fp8(self) -> None:
         cache = (self.keys, self.values)
+        key, value = self.own
         for run in self.runs:
-            attend(self.shape, run, self.query, *self.own, cache, self.table, self.out)
+            attend(self.shape, run, self.query, key, value, cache, self.table, self.out)
         if self.runs[0].has_context:  # otherwise the precise row attends with the others
             self.bf16(1)
 

@@ -80,7 +80,7 @@ def attention_ms(rows: int, keys: int, heads: int, kv_heads: int, size: int) -> 
     k, v = torch.randn(2, keys, kv_heads, size, device="cuda", dtype=torch.bfloat16)
     starts = torch.tensor([0, rows], device="cuda", dtype=torch.int32)
     of_keys = torch.tensor([0, keys], device="cuda", dtype=torch.int32)
-    codes = [tensor.to(torch.float8_e4m3fn)[None] for tensor in (q, k, v)]
+    q8, k8, v8 = (tensor.to(torch.float8_e4m3fn)[None] for tensor in (q, k, v))
     out = torch.empty_like(q)[None]
 
     def bf16() -> None:
@@ -97,7 +97,7 @@ def attention_ms(rows: int, keys: int, heads: int, kv_heads: int, size: int) -> 
             fa_version=3,
         )
 
-    return median_ms(bf16), median_ms(lambda: flash_attention(*codes, size**-0.5, out))
+    return median_ms(bf16), median_ms(lambda: flash_attention(q8, k8, v8, size**-0.5, out))
 
 
 def main() -> None:
@@ -125,7 +125,8 @@ def main() -> None:
             tflop = 2 * rows * shape[0] * shape[1] / 1e9
             cells = " | ".join(f"{tflop / one:.0f}" for one in ms)
             print(f"| {rows} x {shape[1]} x {shape[0]} | {cells} |")
-        linear[rows] = tuple(sum(column) for column in zip(*times, strict=True))
+        in_bf16, by_cutlass, by_cublas = zip(*times, strict=True)
+        linear[rows] = sum(in_bf16), sum(by_cutlass), sum(by_cublas)
     if options.json is not None:
         tflop = sum(2 * CHUNK * features * width for features, width in shapes) / 1e9
         rates = dict(zip(("bf16", "fp8"), linear[CHUNK], strict=False))
@@ -140,9 +141,9 @@ def main() -> None:
     print("\n| attention, rows x keys | BF16 TFLOP/s | FP8 TFLOP/s |\n| --- | --- | --- |")
     attention: dict[tuple[int, int], tuple[float, float]] = {}
     for rows, keys in ((2048, 2048), (CHUNK, CHUNK), (CHUNK, 4 * CHUNK), (CHUNK, 16 * CHUNK)):
-        ms = attention[rows, keys] = attention_ms(rows, keys, heads, kv_heads, size)
+        both = attention[rows, keys] = attention_ms(rows, keys, heads, kv_heads, size)
         tflop = 4 * rows * (keys - rows / 2) * heads * size / 1e9
-        print(f"| {rows} x {keys} | " + " | ".join(f"{tflop / one:.0f}" for one in ms) + " |")
+        print(f"| {rows} x {keys} | " + " | ".join(f"{tflop / one:.0f}" for one in both) + " |")
     measured = sorted(keys for rows, keys in attention if rows == CHUNK)
 
     def of_chunk(keys: int, kind: int) -> float:

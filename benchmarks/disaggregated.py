@@ -29,7 +29,7 @@ from command_line import command_line
 from mixquant.bench.counts import read_counts
 from mixquant.bench.generator import Generator, generator
 from mixquant.bench.summary import measurements
-from mixquant.bench.workloads import Plan, Point, points
+from mixquant.bench.workloads import LoadPoint, Plan, points
 from mixquant.checkpoints import models
 from mixquant.results import Arm, Bench, Environment, Measurement, to_json
 from mixquant.servers.ports import free_ports
@@ -94,7 +94,9 @@ def nixl(url: str) -> dict[str, tuple[float, float]]:
     return {key: (of(f"{name}_sum"), of(f"{name}_count")) for key, name in NIXL.items()}
 
 
-def measure(server: Server, load: Generator, asked: list[Point], repeats: int) -> list[Measurement]:
+def measure(
+    server: Server, load: Generator, asked: list[LoadPoint], repeats: int
+) -> list[Measurement]:
     found: list[Measurement] = []
     name, url, decoder = server.name, server.url, server.decoder
     for point in asked:
@@ -163,7 +165,17 @@ def main() -> None:
         return
     options.lengths = [int(number) for number in options.lengths.split(",")]
     batches = tuple(int(number) for number in options.batches.split(",") if number)
-    plan = Plan(tuple(options.lengths), batches, (), (), 2048, 64, seed=0)
+    plan = Plan(
+        lengths=tuple(options.lengths),
+        batches=batches,
+        concurrencies=(),
+        turns=(),
+        cached=(),
+        sessions=(),
+        prompt_tokens=2048,
+        output_tokens=64,
+        seed=0,
+    )
     asked = points(plan, models.load_tokenizer(models.find(options.model)))
     options.logs = options.logs or Path(tempfile.mkdtemp(prefix="disaggregated-"))
     options.logs.mkdir(parents=True, exist_ok=True)

@@ -18,6 +18,7 @@ import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -82,7 +83,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="also write the results there")
     arguments = parser.parse_args()
 
-    results = []
+    results: list[dict[str, Any]] = []
     cases = [(name, shape, rows) for name, shape in SHAPES.items() for rows in ROWS]
     with torch.inference_mode():
         for name, (out_features, in_features), rows in track(cases, "Measuring"):

@@ -253,7 +253,7 @@ def measure(arm: str, options: argparse.Namespace) -> dict[str, list[dict[str, A
         llm.stop_profile()
         (file,) = traces.glob("*.pt.trace.json*")
         trace = trace_of(file)
-        calls = [count_launches(trace)]
+        calls = [float(count_launches(trace))]
         record(
             "launches", tokens, 1, calls, "calls", "turns" if options.turns else "length", cached
         )
@@ -425,7 +425,7 @@ def main() -> None:
     for first in range(0, len(arms), options.together):
         with tempfile.TemporaryDirectory() as folder:
             started = time.perf_counter()
-            processes = []
+            processes: list[tuple[str, subprocess.Popen[bytes], Path]] = []
             group = arms[first : first + options.together]
             for arm in group:
                 result = Path(folder, f"{len(processes)}.json")
