@@ -21,10 +21,9 @@ from example_counts import up_to
 from hypothesis import event, example, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
+from one_rank import one_rank
 from vllm import _custom_ops
 from vllm.config import VllmConfig, set_current_vllm_config
-from vllm.distributed import init_distributed_environment, initialize_model_parallel
-from vllm.distributed.parallel_state import destroy_distributed_environment, destroy_model_parallel
 from vllm.forward_context import set_forward_context
 from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.layers.fused_moe.activation import MoEActivation, apply_moe_activation
@@ -1589,13 +1588,8 @@ def test_experts_that_the_prefill_model_does_not_quantize_stay_precise(
 
 @pytest.fixture
 def world(tmp_path: Path) -> Iterator[VllmConfig]:
-    config = VllmConfig()
-    with set_current_vllm_config(config):
-        init_distributed_environment(1, 0, f"file://{tmp_path}/store", 0, "gloo")
-        initialize_model_parallel(1, 1)
+    with one_rank(tmp_path) as config:
         yield config
-        destroy_model_parallel()
-        destroy_distributed_environment()
 
 
 class Shared(nn.Module):

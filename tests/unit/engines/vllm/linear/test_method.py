@@ -21,9 +21,7 @@ from example_counts import up_to
 from hypothesis import event, example, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
-from vllm.config import VllmConfig, set_current_vllm_config
-from vllm.distributed import init_distributed_environment, initialize_model_parallel
-from vllm.distributed.parallel_state import destroy_distributed_environment, destroy_model_parallel
+from one_rank import one_rank
 from vllm.model_executor.layers.linear import (
     MergedColumnParallelLinear,
     QKVParallelLinear,
@@ -174,13 +172,8 @@ def test_shapes_that_the_format_cannot_hold() -> None:
 @pytest.fixture(scope="module", autouse=True)
 def _world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """vLLM's layers want to know which rank they are of."""
-    store = tmp_path_factory.mktemp("world") / "store"
-    with set_current_vllm_config(VllmConfig()):
-        init_distributed_environment(1, 0, f"file://{store}", 0, "gloo")
-        initialize_model_parallel(1, 1)
+    with one_rank(tmp_path_factory.mktemp("world")):
         yield
-        destroy_model_parallel()
-        destroy_distributed_environment()
     built.cache_clear()
 
 

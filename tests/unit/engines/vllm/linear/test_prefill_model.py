@@ -14,9 +14,7 @@ from safetensors.torch import load_file, save_file
 
 pytest.importorskip("vllm")
 
-from vllm.config import VllmConfig, set_current_vllm_config
-from vllm.distributed import init_distributed_environment, initialize_model_parallel
-from vllm.distributed.parallel_state import destroy_distributed_environment, destroy_model_parallel
+from one_rank import one_rank
 from vllm.model_executor.layers.linear import QKVParallelLinear
 
 from mixquant.checkpoints.second_checkpoint import opened
@@ -110,12 +108,8 @@ def test_a_projection_of_the_checkpoint_and_one_of_the_weights_are_two_parts(
 @pytest.fixture
 def world(tmp_path: Path) -> Iterator[None]:
     """vLLM's layers want to know which rank they are of."""
-    with set_current_vllm_config(VllmConfig()):
-        init_distributed_environment(1, 0, f"file://{tmp_path / 'store'}", 0, "gloo")
-        initialize_model_parallel(1, 1)
+    with one_rank(tmp_path):
         yield
-        destroy_model_parallel()
-        destroy_distributed_environment()
 
 
 def test_each_part_is_multiplied_with_its_own_weights(
