@@ -8,7 +8,10 @@ that the checkpoint does not quantize stays BF16.
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -92,6 +95,23 @@ _EXPERT = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
 def opened(source: str) -> SecondCheckpoint:
     """The checkpoint, opened once in this process. Raises CheckpointError."""
     return SecondCheckpoint(PrefillCheckpoint.open(source))
+
+
+def check_fits(prefill_model: str, config: Mapping[str, Any], model: str) -> None:
+    """Checks that a checkpoint is of a model.
+
+    Norms and embeddings are compared if the model's safetensors files are at hand; quantized layers are
+    compared with the loaded weights when their copies are made.
+
+    Args:
+        config: the model's.
+        model: the directory that it was loaded from, or another name.
+
+    Raises:
+        CheckpointError: it is of another model, or cannot be read.
+    """
+    at_hand = model and any(Path(model).glob("*.safetensors"))
+    opened(prefill_model).checkpoint.check_against(config, model if at_hand else None)
 
 
 def with_format_of(recipe: Recipe) -> Recipe:

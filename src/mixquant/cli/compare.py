@@ -23,6 +23,7 @@ from mixquant.cli.options import (
     Model,
     NewTokens,
     RecipeOption,
+    check_prefill_model,
     chosen_recipe,
     saved_recipe,
     wait_briefly,
@@ -85,6 +86,7 @@ def compare(
     logging.disable_progress_bar()  # ours tells the same
 
     chosen = chosen or saved_recipe(checkpoint)
+    check_prefill_model(chosen, checkpoint)
     workload = agent_workload(load_tokenizer(checkpoint), text)
     with progress_bar() as progress:
         result = run(

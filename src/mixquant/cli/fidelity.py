@@ -24,11 +24,20 @@ from mixquant.cli.console import (
     write_results,
     write_so_far,
 )
-from mixquant.cli.options import FormatOption, JsonFile, Model, chosen_recipe, lengths, saved_recipe
+from mixquant.cli.options import (
+    FormatOption,
+    JsonFile,
+    Model,
+    check_prefill_model,
+    chosen_recipe,
+    lengths,
+    saved_recipe,
+)
 from mixquant.cli.progress import progress_bar
 from mixquant.core.recipe import PRESETS, Recipe
 
 if TYPE_CHECKING:
+    from mixquant.checkpoints.models import Checkpoint
     from mixquant.evaluate.fidelity.answers import Engine
     from mixquant.results import Fidelity
 
@@ -153,7 +162,7 @@ def fidelity(
     }
     if quantized and recipes:
         recipes["quantized"] = replace(next(iter(recipes.values())), everywhere=True)
-    _check_recipes(engine, recipes)
+    _check_recipes(engine, recipes, checkpoint)
 
     finished: list[Fidelity] = []
 
@@ -257,11 +266,12 @@ def _arguments(option: str, text: str, decided: Sequence[str]) -> tuple[str, ...
     return arguments
 
 
-def _check_recipes(engine: EngineName, recipes: dict[str, Recipe]) -> None:
+def _check_recipes(engine: EngineName, recipes: dict[str, Recipe], checkpoint: Checkpoint) -> None:
     """Refuses recipes that an arm would refuse later, before anything is loaded."""
     if engine is EngineName.transformers:
         for one in recipes.values():
             one.resolved(frozenset())
+            check_prefill_model(one, checkpoint)
         return
     from mixquant.engines.vllm.settings import resolve
 

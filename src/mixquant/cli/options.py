@@ -122,6 +122,19 @@ PromptFile = Annotated[
 ]
 
 
+def check_prefill_model(recipe: Recipe, checkpoint: Checkpoint) -> None:
+    """Checks a recipe's second checkpoint, if it has one, before a model is loaded.
+
+    Raises:
+        CheckpointError, RecipeError: it cannot be read, is of another model, or has other formats.
+    """
+    if recipe.prefill_model is not None:
+        from mixquant.checkpoints.second_checkpoint import check_fits, with_format_of
+
+        with_format_of(recipe)
+        check_fits(recipe.prefill_model, checkpoint.config, checkpoint.source)
+
+
 def chosen_recipe(recipe: str | None, format: str | None) -> Recipe | None:
     """The recipe that the options give; None if no option gives one."""
     if recipe is None and format is None:

@@ -13,7 +13,7 @@ import numpy as np
 
 from mixquant._version import __version__
 from mixquant.checkpoints.models import Checkpoint
-from mixquant.checkpoints.second_checkpoint import opened
+from mixquant.checkpoints.second_checkpoint import check_fits, opened
 from mixquant.core.recipe import Recipe
 from mixquant.evaluate.fidelity.passages import Passages
 from mixquant.results import Arm, Environment, Predicted, Tried, Tuning
@@ -163,9 +163,7 @@ class Tuner:
                 f"{self.prefill_model} has layers in {other[0]}; a prefill model for {self.target.name} "
                 f"has them in {fmt} alone (mixquant quantize --format {fmt})"
             )
-        source = Path(self.checkpoint.source)
-        main = source if source.is_dir() and any(source.glob("*.safetensors")) else None
-        checkpoint.check_against(self.checkpoint.config, main)
+        check_fits(self.prefill_model, self.checkpoint.config, self.checkpoint.source)
 
     def _recipe(self, choice: Choice, units: Units, stored: bool = True) -> Recipe:
         """The recipe of a choice; ``stored``: with the prefill model, if there is one."""

@@ -41,6 +41,7 @@ from mixquant import cli, results
         (["--engine=vllm", "--arm", "a=--x 'y"], "--arm a: cannot read"),
         (["--texts", "500"], "texts, not 500"),
         (["--recipe", '{"format": {"k_proj": "fp8"}}'], "a mapping needs 'default'"),
+        (["--recipe", '{"prefill_model": "nowhere"}'], "nowhere is not a checkpoint"),
     ],
 )
 def test_before_anything_is_loaded(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,7 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import logging as hf_logging
 
-from mixquant.checkpoints.second_checkpoint import opened, with_format_of
+from mixquant.checkpoints.second_checkpoint import check_fits, with_format_of
 from mixquant.core.phase import Thresholds
 from mixquant.core.recipe import Recipe
 from mixquant.core.rows import Part
@@ -51,7 +50,7 @@ def convert(model: PreTrainedModel, recipe: Recipe) -> None:
     _check_model(model)
     given = recipe
     if recipe.prefill_model is not None:
-        _check_prefill_model(model, recipe.prefill_model)
+        check_fits(recipe.prefill_model, model.config.to_dict(), model.name_or_path)
         recipe = with_format_of(recipe)
     decoder = model.get_decoder()
     device = decoder.device
@@ -120,18 +119,6 @@ def _check_model(model: PreTrainedModel) -> None:
             raise PrepareError(
                 f"the weight {name} is not in memory (offloaded); load the model without offloading"
             )
-
-
-def _check_prefill_model(model: PreTrainedModel, prefill_model: str) -> None:
-    """Checks that a checkpoint is of this model: raises CheckpointError.
-
-    Norms and embeddings are compared if the model was loaded from safetensors files that are at hand;
-    quantized layers are compared with the loaded weights when their copies are made.
-    """
-    checkpoint = opened(prefill_model).checkpoint
-    directory = Path(model.name_or_path)
-    at_hand = model.name_or_path and any(directory.glob("*.safetensors"))
-    checkpoint.check_against(model.config.to_dict(), directory if at_hand else None)
 
 
 def _check_linears(model: PreTrainedModel, decoder: nn.Module, resolved: Recipe) -> None:
