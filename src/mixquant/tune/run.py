@@ -111,17 +111,16 @@ class Tuner:
 
         Raises:
             ModelError, PrepareError: the model cannot be loaded, or not prepared.
-            WorkError: the folder cannot be used.
+            WorkError: the folder cannot be used, or the prefill_model does not have all projections.
         """
         self.progress("loading", 0.0)
-        units = self._in_bf16(
-            lambda model: units_of(model, self.target.formats, self.prefill_model)
-        )
+        units = self._in_bf16(lambda model: units_of(model, self.target.formats))
         if not len(units):
             formats = " or ".join(self.target.formats)
             raise WorkError(
                 f"{self.checkpoint.name}: no layer has a shape that {formats} can store"
             )
+        self._check_complete(units)
         cost = CostModel(units, self.target, self.cost_tokens)
         plain = Choice((self.target.plain,) * len(units), "6", 0, 1)
         self.progress("quantizing both phases, for comparison", 0.02)
@@ -164,6 +163,18 @@ class Tuner:
                 f"has them in {fmt} alone (mixquant quantize --format {fmt})"
             )
         check_fits(self.prefill_model, self.checkpoint.config, self.checkpoint.source)
+
+    def _check_complete(self, units: Units) -> None:
+        """Times are relative to all projections in the fastest format, so none may stay BF16."""
+        if self.prefill_model is None:
+            return
+        source = opened(self.prefill_model)
+        left = [unit.name for unit in units.chosen if source.format_of(unit.name) is None]
+        if left:
+            raise WorkError(
+                f"{self.prefill_model} leaves {left[0]} in BF16 (layers so left: {len(left)}); quantize "
+                "it without --ignore, and let tune choose what stays BF16"
+            )
 
     def _recipe(self, choice: Choice, units: Units, stored: bool = True) -> Recipe:
         """The recipe of a choice; ``stored``: with the prefill model, if there is one."""

@@ -62,19 +62,11 @@ class Units:
         return len(self.chosen)
 
 
-def units_of(
-    model: PreTrainedModel, formats: Sequence[FormatName], prefill_model: str | None = None
-) -> Units:
-    """The projections of a model that a device can hold in each of these formats.
-
-    With a prefill_model, only those that it quantizes: others stay BF16.
-    """
+def units_of(model: PreTrainedModel, formats: Sequence[FormatName]) -> Units:
+    """The projections of a model that a device can hold in each of these formats."""
     decoder = model.get_decoder()
     head = model.get_output_embeddings()
-    recipes = [
-        Recipe(format={"default": name}, prefill_model=prefill_model).resolved(frozenset())
-        for name in formats
-    ]
+    recipes = [Recipe(format={"default": name}).resolved(frozenset()) for name in formats]
     chosen: list[Unit] = []
     fixed = 0
     for name, linear in linears(model, decoder):
