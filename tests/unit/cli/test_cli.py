@@ -310,3 +310,11 @@ def test_chat_ends_cleanly_on_interrupt(smollm2_path: str) -> None:
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 0
     assert "Traceback" not in errors
+
+
+def test_compare_checks_a_second_checkpoint_before_it_loads_a_model(  # type: ignore[no-untyped-def]
+    refused, smollm2_path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mixquant.evaluate.compare.run.load_model", None)
+    said = refused("compare", smollm2_path, "--recipe", '{"prefill_model": "nowhere"}')
+    assert "nowhere is not a checkpoint" in said
