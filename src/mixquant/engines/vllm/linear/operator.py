@@ -16,9 +16,13 @@ from mixquant.engines.vllm.context import state_of
 from mixquant.engines.vllm.linear.fp8_layer import Fp8Layer, multiply
 from mixquant.engines.vllm.products.base import Product
 
-# A layer is known to the operator by a number in a CPU tensor: a name, or a plain integer, would be
-# a constant of the compiled graph, and every layer would be compiled by itself.
+# A layer is known to the operator by a number in a tensor: a name, or a plain integer, would be a
+# constant of the compiled graph, and every layer would be compiled by itself. The tensor is on the
+# layer's device: what an operator makes that is given a CPU tensor, torch.compile takes for unaligned
+# (torch._inductor.ir.FallbackKernel), and its kernels read it more slowly. So that no operator waits for
+# the GPU, the number is looked up by the tensor's address; a copy of the tensor is read.
 _layers: weakref.WeakValueDictionary[int, torch.nn.Module] = weakref.WeakValueDictionary()
+_at: dict[int, int] = {}
 _numbers = itertools.count()
 
 
@@ -47,8 +51,17 @@ class LinearMethod(Protocol):
 def number(layer: Any) -> None:
     """Makes a layer known to the operator, by ``layer.mixquant_number``, unless it is already."""
     if not hasattr(layer, "mixquant_number"):
-        layer.mixquant_number = torch.tensor(next(_numbers), device="cpu")
-        _layers[int(layer.mixquant_number)] = layer
+        chosen = next(_numbers)
+        layer.mixquant_number = torch.tensor(chosen, device=layer.weight.device)
+        _layers[chosen] = layer
+        _at[layer.mixquant_number.data_ptr()] = chosen
+
+
+def _layer_of(number: Tensor) -> Any:
+    known = _at.get(number.data_ptr())
+    layer = None if known is None else _layers.get(known)
+    # An address may have been another's: a layer that is gone, of which this tensor is none.
+    return layer if layer is not None else _layers[int(number)]
 
 
 def _plan_of(method: LinearMethod, rows: int) -> PhasePlan | None:
@@ -60,7 +73,7 @@ def _plan_of(method: LinearMethod, rows: int) -> PhasePlan | None:
 
 
 def _phase_linear(x: Tensor, bias: Tensor | None, number: Tensor, features: int) -> Tensor:
-    layer: Any = _layers[int(number)]
+    layer: Any = _layer_of(number)
     method: LinearMethod = layer.mixquant_method
     rows = x.numel() // x.shape[-1]
     if rows == 0:  # an empty pass; a prefill engine has no BF16 weight for it
@@ -89,7 +102,7 @@ def _phase_add_norm_linear(
     x: Tensor, residual: Tensor, number: Tensor, features: int
 ) -> tuple[Tensor, Tensor]:
     """The same of ``x + residual``, normalized, through the layer behind it as well; and that sum."""
-    layer: Any = _layers[int(number)]
+    layer: Any = _layer_of(number)
     method: LinearMethod = layer.mixquant_method
     width = x.shape[-1]
     rows = x.numel() // width
