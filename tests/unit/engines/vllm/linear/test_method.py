@@ -451,6 +451,20 @@ def test_a_layer_that_is_loaded_anew_has_a_new_copy_under_its_old_number() -> No
 
 
 @on_cpu
+def test_a_layer_is_found_by_its_number_wherever_that_stands(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    one, other = built("int8", seed=1).layer, built("int8", seed=2).layer
+    assert one.mixquant_number.device == one.weight.device
+    monkeypatch.setattr(operator, "_at", dict(operator._at))
+    assert operator._layer_of(one.mixquant_number) is one
+    copy = other.mixquant_number.clone()
+    assert operator._layer_of(copy) is other
+    operator._at[copy.data_ptr()] = 10**9  # that of a layer that is gone
+    assert operator._layer_of(copy) is other
+
+
+@on_cpu
 def test_layers_have_numbers_of_their_own_and_go_away() -> None:
     built.cache_clear()
     operator._layers.clear()
