@@ -20,6 +20,7 @@ from mixquant.engines.vllm.log import logger
 from mixquant.engines.vllm.patches.loading import refuse_kernel_format
 from mixquant.engines.vllm.patches.model import patch_model
 from mixquant.engines.vllm.patches.outcome import lines_of
+from mixquant.engines.vllm.stack import with_room
 from mixquant.engines.vllm.table import log_table
 
 V1 = "vllm.v1.worker.gpu_model_runner"
@@ -72,7 +73,7 @@ def _wrap(runner_class: Any, prepare: str, note: Any, config_class: type) -> Non
         is_dummy = kwargs.get("dummy_run", args[2] if len(args) > 2 else False)
         follower.begin_step()
         try:
-            return executing(self, *args, **kwargs)
+            return with_room(executing, self, *args, **kwargs)
         finally:
             follower.end_step(0 if is_dummy else step.total_num_scheduled_tokens)
 
