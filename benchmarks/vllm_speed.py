@@ -65,7 +65,7 @@ ARMS: dict[str, dict[str, Any]] = {
 }
 NEW = (128, 256, 512, 1024, 2048, 4096, 8192)  # tokens of a turn
 ROUNDS = 3  # in which engines measure in turns what a host's CPU bounds
-ROUNDS_OF_TURNS = 6  # the same for an agent's; of longer ones, every second
+ROUNDS_OF_TURNS = 12  # the same for an agent's; of longer ones, every fourth
 PROFILED = {  # prompts of up to so many tokens
     "bf16": 200_000,
     "fp8": 100_000,
@@ -277,10 +277,10 @@ def measure(arm: str, options: argparse.Namespace) -> dict[str, list[dict[str, A
             for number in range(ROUNDS_OF_TURNS):
                 take_turns(f"round-{number}-behind-{cached}")
                 for new, of_new in values.items():
-                    if new > 1024 and number % 2:
+                    if new > 1024 and number % 4:
                         continue
                     turn(prefix, new)
-                    count = 1 if new >= 4096 else 3
+                    count = 1 if new >= 4096 else 3 if new > 1024 else 2
                     of_new += [1e3 * turn(prefix, new) for _ in range(count)]
             for new, of_new in values.items():
                 record("ttft", new, 1, of_new, "ms", "turns", cached)
