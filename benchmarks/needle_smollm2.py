@@ -72,7 +72,7 @@ def answers(model: Any, tokenizer: Any, items: Sequence[Item]) -> list[str]:
     padding = [longest - len(prompt) for prompt in prompts]
     tokens = torch.tensor(
         [
-            [tokenizer.pad_token_id] * pad + prompt
+            [0] * pad + prompt  # masked, so any token does
             for pad, prompt in zip(padding, prompts, strict=True)
         ],
         device=model.device,

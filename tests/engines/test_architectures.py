@@ -39,6 +39,7 @@ CHOSEN = os.environ.get("MIXQUANT_TEST_ARCHITECTURES", "").split(",")
 LENGTHS = (200, 33, 150, 90)
 SHORT = 50  # tokens
 RANKS = ("tensor", "pipeline")
+WITH_GDN = ("qwen3_next", "qwen3_5")
 # vLLM's module of Qwen3.5 imports torchvision, which has no CPU build on the package index. Qwen3-Next
 # has the same layers of linear attention.
 NO_TORCHVISION = importlib.util.find_spec("torchvision") is None
@@ -104,11 +105,17 @@ def engines(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
             continue
         model = folder / name
         _model(name).save_pretrained(model)
+        # On Hopper vLLM would have FlashInfer compile a kernel for linear attention.
+        additional = {"gdn_prefill_backend": "triton"} if name in WITH_GDN else {}
         for arm, options in (
             ("plain", {}),
             ("exact", mixquant(preset="exact")),
             ("ours", mixquant(min_prefill_tokens=0)),
         ):
+            options = {
+                **options,
+                "additional_config": {**options.get("additional_config", {}), **additional},
+            }
             runs: dict[str, Any] = {
                 "together": {"prompts": prompts},
                 "chunks of 64": {"prompts": prompts, "chunk": 64},
