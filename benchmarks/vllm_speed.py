@@ -25,6 +25,7 @@ import os
 import random
 import secrets
 import shlex
+import signal
 import statistics
 import subprocess
 import sys
@@ -126,8 +127,8 @@ def settle(cores: set[int], seconds: int = 30) -> None:
         quiet = quiet + 1 if max(busy[core] for core in cores) < 10 else 0
 
 
-def measure(arm: str, options: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
-    """One arm's figures and breakdowns, measured in this process."""
+def measure(arm: str, options: argparse.Namespace) -> None:
+    """Writes one arm's figures and breakdowns, measured in this process, to ``options.one_arm``."""
     from vllm import LLM, SamplingParams
     from vllm.model_executor.model_loader import dummy_loader, weight_utils
 
@@ -211,6 +212,7 @@ def measure(arm: str, options: argparse.Namespace) -> dict[str, list[dict[str, A
         return statistics.mean(first)
 
     rows: list[dict[str, Any]] = []
+    pieces: list[dict[str, Any]] = []
 
     def record(
         metric: str,
@@ -235,6 +237,13 @@ def measure(arm: str, options: argparse.Namespace) -> dict[str, list[dict[str, A
         }
         rows.append(row)
         print(json.dumps(row), file=sys.stderr, flush=True)
+        keep()
+
+    def keep() -> None:
+        """A run may be cut off: what is measured by then is on the disk."""
+        whole = options.one_arm.with_suffix(".part")
+        whole.write_text(json.dumps({"results": rows, "breakdown": pieces}))
+        whole.replace(options.one_arm)
 
     def turn(prefix: list[int], new: int) -> float:
         (prompt,) = prompts(1, new)
@@ -243,8 +252,6 @@ def measure(arm: str, options: argparse.Namespace) -> dict[str, list[dict[str, A
         start = time.perf_counter()
         llm.generate([prompt], sampling, use_tqdm=False)
         return time.perf_counter() - start
-
-    pieces: list[dict[str, Any]] = []
 
     def profile(tokens: int, run: Callable[[], Any], cached: int | None = None) -> None:
         run()
@@ -261,8 +268,10 @@ def measure(arm: str, options: argparse.Namespace) -> dict[str, list[dict[str, A
         behind = "" if cached is None else f" behind {cached}"
         print(f"{arm}, {tokens} tokens{behind}", *longest(found), sep="\n", file=sys.stderr)
         for kind, ms in by_kind(found).items():
-            pieces.append({"arm": arm, "tokens": tokens, "kind": kind, "ms": round(ms, 3)})
+            if not options.turns:  # a piece does not say behind how many tokens
+                pieces.append({"arm": arm, "tokens": tokens, "kind": kind, "ms": round(ms, 3)})
             print(f"{kind}: {ms:.2f} ms", file=sys.stderr, flush=True)
+        keep()
         if options.traces:
             name = f"{arm}-{tokens}{behind}.json.gz".replace(" ", "-").replace(",", "")
             file.rename(options.traces / name)
@@ -286,7 +295,7 @@ def measure(arm: str, options: argparse.Namespace) -> dict[str, list[dict[str, A
                 record("ttft", new, 1, of_new, "ms", "turns", cached)
             for new in options.breakdown:
                 profile(new, lambda prefix=prefix, new=new: turn(prefix, new), cached)  # type: ignore[misc]
-        return {"results": rows, "breakdown": []}
+        return
     for tokens in options.lengths:
         repeats = 1 if tokens > 100_000 else max(2, min(11, 90_000 // tokens))
         if tokens < 30_000:  # longer ones do what shorter ones did before, chunk by chunk
@@ -314,7 +323,6 @@ def measure(arm: str, options: argparse.Namespace) -> dict[str, list[dict[str, A
     for tokens in options.breakdown:
         if tokens <= PROFILED.get(arm, 0):
             profile(tokens, lambda tokens=tokens: seconds(1, tokens, 1))  # type: ignore[misc]
-    return {"results": rows, "breakdown": pieces}
 
 
 def tables(rows: list[dict[str, Any]]) -> str:
@@ -333,10 +341,13 @@ def turns_of(arm: str, rows: list[dict[str, Any]]) -> str:
     lines = [f"| new tokens: bf16 / {arm} (ms) | "]
     lines[0] += " | ".join(f"{count} cached" for count in cached) + " |"
     lines.append("| --- " * (1 + len(cached)) + "|")
+
+    def cell(new: int, count: int) -> str:
+        bf16, ours = (values.get((name, new, count)) for name in ("bf16", arm))
+        return f"{bf16:.1f} / {ours:.1f} = {bf16 / ours:.2f}" if bf16 and ours else "-"
+
     for new in sorted({row["tokens"] for row in rows}):
-        pairs = [(values["bf16", new, count], values[arm, new, count]) for count in cached]
-        cells = [f"{bf16:.1f} / {ours:.1f} = {bf16 / ours:.2f}" for bf16, ours in pairs]
-        lines.append(f"| {new} | " + " | ".join(cells) + " |")
+        lines.append(f"| {new} | " + " | ".join(cell(new, count) for count in cached) + " |")
     return "\n".join(lines)
 
 
@@ -415,8 +426,9 @@ def main() -> None:
     if options.traces:
         options.traces.mkdir(parents=True, exist_ok=True)
     if options.one_arm:
-        options.one_arm.write_text(json.dumps(measure(options.arms, options)))
+        measure(options.arms, options)
         return
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended before all was measured"))
 
     rows: list[dict[str, Any]] = []
     pieces: list[dict[str, Any]] = []
@@ -441,33 +453,46 @@ def main() -> None:
                     command += ["--vocabulary", str(options.vocabulary)]
                 process = subprocess.Popen(command, env={**os.environ, "HF_HUB_OFFLINE": "1"})
                 processes.append((arm, process, result))
-            while any(process.poll() is None for _, process, _ in processes):
-                for arm, process, _ in processes:
-                    if process.returncode:
-                        for _, other, _ in processes:
-                            other.kill()
-                        sys.exit(f"{arm}: ended with {process.returncode}")
-                time.sleep(0.5)
+            try:
+                wait_for([(arm, process) for arm, process, _ in processes])
+            finally:
+                for _, process, _ in processes:
+                    process.kill()
+                for result in (one for _, _, one in processes if one.exists()):
+                    measured = json.loads(result.read_text())
+                    rows += measured["results"]
+                    pieces += measured["breakdown"]
+                if options.json and rows:
+                    options.json.write_text(to_json(run_of(options, rows, pieces)))
             took = time.perf_counter() - started
             print(f"{'; '.join(group)}: {took:.0f} s", file=sys.stderr, flush=True)
-            for _, _, result in processes:
-                measured = json.loads(result.read_text())
-                rows += measured["results"]
-                pieces += measured["breakdown"]
-        if options.json:
-            bench = Bench(
-                environment=Environment.here(),
-                command=command_line(options.json, options.traces),
-                model=options.model,
-                arms=tuple(
-                    Arm(name=name, arguments=arguments(ARMS[name]))
-                    for name in dict.fromkeys(row["arm"] for row in rows)
-                ),
-                results=tuple(Measurement.model_validate(row) for row in rows),
-                breakdown=tuple(Piece.model_validate(piece) for piece in pieces),
-            )
-            options.json.write_text(to_json(bench))
     print(tables(rows))
+
+
+def wait_for(processes: list[tuple[str, subprocess.Popen[bytes]]]) -> None:
+    """Returns when all arms are measured; ends the program if one fails."""
+    while any(process.poll() is None for _, process in processes):
+        for arm, process in processes:
+            if process.returncode:
+                sys.exit(f"{arm}: ended with {process.returncode}")
+        time.sleep(0.5)
+
+
+def run_of(
+    options: argparse.Namespace, rows: list[dict[str, Any]], pieces: list[dict[str, Any]]
+) -> Bench:
+    """What has been measured so far, as a results file has it."""
+    return Bench(
+        environment=Environment.here(),
+        command=command_line(options.json, options.traces),
+        model=options.model,
+        arms=tuple(
+            Arm(name=name, arguments=arguments(ARMS[name]))
+            for name in dict.fromkeys(row["arm"] for row in rows)
+        ),
+        results=tuple(Measurement.model_validate(row) for row in rows),
+        breakdown=tuple(Piece.model_validate(piece) for piece in pieces),
+    )
 
 
 def arguments(options: dict[str, Any]) -> str:
