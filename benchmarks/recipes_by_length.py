@@ -18,6 +18,7 @@ import json
 import sys
 import time
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -90,15 +91,12 @@ def table(found: dict[str, Any]) -> str:
     rows = {(one["arm"], one["prompt_tokens"]): one for one in found["rows"]}
     lengths = sorted({tokens for _, tokens in rows})
 
-    def mean(values: list[float]) -> float:
-        return sum(values) / len(values)
-
     def cell(arm: str, tokens: int) -> str:
         if (arm, tokens) not in rows:
             return "-"
         one, both = rows[arm, tokens], rows[BOTH, tokens]
-        recovered = 1 - mean(one["kl"]) / mean(both["kl"])
-        return f"{mean(one['kl']):.4f}, {mean(one['top1']):.1%}, {recovered:.1%}"
+        recovered = 1 - fmean(one["kl"]) / fmean(both["kl"])
+        return f"{fmean(one['kl']):.4f}, {fmean(one['top1']):.1%}, {recovered:.1%}"
 
     lines = [f"| KL, top-1, recovered | {' | '.join(f'{one:,} tokens' for one in lengths)} |"]
     lines.append("| --- " * (1 + len(lengths)) + "|")
