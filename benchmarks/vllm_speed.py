@@ -66,7 +66,7 @@ ARMS: dict[str, dict[str, Any]] = {
 }
 NEW = (128, 256, 512, 1024, 2048, 4096, 8192)  # tokens of a turn
 ROUNDS = 3  # in which engines measure in turns what a host's CPU bounds
-ROUNDS_OF_TURNS = 12  # the same for an agent's; of longer ones, every fourth
+ROUNDS_OF_TURNS = 8  # the same for an agent's; of longer ones, every third
 PROFILED = {  # prompts of up to so many tokens
     "bf16": 200_000,
     "fp8": 100_000,
@@ -286,7 +286,7 @@ def measure(arm: str, options: argparse.Namespace) -> None:
             for number in range(ROUNDS_OF_TURNS):
                 take_turns(f"round-{number}-behind-{cached}")
                 for new, of_new in values.items():
-                    if new > 1024 and number % 4:
+                    if new > 1024 and number % 3:
                         continue
                     turn(prefix, new)
                     count = 1 if new >= 4096 else 3 if new > 1024 else 2
