@@ -84,7 +84,6 @@ MUTATIONS = {
         "        before = read_counts(url)\n"
         "        load.send(url, name, point.run(0), point.concurrency)\n",
         ("bench/test_bench.py",),
-        ("servers/test_bench.py",),
     ),
     "a stale copy": Mutation(
         "engines/transformers/module.py",
@@ -98,7 +97,7 @@ MUTATIONS = {
         "            self._make_products(layer)",
         "            self.products or self._make_products(layer)",
         ("engines/vllm/linear/test_method.py",),
-        ENGINE,
+        ("engines/test_architectures.py",),
     ),
     "scales of other rows": Mutation(
         "formats/fp8.py",

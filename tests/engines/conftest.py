@@ -9,6 +9,8 @@ import real_model
 from this_machine import ON_GPU
 from vllm_engines import mixquant, require_vllm, results_of
 
+from mixquant.core.recipe import LEAST_ON_CPU
+
 
 @pytest.fixture(scope="session")
 def model(smollm2_path: str, tmp_path_factory: pytest.TempPathFactory) -> str:
@@ -21,6 +23,15 @@ def model(smollm2_path: str, tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="session")
 def prompts(smollm2_path: str) -> list[list[int]]:
     return real_model.text_prompts(smollm2_path)
+
+
+def at_the_threshold(prompt: list[int]) -> dict[str, Any]:
+    """Prompts that no cache holds, with just as many quantizable rows as it takes, and with one less."""
+    other = prompt[::-1]
+    return {
+        "at the threshold": {"prompts": [other[: LEAST_ON_CPU + 1]], "new_tokens": 1},
+        "below it": {"prompts": [other[1 : LEAST_ON_CPU + 1]], "new_tokens": 1},
+    }
 
 
 @pytest.fixture(scope="session")
@@ -59,6 +70,7 @@ def basic_engines(
                 # Without graphs the threshold of a GPU is 2,048 tokens.
                 "crowd": {"prompts": prompts, "chunk": 4096 if ON_GPU else 256},
                 "again": {"prompts": few},
+                **({} if ON_GPU else at_the_threshold(prompts[0])),
             },
             enforce_eager=True,
             **{**mixquant(), "enable_prefix_caching": True},

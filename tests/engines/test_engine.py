@@ -55,6 +55,13 @@ def test_every_row_follows_the_rule(
     assert_rows_follow_the_rule(engines[engine], minimum, head, tail)
 
 
+@pytest.mark.skipif(ON_GPU, reason="a GPU's threshold is longer than these prompts may be")
+def test_the_threshold_counts_quantizable_rows(engines: dict[str, Any]) -> None:
+    at, below = (engines["defaults"][run] for run in ("at the threshold", "below it"))
+    assert quantized_positions(at, 0) == list(range(LEAST_ON_CPU))
+    assert quantized_positions(below, 0) == []
+
+
 @pytest.mark.parametrize("run", ["crowd", *CHUNKED])
 def test_a_request_has_the_same_quantized_rows_in_any_company(
     engines: dict[str, Any], run: str
