@@ -143,6 +143,10 @@ def _described(arm: Arm, recipe: Mapping[str, Any] | None) -> str:
         said = f"prefill and decode {_in_formats(own)}"
     else:
         said = f"prefill {_in_formats(own)}, decode in BF16"
+    if model := recipe.get("prefill_model"):
+        said += f"; the copy's weights are of {model_name(model)}"
+    if (tail := recipe.get("precise_tail", 1)) > 1:
+        said += f"; the last {tail} tokens are precise"
     attention = recipe.get("prefill_attention", "auto")
     return said if attention == "auto" else f"{said}; prefill attends {_in_format(attention)}"
 

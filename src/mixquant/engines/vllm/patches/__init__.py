@@ -65,7 +65,7 @@ LEDGER = (
         ),
         does="Notes the sequences of each pass: positions, rows, prompt lengths. Has model runner V2 "
         "capture quantized CUDA graphs beside its own, and run a pass without a graph where none serves "
-        "it. Refuses a reload of weights in the kernels' format.",
+        "it. Gives each pass room on Python's stack. Refuses a reload of weights in the kernels' format.",
         why="A layer is given rows. Nothing tells it which sequence a row belongs to, or where its "
         "prompt ends. And vLLM captures each size once, for all passes.",
         guard="Versions are refused outside the supported range. A pass whose rows are not the ones "
@@ -78,7 +78,8 @@ LEDGER = (
     Patch(
         module="attention",
         targets=("vllm.v1.attention.backends.flash_attn.FlashAttentionImpl.forward",),
-        does="Quantized rows attend in FP8 on Hopper. Other rows keep vLLM's kernel.",
+        does="Quantized rows attend in FP8 on Hopper, and long first chunks in BF16 in the same kernel. "
+        "Other rows keep vLLM's kernel.",
         why="vLLM chooses one attention backend for all rows of a model.",
         guard="Layers, backends and metadata are taken by an allow-list. Everything else stays BF16, "
         "and the table says why.",
