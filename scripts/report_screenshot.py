@@ -5,10 +5,12 @@ python scripts/report_screenshot.py
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 import tempfile
 from pathlib import Path
 
+from PIL import Image, PngImagePlugin
 from playwright.sync_api import sync_playwright
 
 from mixquant.report import page
@@ -29,6 +31,12 @@ def main() -> None:
         tab.goto(file.as_uri())
         tab.screenshot(path=PICTURE, full_page=True)
         browser.close()
+    # tests/unit/test_documents.py sees by this whether the figures have changed since.
+    note = PngImagePlugin.PngInfo()
+    note.add_text("source", hashlib.sha256(SOURCE.read_bytes()).hexdigest())
+    with Image.open(PICTURE) as picture:
+        picture.load()
+        picture.save(PICTURE, pnginfo=note, optimize=True)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ paragraph "`python SCRIPT ARGUMENTS` prints:" holds cells of what that command p
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 import re
 import runpy
@@ -26,6 +27,7 @@ import typer
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
 from paths import REPOSITORY
+from PIL import Image
 
 from mixquant import Recipe
 from mixquant.bench import trace
@@ -37,7 +39,7 @@ DOCS = REPOSITORY / "docs"
 DOCUMENTS = [
     *(
         REPOSITORY / name
-        for name in ("README.md", "CONTRIBUTING.md", "examples/README.md")
+        for name in ("README.md", "CONTRIBUTING.md", "examples/README.md", "deploy/README.md")
         if (REPOSITORY / name).is_file()
     ),
     *sorted(DOCS.rglob("*.md")),
@@ -239,8 +241,9 @@ def test_json_and_yaml_are_what_they_show(path: Path) -> None:
             else:
                 Recipe.from_dict(values)
         elif block.language == "yaml":
-            yaml = pytest.importorskip("yaml")
-            Deployment.from_values(yaml.safe_load(block.text))
+            values = pytest.importorskip("yaml").safe_load(block.text)
+            if "scrape_configs" not in values:  # Prometheus's
+                Deployment.from_values(values)
 
 
 @document
@@ -383,3 +386,11 @@ def test_the_page_of_environment_variables_has_every_variable() -> None:
     }
     page = (DOCS / "reference" / "environment.md").read_text(encoding="utf-8")
     assert used - inner == set(re.findall(r"MIXQUANT_[A-Z_]+[A-Z]", page))
+
+
+def test_the_picture_of_the_report_shows_the_committed_figures() -> None:
+    source = REPOSITORY / "benchmarks" / "results" / "attention_speed_h100.json"
+    with Image.open(REPOSITORY / "docs" / "images" / "report.png") as picture:
+        assert picture.info["source"] == hashlib.sha256(source.read_bytes()).hexdigest(), (
+            "run scripts/report_screenshot.py"
+        )
