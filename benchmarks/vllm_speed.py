@@ -42,6 +42,7 @@ from command_line import command_line
 from filelock import FileLock
 from kernel_times import by_kind, count_launches, events, longest, trace_of
 
+from mixquant.engines.vllm.counters import Counters
 from mixquant.results import Arm, Bench, Environment, Measurement, Piece, to_json
 
 
@@ -253,6 +254,17 @@ def measure(arm: str, options: argparse.Namespace) -> None:
         llm.generate([prompt], sampling, use_tqdm=False)
         return time.perf_counter() - start
 
+    def quantized_share(run: Callable[[], Any]) -> float | None:
+        """The share of the prompt tokens that are quantized meanwhile; None without mixquant."""
+        counters = getattr(llm.llm_engine.vllm_config.quant_config, "counters", None)
+        if counters is None:
+            return None
+        before = Counters(counters).rows()
+        run()
+        rows = {name: count - before[name] for name, count in Counters(counters).rows().items()}
+        quantized, precise = (rows["prefill", precision] for precision in ("quantized", "precise"))
+        return quantized / (quantized + precise)
+
     def profile(tokens: int, run: Callable[[], Any], cached: int | None = None) -> None:
         run()
         llm.start_profile()
@@ -293,6 +305,9 @@ def measure(arm: str, options: argparse.Namespace) -> None:
                     of_new += [1e3 * turn(prefix, new) for _ in range(count)]
             for new, of_new in values.items():
                 record("ttft", new, 1, of_new, "ms", "turns", cached)
+                share = quantized_share(lambda prefix=prefix, new=new: turn(prefix, new))  # type: ignore[misc]
+                if share is not None:
+                    record("quantized", new, 1, [share], "share", "turns", cached)
             for new in options.breakdown:
                 profile(new, lambda prefix=prefix, new=new: turn(prefix, new), cached)  # type: ignore[misc]
         return
@@ -327,6 +342,7 @@ def measure(arm: str, options: argparse.Namespace) -> None:
 
 def tables(rows: list[dict[str, Any]]) -> str:
     """The rows as Markdown: turns by new and cached tokens, and everything else."""
+    rows = [row for row in rows if row["unit"] != "share"]
     turns = [row for row in rows if (row["workload"], row["metric"]) == ("turns", "ttft")]
     others = [row for row in rows if row not in turns]
     arms = [arm for arm in dict.fromkeys(row["arm"] for row in turns) if arm != "bf16"]

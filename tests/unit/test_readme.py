@@ -72,6 +72,8 @@ def turns() -> dict[tuple[int, int], float]:
     """How many times as fast as BF16, by new and cached tokens."""
     found: dict[tuple[int, int], dict[str, float]] = {}
     for one in results("turns_h100.json")["results"]:
+        if one["metric"] != "ttft":
+            continue
         found.setdefault((one["tokens"], one["cached"]), {})[one["arm"]] = one["value"]
     return {turn: of["bf16"] / of["mixquant"] for turn, of in found.items()}
 
