@@ -17,10 +17,10 @@ def quantized_tokens(made: Summary, tokens: int, quantized: int) -> str:
     if quantized:
         return counted
     few = _too_few(recipe, tokens) if formats else None
-    return f"{counted}: {few or why_none(recipe, tokens)}"
+    return f"{counted}: {few or why_nothing_quantized(recipe, tokens)}"
 
 
-def why_none(recipe: Mapping[str, Any] | None, tokens: int) -> str:
+def why_nothing_quantized(recipe: Mapping[str, Any] | None, tokens: int) -> str:
     """Why no token of a prompt was quantized, as far as the recipe says.
 
     Args:

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mixquant.bench.summary import gains
-from mixquant.cli.hints import quantized_tokens, why_none
+from mixquant.cli.hints import quantized_tokens, why_nothing_quantized
 from mixquant.cli.tables import compare, fidelity, speed
 from mixquant.core.recipe import Recipe
 from mixquant.core.summary import Layer, Summary
@@ -59,8 +59,8 @@ def test_tokens_of_a_prompt(
 
 
 def test_a_recipe_that_is_not_known_gives_no_threshold() -> None:
-    assert why_none(None, 36) == "no layer of this model can be quantized"
-    assert why_none(INT8, 36) == "36 tokens are fewer than 128"
+    assert why_nothing_quantized(None, 36) == "no layer of this model can be quantized"
+    assert why_nothing_quantized(INT8, 36) == "36 tokens are fewer than 128"
 
 
 def test_comparison() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from rich import box
 from rich.table import Table
 
-from mixquant.cli.hints import why_none
+from mixquant.cli.hints import why_nothing_quantized
 from mixquant.results import ComparedArm, Comparison
 
 _SHORT = {"bfloat16": "bf16", "float32": "fp32"}
@@ -118,5 +118,5 @@ def _nothing_quantized(result: Comparison) -> str:
     names = [arm.name for arm in result.arms if _quantized_nothing(arm)]
     if not names:
         return ""
-    why = why_none(result.recipe, max(result.prompt_tokens_per_turn))
+    why = why_nothing_quantized(result.recipe, max(result.prompt_tokens_per_turn))
     return f" {' and '.join(names)} quantized no prompt token ({why}): no speed-up is shown."

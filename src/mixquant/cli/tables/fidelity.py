@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from rich import box
 from rich.table import Table
 
-from mixquant.cli.hints import why_none
+from mixquant.cli.hints import why_nothing_quantized
 from mixquant.results import Divergence, Fidelity
 
 _CAPTION = (
@@ -76,7 +76,7 @@ def _nothing_quantized(result: Fidelity, here: Sequence[Divergence]) -> str:
     reasons: dict[str, list[str]] = {}
     for one in here:
         if one.arm != reference and one.quantized_share == 0 and recipes.get(one.arm):
-            why = why_none(recipes[one.arm], one.prompt_tokens)
+            why = why_nothing_quantized(recipes[one.arm], one.prompt_tokens)
             reasons.setdefault(why, []).append(one.arm)
     return " ".join(
         f"{' and '.join(arms)} quantized no prompt token: {why}." for why, arms in reasons.items()

@@ -14,12 +14,12 @@ class Outcome:
     Attributes:
         what: was done, in words that a number can follow: "norms fused".
         reasons: one for each place, None where the patch took.
-        why_none: why there is no place at all, where one would expect some.
+        why_no_place: why there is no place at all, where one would expect some.
     """
 
     what: str
     reasons: tuple[str | None, ...]
-    why_none: str | None = None
+    why_no_place: str | None = None
 
     @classmethod
     def nowhere(cls, what: str, candidates: int, why: str) -> Outcome:
@@ -36,8 +36,8 @@ class Outcome:
         return self.reasons.count(None)
 
     def __str__(self) -> str:
-        if self.why_none is not None:
-            return f"{self.what} none ({self.why_none})"
+        if self.why_no_place is not None:
+            return f"{self.what} none ({self.why_no_place})"
         missed = Counter(why for why in self.reasons if why is not None)
         why = "; ".join(f"{count}: {why}" for why, count in sorted(missed.items()))
         line = f"{self.what} {self.taken} of {len(self.reasons)}"
@@ -46,4 +46,4 @@ class Outcome:
 
 def lines_of(outcomes: Iterable[Outcome]) -> tuple[str, ...]:
     """The lines for the table, of the patches that had a place to take, or say why they had none."""
-    return tuple(str(one) for one in outcomes if one.reasons or one.why_none is not None)
+    return tuple(str(one) for one in outcomes if one.reasons or one.why_no_place is not None)
