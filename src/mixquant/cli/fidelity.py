@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from mixquant.evaluate.fidelity.answers import Engine
     from mixquant.results import Fidelity
 
-BUILT_IN_TEXTS = 4
+DEFAULT_FIDELITY_TEXTS = 4
 NAME = re.compile(r"\w[\w.-]*")
 
 
@@ -104,7 +104,7 @@ def fidelity(
             min=1,
             metavar="N",
             help="Number of built-in texts to read.",
-            show_default=str(BUILT_IN_TEXTS),
+            show_default=str(DEFAULT_FIDELITY_TEXTS),
         ),
     ] = None,
     quantized: Annotated[
@@ -155,7 +155,7 @@ def fidelity(
     logging.disable_progress_bar()  # ours tells the same
 
     check_lengths(checkpoint, prompts, answer_tokens)
-    given = given or documentation(texts or BUILT_IN_TEXTS)
+    given = given or documentation(texts or DEFAULT_FIDELITY_TEXTS)
     passages = cut(given, load_tokenizer(checkpoint), prompts, answer_tokens)
     recipes = {
         name: one or saved_recipe(checkpoint) for name, one in zip(names, chosen, strict=True)

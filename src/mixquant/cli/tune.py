@@ -21,7 +21,7 @@ from mixquant.cli.console import (
 from mixquant.cli.options import JsonFile, Model, finite, wait_briefly
 from mixquant.cli.progress import progress_bar
 
-BUILT_IN_TEXTS = 8
+DEFAULT_TUNING_TEXTS = 8
 
 
 class TargetName(StrEnum):
@@ -150,7 +150,7 @@ def tune(
             min=2,
             metavar="N",
             help="Number of built-in texts. Half of them are held out.",
-            show_default=str(BUILT_IN_TEXTS),
+            show_default=str(DEFAULT_TUNING_TEXTS),
         ),
     ] = None,
     out_file: Annotated[
@@ -215,7 +215,7 @@ def tune(
     checked = check_length or length
     check_lengths(checkpoint, [length, checked], answer_tokens)
     if not to_search:
-        every = list(documentation(texts or BUILT_IN_TEXTS).items())
+        every = list(documentation(texts or DEFAULT_TUNING_TEXTS).items())
         to_search, to_decide = dict(every[::2]), dict(every[1::2])
     tokenizer = load_tokenizer(checkpoint)
     searched, decide = (

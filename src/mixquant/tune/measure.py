@@ -19,9 +19,8 @@ from mixquant.checkpoints.models import Checkpoint, load_model
 from mixquant.core.recipe import Recipe
 from mixquant.engines.transformers import everything_in_prefill_format, phase, prepare
 from mixquant.evaluate.divergence import divergence
+from mixquant.evaluate.fidelity.answers_transformers import ROWS_AT_ONCE
 from mixquant.evaluate.fidelity.passages import Passages
-
-ROWS_AT_ONCE = 8192
 
 Logits = tuple[Tensor, ...]
 """For each text ``[answer tokens, V]``, on the CPU."""

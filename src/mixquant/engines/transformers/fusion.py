@@ -35,7 +35,7 @@ _FEEDS = (
 )
 # An MLP takes its rows in blocks of about so many: what lies between its products then stays in the
 # cache, and is not allocated anew. Much smaller blocks only cost calls.
-_ROWS_AT_ONCE = 1024
+_MLP_BLOCK_ROWS = 1024
 # The whole body of forward, as ast.unparse writes it.
 _PRODUCT = "self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))"
 _MLPS = ((f"return {_PRODUCT}",), (f"down_proj = {_PRODUCT}", "return down_proj"))
@@ -161,7 +161,7 @@ def _phase_gated_mlp(original: Callable[..., Tensor], mlp: Any, x: Tensor) -> Te
     def quantized(out: Tensor) -> None:
         rows = quantize_once(x, plan, "int8", ONEDNN, {})
         wide = out.dtype if out.dtype == torch.bfloat16 else torch.float32
-        blocks = max(1, round(len(out) / _ROWS_AT_ONCE))
+        blocks = max(1, round(len(out) / _MLP_BLOCK_ROWS))
         split = (some.tensor_split(blocks) for some in (rows.codes_plus_128, rows.scale, out))
         for codes, scale, block in zip(*split, strict=True):
             inner = activate(

@@ -108,7 +108,7 @@ def test_an_mlp_in_blocks_of_rows_is_the_mlp(layer, rows, monkeypatch):
             return layer.mlp(x)
 
     whole = run()
-    monkeypatch.setattr(fusion, "_ROWS_AT_ONCE", 16)
+    monkeypatch.setattr(fusion, "_MLP_BLOCK_ROWS", 16)
     assert torch.equal(whole, run())
 
 
