@@ -14,8 +14,8 @@ from typing import Any
 
 from mixquant._after_import import after_import
 
-NAME = "mixquant"
-ATTENTION = "mixquant_sdpa"
+QUANTIZER = "mixquant"
+ATTENTION_IMPLEMENTATION = "mixquant_sdpa"
 
 
 def register() -> None:
@@ -25,7 +25,7 @@ def register() -> None:
 
 
 def _register(auto: ModuleType) -> None:
-    if NAME in auto.AUTO_QUANTIZER_MAPPING:
+    if QUANTIZER in auto.AUTO_QUANTIZER_MAPPING:
         return
 
     class Config(auto.QuantizationConfigMixin):  # type: ignore[misc, name-defined]
@@ -41,8 +41,8 @@ def _register(auto: ModuleType) -> None:
 
             return MixQuantHfQuantizer(*args, **kwargs)
 
-    auto.register_quantization_config(NAME)(Config)
-    auto.register_quantizer(NAME)(Quantizer)
+    auto.register_quantization_config(QUANTIZER)(Config)
+    auto.register_quantizer(QUANTIZER)(Quantizer)
 
 
 def _register_attention(modeling: ModuleType) -> None:
@@ -53,5 +53,7 @@ def _register_attention(modeling: ModuleType) -> None:
 
         return decode_attention.attend(*args, **kwargs)
 
-    modeling.ALL_ATTENTION_FUNCTIONS.register(ATTENTION, attend)
-    ALL_MASK_ATTENTION_FUNCTIONS.register(ATTENTION, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+    modeling.ALL_ATTENTION_FUNCTIONS.register(ATTENTION_IMPLEMENTATION, attend)
+    ALL_MASK_ATTENTION_FUNCTIONS.register(
+        ATTENTION_IMPLEMENTATION, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"]
+    )

@@ -41,10 +41,10 @@ if TYPE_CHECKING:
     from mixquant.results import Measurement
     from mixquant.servers.arms import Arm
 
-LENGTHS = (512, 2048, 8192)
-BATCHES = (1, 4, 16)
-CONCURRENCIES = (1, 8)
-CACHED = (0, 8192)
+DEFAULT_LENGTHS = (512, 2048, 8192)
+DEFAULT_BATCHES = (1, 4, 16)
+DEFAULT_CONCURRENCIES = (1, 8)
+DEFAULT_CACHED = (0, 8192)
 
 
 def _shown(numbers: tuple[int, ...]) -> str:
@@ -91,7 +91,7 @@ def bench(
             "--lengths",
             metavar="N,N,...",
             help="Prompt lengths to measure, in tokens, or none.",
-            show_default=_shown(LENGTHS),
+            show_default=_shown(DEFAULT_LENGTHS),
         ),
     ] = None,
     batches: Annotated[
@@ -100,7 +100,7 @@ def bench(
             "--batches",
             metavar="N,N,...",
             help="Batch sizes to measure (requests sent at once), or none.",
-            show_default=_shown(BATCHES),
+            show_default=_shown(DEFAULT_BATCHES),
         ),
     ] = None,
     concurrencies: Annotated[
@@ -109,7 +109,7 @@ def bench(
             "--concurrencies",
             metavar="N,N,...",
             help="Numbers of requests in flight to measure (for the trace: of sessions), or none.",
-            show_default=_shown(CONCURRENCIES),
+            show_default=_shown(DEFAULT_CONCURRENCIES),
         ),
     ] = None,
     turns: Annotated[
@@ -128,7 +128,7 @@ def bench(
             "--cached",
             metavar="N,N,...",
             help="Tokens that the prefix cache holds before each of the --turns.",
-            show_default=_shown(CACHED),
+            show_default=_shown(DEFAULT_CACHED),
         ),
     ] = None,
     trace: Annotated[
@@ -197,11 +197,11 @@ def bench(
                 )
         batches = concurrencies = trace = "none"
     numbers = {
-        "--lengths": _numbers("--lengths", lengths, LENGTHS),
-        "--batches": _numbers("--batches", batches, BATCHES),
-        "--concurrencies": _numbers("--concurrencies", concurrencies, CONCURRENCIES),
+        "--lengths": _numbers("--lengths", lengths, DEFAULT_LENGTHS),
+        "--batches": _numbers("--batches", batches, DEFAULT_BATCHES),
+        "--concurrencies": _numbers("--concurrencies", concurrencies, DEFAULT_CONCURRENCIES),
         "--turns": _numbers("--turns", turns, ()),
-        "--cached": _numbers("--cached", cached, CACHED, least=0),
+        "--cached": _numbers("--cached", cached, DEFAULT_CACHED, least=0),
     }
     if json_file is not None:
         check_writable(json_file)

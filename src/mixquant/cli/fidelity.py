@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from mixquant.results import Fidelity
 
 DEFAULT_FIDELITY_TEXTS = 4
-NAME = re.compile(r"\w[\w.-]*")
+ARM_NAME = re.compile(r"\w[\w.-]*")
 
 
 class EngineName(StrEnum):
@@ -244,7 +244,7 @@ def _others(
     found: dict[str, tuple[Engine, str]] = {}
     for text in arms:
         name, given, own = text.partition("=")
-        if not given or not NAME.fullmatch(name):
+        if not given or not ARM_NAME.fullmatch(name):
             raise InputError(f"--arm {text!r}: expected NAME=ARGUMENTS with arguments for vLLM")
         if name in taken or name in found:
             raise InputError(f"two arms are called {name!r}")

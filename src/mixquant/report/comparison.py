@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 
-from mixquant.report.derived import ATTENTION, ratio, sign_of
+from mixquant.report.derived import ATTENTION_ARM, ratio, sign_of
 from mixquant.report.names import device_in_words, model_name
 from mixquant.report.parts import KeyFigure, Panel, Section, Table
 from mixquant.report.plots import Bar, bars
@@ -29,9 +29,9 @@ def section(comparison: Comparison) -> Section:
         if isinstance(threshold := comparison.recipe.get("min_prefill_tokens"), int)
         else f"{arm.name} quantized no prompt token, so its times are no speed-up."
         for arm in arms
-        if arm.name not in (BASELINE, ATTENTION) and arm.quantized_prefill_tokens == 0
+        if arm.name not in (BASELINE, ATTENTION_ARM) and arm.quantized_prefill_tokens == 0
     ]
-    if any(arm.name == ATTENTION for arm in arms):
+    if any(arm.name == ATTENTION_ARM for arm in arms):
         notes.append(
             "The arm attention quantizes nothing: attention of the prompt is in mixquant's kernel, in "
             "BF16."
@@ -184,7 +184,7 @@ def _prefill_ratio(comparison: Comparison, arm: ComparedArm) -> float | None:
     base = next((other for other in comparison.arms if other.name == BASELINE), None)
     if base is None or arm is base:
         return None
-    if arm.name != ATTENTION and not (comparison.native and arm.quantized_prefill_tokens):
+    if arm.name != ATTENTION_ARM and not (comparison.native and arm.quantized_prefill_tokens):
         return None
     return ratio(arm.prefill_tokens_per_s, base.prefill_tokens_per_s)
 

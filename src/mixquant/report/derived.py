@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from mixquant.results import BASELINE, Measurement
 
-ATTENTION = "attention"  # the arm of `mixquant compare` that quantizes nothing
+ATTENTION_ARM = "attention"  # the arm of `mixquant compare` that quantizes nothing
 _LARGEST_RATIO = 1e9
 _NOTICEABLE = 0.02  # a smaller difference does not count as faster or slower
 # Workloads that repeat the same requests. Elsewhere lowest and highest are of different requests.

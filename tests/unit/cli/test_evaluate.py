@@ -302,12 +302,13 @@ def fake_vllm(
     """The command line with `fake_vllm` in vLLM's place, and the file that says what was started."""
     started = tmp_path / "started"
     monkeypatch.setenv("FAKE_VLLM_STARTED", str(started))
-    monkeypatch.setattr(server, "COMMAND", (sys.executable, str(HELPERS / "fake_vllm.py")))
+    monkeypatch.setattr(server, "SERVER_COMMAND", (sys.executable, str(HELPERS / "fake_vllm.py")))
     script = tmp_path / "with_fake_vllm.py"
     script.write_text(
         "import sys\nfrom mixquant import cli\nfrom mixquant.servers import process as server\n"
         # Guarded: the scorers' processes import it, too.
-        f"server.COMMAND = {server.COMMAND!r}\nif __name__ == '__main__':\n    sys.exit(cli.main())\n"
+        f"server.SERVER_COMMAND = {server.SERVER_COMMAND!r}\n"
+        "if __name__ == '__main__':\n    sys.exit(cli.main())\n"
     )
     yield [sys.executable, str(script), "evaluate", smollm2_path], started
 

@@ -27,7 +27,7 @@ from mixquant.engines.vllm.linear.route import StaticRoute
 from mixquant.engines.vllm.patches.outcome import Outcome
 from mixquant.kernels.triton import FEW_ROWS
 
-LARGEST = 4096
+MAX_GRAPH_ROWS = 4096
 """Rows of the largest graph: longer passes take the GPU longer than the CPU."""
 
 MARGIN = 64
@@ -50,7 +50,7 @@ def sizes(own: list[int], least: int, most: int) -> tuple[list[int], list[int]]:
     last = max(own)
     until = max(last, -(-(least + MARGIN) // 64) * 64)
     precise = range(last // 64 * 64 + 64, min(until, most) + 1, 64)
-    steps = [*range(128, 2049, 128), *range(2304, LARGEST + 1, 256)]
+    steps = [*range(128, 2049, 128), *range(2304, MAX_GRAPH_ROWS + 1, 256)]
     return list(precise), [size for size in steps if until < size <= most]
 
 
@@ -125,7 +125,7 @@ def prepare(
     if (why := why_no_graphs(runner.vllm_config, model, recipe)) is not None:
         return None, Outcome.no_place(what, why)
     own = list(compilation.cudagraph_capture_sizes)
-    most = min(LARGEST, runner.vllm_config.scheduler_config.max_num_batched_tokens)
+    most = min(MAX_GRAPH_ROWS, runner.vllm_config.scheduler_config.max_num_batched_tokens)
     precise, quantized = sizes(own, least, most)
     if not quantized:
         return None, Outcome.no_place(what, f"no pass has more than {most} rows")

@@ -23,7 +23,7 @@ from mixquant.files import scratch
 from mixquant.servers.arms import terminated_like_interrupted
 from mixquant.servers.process import end, reason, stands_for
 
-COMMAND = (sys.executable, "-m", "mixquant.evaluate.fidelity.vllm_worker")
+WORKER_COMMAND = (sys.executable, "-m", "mixquant.evaluate.fidelity.vllm_worker")
 # Options of vLLM that every arm sets.
 DECIDED = (
     "--additional-config",
@@ -133,7 +133,7 @@ def _process(folder: Path) -> Iterator[subprocess.Popen[bytes]]:
     children."""
     with (folder / "log.txt").open("wb") as log:
         process = subprocess.Popen(
-            [*COMMAND, str(folder)],
+            [*WORKER_COMMAND, str(folder)],
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,

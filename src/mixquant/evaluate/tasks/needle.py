@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Literal
 from mixquant.evaluate.tasks import Answer, Chat, Cut, Item, Task, TaskError, Verdict
 from mixquant.evaluate.tasks.extraction import strip_thinking
 
-LENGTHS = (1024, 2048, 4096, 8192)
+NEEDLE_LENGTHS = (1024, 2048, 4096, 8192)
 SHORTEST, LONGEST = 512, 131_072
 ANSWER = 128  # tokens of a length that RULER leaves for the answer
 SAMPLES = 20  # items of each kind and length
@@ -78,7 +78,7 @@ class Kind:
     asked: int = 1  # keys that are asked for
 
 
-KINDS = (
+NEEDLE_KINDS = (
     Kind("single-1", "noise"),
     Kind("single-2", "text"),
     Kind("single-3", "text", "uuids"),
@@ -123,7 +123,7 @@ class Needle(Task):
         words = _words(data)
         items = []
         for length in self._fitting():
-            for kind in KINDS:
+            for kind in NEEDLE_KINDS:
                 pieces = 0  # the previous sample's number: a good first guess
                 for number in range(SAMPLES):
                     sample = _Sample(kind, words, f"{kind.name} {length} {number}")
@@ -144,9 +144,9 @@ class Needle(Task):
         assert self.limits is not None
         context, answer = self.limits.context, self.limits.answer
         if context is None:
-            return self._lengths or LENGTHS
+            return self._lengths or NEEDLE_LENGTHS
         most = context - answer + ANSWER
-        wanted = self._lengths or LENGTHS
+        wanted = self._lengths or NEEDLE_LENGTHS
         fitting = tuple(length for length in wanted if length <= most)
         if fitting != wanted and (self._lengths or not fitting):
             raise TaskError(

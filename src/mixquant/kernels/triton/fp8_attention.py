@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mixquant.kernels.triton.launching import launch
 
-LARGEST = tl.constexpr(448.0)
+E4M3_MAX = tl.constexpr(448.0)
 SPANS = 64
 """Into so many parts a segment's keys are divided, each for one program."""
 _ROTATED = 128  # elements that a Hadamard matrix mixes, at the most: one of 256 fills shared memory
@@ -46,7 +46,7 @@ def _rotated(x, signs, TOKENS: tl.constexpr, SIZE: tl.constexpr, ROTATED: tl.con
 
 @triton.jit
 def _codes(x):
-    x = tl.minimum(tl.maximum(x, -LARGEST, tl.PropagateNan.ALL), LARGEST, tl.PropagateNan.ALL)
+    x = tl.minimum(tl.maximum(x, -E4M3_MAX, tl.PropagateNan.ALL), E4M3_MAX, tl.PropagateNan.ALL)
     return x.to(tl.float8e4nv)
 
 

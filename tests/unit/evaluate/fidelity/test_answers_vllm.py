@@ -32,7 +32,7 @@ def run(
 ) -> tuple[dict[str, Any], ArmAnswers]:
     """The specification that the worker gets, and what comes of its answers."""
     spec = tmp_path / "spec.json"
-    monkeypatch.setattr(answers_vllm, "COMMAND", (sys.executable, "-c", WORKER, str(spec)))
+    monkeypatch.setattr(answers_vllm, "WORKER_COMMAND", (sys.executable, "-c", WORKER, str(spec)))
     passages = [Passages(5, ((1,) * 5,), ((3, 1),))]
     checkpoint = Checkpoint("some/model", "/some/model", {})
     made = answers_vllm.VLLM(arguments)(checkpoint, recipe, passages)

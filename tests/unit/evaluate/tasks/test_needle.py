@@ -16,7 +16,7 @@ from mixquant.checkpoints.errors import ModelError
 from mixquant.conversation import render
 from mixquant.evaluate.benchmarks.settings import PromptTokens, estimated_tokens
 from mixquant.evaluate.tasks import Item, PromptLimits, TaskError, Verdict
-from mixquant.evaluate.tasks.needle import ANSWER, KINDS, SAMPLES, Needle, fill
+from mixquant.evaluate.tasks.needle import ANSWER, NEEDLE_KINDS, SAMPLES, Needle, fill
 from mixquant.evaluate.tasks.registry import task
 
 
@@ -95,7 +95,9 @@ def test_every_question_has_its_answers_in_the_text_and_no_others(
 
 
 def test_each_kind_has_as_many_items_in_the_same_order_every_time(items: list[Item]) -> None:
-    assert Counter(item.group for item in items) == {f"1024 {kind.name}": SAMPLES for kind in KINDS}
+    assert Counter(item.group for item in items) == {
+        f"1024 {kind.name}": SAMPLES for kind in NEEDLE_KINDS
+    }
     assert {item.also for item in items} == {("1024",)}
     assert load([1024]) == items
     assert len({text(item) for item in items}) == len(items)
