@@ -26,7 +26,7 @@ from command_line import command_line
 from torch import Tensor
 
 from mixquant.engines.vllm.attention.fp8 import Run, Shape, attend
-from mixquant.engines.vllm.attention.rows import Piece, runs_of, worth
+from mixquant.engines.vllm.attention.rows import AttentionPiece, runs_of, worth
 
 PAGE = 16
 ROWS = (128, 256, 512, 1024, 2048, 4096, 8192)
@@ -61,7 +61,9 @@ class Layer:
         self.own = torch.randn(2, rows, shape.kv_heads, shape.size, device=device).bfloat16()
         self.out = torch.empty_like(self.query)
         self.shape = shape
-        pieces = runs_of([Piece(0, 0, rows, keys)], SimpleNamespace(row_counts=np.array([rows])))
+        pieces = runs_of(
+            [AttentionPiece(0, 0, rows, keys)], SimpleNamespace(row_counts=np.array([rows]))
+        )
         self.runs = [Run(run, device) for run in pieces]
         self.lengths = torch.tensor([keys], dtype=torch.int32, device=device)
         self.ends = {n: torch.tensor([0, n], dtype=torch.int32, device=device) for n in (1, rows)}

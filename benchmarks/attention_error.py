@@ -31,7 +31,7 @@ from torch import Tensor
 
 from mixquant.engines.vllm.attention import fp8 as fp8_attention
 from mixquant.engines.vllm.attention.fp8 import Run, Shape, attend
-from mixquant.engines.vllm.attention.rows import Piece, runs_of
+from mixquant.engines.vllm.attention.rows import AttentionPiece, runs_of
 
 ON_HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -148,7 +148,7 @@ def served(inputs: Inputs) -> list[Tensor]:
     counts = [len(q) for q in inputs.q]
     ends = np.cumsum(counts)
     pieces = [
-        Piece(number, int(end) - count, int(end), keys_)
+        AttentionPiece(number, int(end) - count, int(end), keys_)
         for number, (end, count, keys_) in enumerate(zip(ends, counts, lengths, strict=True))
     ]
     output = torch.full_like(query, torch.nan)

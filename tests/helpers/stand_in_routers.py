@@ -18,7 +18,7 @@ Handler = Callable[[Any], Any]
 
 @contextmanager
 def served(handler: Handler, **options: Any) -> Iterator[TestClient]:
-    settings = front.Settings(
+    settings = front.FrontSettings(
         **{
             "transfer": "http://transfer",
             "direct": "http://direct",

@@ -29,7 +29,7 @@ def served(smollm2_path: str, tmp_path_factory: pytest.TempPathFactory) -> Itera
     pytest.importorskip("vllm", reason="vLLM is not installed")
     from mixquant import Recipe
     from mixquant.evaluate.benchmarks.plan import on_cpu
-    from mixquant.servers.arms import Arm, running
+    from mixquant.servers.arms import ServedArm, running
 
     folder = tmp_path_factory.mktemp("served")
     template = folder / "template.jinja"
@@ -38,7 +38,9 @@ def served(smollm2_path: str, tmp_path_factory: pytest.TempPathFactory) -> Itera
     arguments += ["--dtype", this_machine.SERVED_IN]
     arguments += ["--api-key", Served.key, "--chat-template", str(template)]
     arguments += ["--enable-auto-tool-choice", "--tool-call-parser", "hermes"]
-    arm = on_cpu(Arm("mixquant", Recipe(**this_machine.RECIPE), tuple(arguments)), Served.context)
+    arm = on_cpu(
+        ServedArm("mixquant", Recipe(**this_machine.RECIPE), tuple(arguments)), Served.context
+    )
     with contextlib.ExitStack() as stack:
         # As long as it lives, other servers cannot have half of the memory, vLLM's default.
         session = stack.enter_context(pytest.MonkeyPatch.context())

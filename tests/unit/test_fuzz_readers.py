@@ -29,7 +29,7 @@ from mixquant.evaluate.benchmarks.answer_file import AnswerFile, AnswerFileError
 from mixquant.evaluate.benchmarks.chat import Usage
 from mixquant.evaluate.tasks import TaskError, Verdict
 from mixquant.evaluate.tasks.bfcl import _Question as Calls
-from mixquant.evaluate.tasks.longmemeval import Question as Memory
+from mixquant.evaluate.tasks.longmemeval import LongMemEvalQuestion
 from mixquant.evaluate.tasks.mathematics import _AimeProblem, _GradeSchoolProblem
 from mixquant.evaluate.tasks.records import read_records
 from mixquant.formats import fp8
@@ -284,7 +284,7 @@ RECORDS: list[tuple[Any, dict[str, Any]]] = [
     (_AimeProblem, {"id": "1", "problem": "2 + 2?", "answer": "4"}),
     (_GradeSchoolProblem, {"question": "2 + 2?", "answer": "So it is.\n#### 4"}),
     (
-        Memory,
+        LongMemEvalQuestion,
         {
             "question_id": "1",
             "question_type": "multi-session",

@@ -20,16 +20,16 @@ from mixquant.checkpoints.models import Checkpoint, load_model
 from mixquant.engines.transformers import phase, prepare
 from mixquant.engines.transformers.counting import quantized_rows
 from mixquant.results import Measurement
-from mixquant.servers.arms import Arm
+from mixquant.servers.arms import ServedArm
 
 
 def run(
-    arms: Sequence[Arm],
+    arms: Sequence[ServedArm],
     checkpoint: Checkpoint,
     points: Sequence[LoadPoint],
     repeats: int,
     progress: Progress = lambda doing, share: None,
-) -> Iterator[tuple[Arm, list[Measurement]]]:
+) -> Iterator[tuple[ServedArm, list[Measurement]]]:
     """Measures one arm after the other, with one model in memory at a time. All are loaded in BF16.
 
     Args:

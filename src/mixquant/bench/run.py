@@ -11,7 +11,7 @@ from mixquant.bench.generator import Generator, GeneratorError, generator
 from mixquant.bench.summary import measurements
 from mixquant.bench.workloads import LoadPoint
 from mixquant.results import Measurement
-from mixquant.servers.arms import Arm, ArmError, running, served_models, served_name
+from mixquant.servers.arms import ArmError, ServedArm, running, served_models, served_name
 
 API_KEY = "OPENAI_API_KEY"  # the generator's own, too
 
@@ -35,14 +35,14 @@ def check_server(url: str, name: str, points: Sequence[LoadPoint]) -> None:
 
 
 def run(
-    arms: Sequence[Arm],
+    arms: Sequence[ServedArm],
     model: str,
     name: str,
     points: Sequence[LoadPoint],
     repeats: int,
     logs: Path,
     progress: Progress = lambda doing, share: None,
-) -> Iterator[tuple[Arm, list[Measurement]]]:
+) -> Iterator[tuple[ServedArm, list[Measurement]]]:
     """Measures arm after arm.
 
     Args:
@@ -62,7 +62,7 @@ def run(
     with generator(logs / "generator.log") as load:
         for number, arm in enumerate(arms):
 
-            def done(doing: str, tokens: float, number: int = number, arm: Arm = arm) -> None:
+            def done(doing: str, tokens: float, number: int = number, arm: ServedArm = arm) -> None:
                 progress(f"{arm.name}: {doing}", (number + tokens / work) / len(arms))
 
             log = logs / f"{arm.name}.log"
@@ -79,7 +79,7 @@ def run(
 
 def _measure(
     load: Generator,
-    arm: Arm,
+    arm: ServedArm,
     url: str,
     name: str,
     points: Sequence[LoadPoint],

@@ -39,7 +39,7 @@ from mixquant.files.reading import shown
 if TYPE_CHECKING:
     from mixquant.bench.workloads import LoadPoint
     from mixquant.results import Measurement
-    from mixquant.servers.arms import Arm
+    from mixquant.servers.arms import ServedArm
 
 DEFAULT_LENGTHS = (512, 2048, 8192)
 DEFAULT_BATCHES = (1, 4, 16)
@@ -246,7 +246,7 @@ def bench(
     }
     found: list[Measurement] = []
 
-    def result(done: Sequence[Arm]) -> Bench:
+    def result(done: Sequence[ServedArm]) -> Bench:
         return Bench(
             environment=measured_on,
             command=context.obj,
@@ -256,7 +256,7 @@ def bench(
             results=tuple(found),
         )
 
-    done: list[Arm] = []
+    done: list[ServedArm] = []
     try:
         with _logs(log_dir) as logs, progress_bar() as report:
             if in_process:

@@ -56,7 +56,7 @@ REQUESTS = prometheus.Counter(
 
 
 @dataclass(frozen=True)
-class Settings:
+class FrontSettings:
     """The settings of a front.
 
     Attributes:
@@ -81,7 +81,7 @@ class Settings:
 Endpoint = Callable[[Request, ExitStack], Awaitable[Response]]
 
 
-def application(settings: Settings, client: httpx.AsyncClient | None = None) -> Starlette:
+def application(settings: FrontSettings, client: httpx.AsyncClient | None = None) -> Starlette:
     """The server for clients, as an ASGI application."""
     # No time limit for an answer: a dead peer closes its connection.
     upstream = client or httpx.AsyncClient(
@@ -268,7 +268,7 @@ def main() -> None:
     parser.add_argument("--max-connections", type=int, default=Limits.connections)
     given = parser.parse_args()
     limits = Limits(given.max_body_bytes, given.request_timeout, given.max_connections)
-    settings = Settings(
+    settings = FrontSettings(
         given.transfer,
         given.direct,
         given.min_transfer_tokens,

@@ -34,7 +34,7 @@ class ArmError(MixquantError, ValueError):
 
 
 @dataclass(frozen=True)
-class Arm:
+class ServedArm:
     """One of the things compared."""
 
     name: str
@@ -54,7 +54,7 @@ class Arm:
 
 def chosen_arms(
     recipe: Recipe, arms: Sequence[str] = (), urls: Sequence[str] = (), vllm_args: str = ""
-) -> tuple[Arm, ...]:
+) -> tuple[ServedArm, ...]:
     """The arms that a command's options say.
 
     Args:
@@ -72,9 +72,9 @@ def chosen_arms(
     shared = tuple(_split(vllm_args, "--vllm-args"))
     _check(shared, "--vllm-args", (*_ADDRESS, *_PRECISION))
     known = {
-        "bf16": Arm("bf16", arguments=shared),
-        "quantized": Arm("quantized", replace(recipe, everywhere=True), shared),
-        "mixquant": Arm("mixquant", recipe, shared),
+        "bf16": ServedArm("bf16", arguments=shared),
+        "quantized": ServedArm("quantized", replace(recipe, everywhere=True), shared),
+        "mixquant": ServedArm("mixquant", recipe, shared),
     }
     chosen = [_from_url(text) for text in urls]
     for text in arms or (() if urls else DEFAULTS):
@@ -83,7 +83,7 @@ def chosen_arms(
             own_arguments = _split(own, f"--arm {name}")
             _check(own_arguments, f"--arm {name}", _ADDRESS)
             arguments = (*shared, *own_arguments)
-            chosen.append(Arm(_checked(name, text), arguments=arguments))
+            chosen.append(ServedArm(_checked(name, text), arguments=arguments))
         elif name in known:
             chosen.append(known[name])
         else:
@@ -101,7 +101,7 @@ def chosen_arms(
 
 @contextlib.contextmanager
 def running(
-    arm: Arm,
+    arm: ServedArm,
     model: str,
     *,
     name: str,
@@ -181,11 +181,11 @@ def served_name(served: Mapping[str, Any], wanted: str, url: str) -> str:
     )
 
 
-def _from_url(text: str) -> Arm:
+def _from_url(text: str) -> ServedArm:
     name, _, url = text.partition("=")
     if not re.match(r"https?://[^/]", url):
         raise ArmError(f"--url {text!r}: expected NAME=URL with http:// or https://")
-    return Arm(_checked(name, text), url=url.rstrip("/").removesuffix("/v1").rstrip("/"))
+    return ServedArm(_checked(name, text), url=url.rstrip("/").removesuffix("/v1").rstrip("/"))
 
 
 def _checked(name: str, text: str) -> str:

@@ -21,7 +21,7 @@ from mixquant.tune import measure
 from mixquant.tune.budget import Budget
 from mixquant.tune.choice import BlockScale, Choice
 from mixquant.tune.cost import CostModel
-from mixquant.tune.search import Point, Predictor, by_bits, by_time
+from mixquant.tune.search import FrontierPoint, Predictor, by_bits, by_time
 from mixquant.tune.sensitivity import draw, edges, variants_of
 from mixquant.tune.targets import Target
 from mixquant.tune.units import Units, units_of
@@ -283,7 +283,7 @@ class Tuner:
 
     def _frontier(
         self, predictor: Predictor, cost: CostModel, block_scale: BlockScale
-    ) -> list[Point]:
+    ) -> list[FrontierPoint]:
         self.progress("searching", 0.6)
         if self.budget.kind == "bits":
             head = max(head for head in self.heads if head <= 4)
@@ -294,11 +294,11 @@ class Tuner:
 
     def _decide(
         self,
-        frontier: Sequence[Point],
+        frontier: Sequence[FrontierPoint],
         units: Units,
         lost: Mapping[str, float],
         first_ratio: float,
-    ) -> tuple[Point, dict[str, dict[int, float]]]:
+    ) -> tuple[FrontierPoint, dict[str, dict[int, float]]]:
         """The point of the frontier to take, and what was measured: by kind of texts, by point."""
         measured: dict[str, dict[int, float]] = {"searched": {}, "held_out": {}}
         if self.budget.kind == "bits":
@@ -336,8 +336,8 @@ class Tuner:
         cost: CostModel,
         predictor: Predictor,
         plain: Choice,
-        frontier: Sequence[Point],
-        chosen: Point,
+        frontier: Sequence[FrontierPoint],
+        chosen: FrontierPoint,
         measured: Mapping[str, Mapping[int, float]],
         lost: Mapping[str, float],
     ) -> Tuned:
@@ -440,7 +440,7 @@ _TEXTS = {"searched": "texts searched on", "held_out": "texts held out"}
 
 
 def cheapest_within(
-    frontier: Sequence[Point],
+    frontier: Sequence[FrontierPoint],
     limit: float,
     ratios: Mapping[int, float],
     measured: Callable[[int], float],
@@ -481,7 +481,7 @@ def cheapest_within(
         known[index] = divergence / predicted
 
 
-def _ratios(frontier: Sequence[Point], measured: Mapping[int, float]) -> dict[int, float]:
+def _ratios(frontier: Sequence[FrontierPoint], measured: Mapping[int, float]) -> dict[int, float]:
     return {
         index: value / frontier[index].predicted
         for index, value in measured.items()

@@ -66,7 +66,7 @@ class Predictor:
 
 
 @dataclass(frozen=True)
-class Point:
+class FrontierPoint:
     """A choice with what it costs.
 
     ``time`` is relative to plain. ``bits`` is the mean over multiplied weights. ``predicted`` is a KL in
@@ -85,10 +85,10 @@ def by_time(
     block_scale: BlockScale,
     heads: Sequence[int],
     tails: Sequence[int],
-) -> list[Point]:
+) -> list[FrontierPoint]:
     """The frontier of prefill time: ascending in time, descending in predicted divergence."""
     formats: tuple[FormatName, ...] = (*cost.target.formats, "bf16")
-    found: list[Point] = []
+    found: list[FrontierPoint] = []
     for head in heads:
         for tail in tails:
             costs = np.stack([cost.times(fmt, head, tail) for fmt in formats], axis=1)
@@ -99,7 +99,7 @@ def by_time(
 
 def by_bits(
     predictor: Predictor, cost: CostModel, block_scale: BlockScale, head: int, tail: int
-) -> list[Point]:
+) -> list[FrontierPoint]:
     """The frontier of mean bits. Bits do not depend on head and tail, so both are given."""
     formats: tuple[FormatName, ...] = (*cost.target.formats, "bf16")
     costs = np.stack([cost.bits_of(fmt) for fmt in formats], axis=1)
@@ -133,16 +133,18 @@ def path(costs: np.ndarray, added: np.ndarray) -> Iterator[np.ndarray]:
         yield now.copy()
 
 
-def pareto(points: Iterable[Point], cost: Callable[[Point], float]) -> list[Point]:
+def pareto(
+    points: Iterable[FrontierPoint], cost: Callable[[FrontierPoint], float]
+) -> list[FrontierPoint]:
     """The points that no other equals or beats in both cost and predicted divergence."""
-    best: list[Point] = []
+    best: list[FrontierPoint] = []
     for point in sorted(points, key=lambda one: (cost(one), one.predicted)):
         if not best or point.predicted < best[-1].predicted:
             best.append(point)
     return best
 
 
-def thinned(points: Sequence[Point]) -> list[Point]:
+def thinned(points: Sequence[FrontierPoint]) -> list[FrontierPoint]:
     """At most `POINTS` points, evenly by number, the ends among them."""
     if len(points) <= POINTS:
         return list(points)
@@ -178,9 +180,9 @@ def _points(
     block_scale: BlockScale,
     head: int,
     tail: int,
-) -> Iterator[Point]:
+) -> Iterator[FrontierPoint]:
     rows = np.arange(len(costs))
     for options in path(costs, added):
         choice = Choice(tuple(formats[one] for one in options), block_scale, head, tail)
         predicted = float(added[rows, options].sum())
-        yield Point(choice, cost.time(choice), cost.bits(choice), predicted)
+        yield FrontierPoint(choice, cost.time(choice), cost.bits(choice), predicted)

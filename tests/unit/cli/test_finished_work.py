@@ -20,7 +20,7 @@ from mixquant.checkpoints.models import Checkpoint
 from mixquant.cli import console
 from mixquant.cli.console import write_whole
 from mixquant.core.recipe import Recipe
-from mixquant.servers.arms import Arm
+from mixquant.servers.arms import ServedArm
 
 Command = Callable[..., int]
 
@@ -54,7 +54,9 @@ def finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Command:
         for number in range(1, len(whole.arms) + 1):
             done(whole.model_copy(update={"arms": whole.arms[:number]}))
 
-    def run(arms: list[Arm], *_: Any) -> Iterator[tuple[Arm, list[results.Measurement]]]:
+    def run(
+        arms: list[ServedArm], *_: Any
+    ) -> Iterator[tuple[ServedArm, list[results.Measurement]]]:
         for arm in arms:
             figures = [sample_results.measurement(arm.name, "ttft", 50.0, tokens=512)]
             yield arm, figures

@@ -253,7 +253,7 @@ def test_whatever_is_sent_is_passed_on_or_refused(data: st.DataObject, path: str
         passed.append(json.loads(request.content.decode("utf-8", "strict")))
         return httpx.Response(200, json={})
 
-    given = front.Settings("http://transfer", "http://direct", 256, True, "inner", None)
+    given = front.FrontSettings("http://transfer", "http://direct", 256, True, "inner", None)
     upstream = httpx.AsyncClient(transport=httpx.MockTransport(router))
     with TestClient(front.application(given, upstream), raise_server_exceptions=False) as client:
         answer = client.post(path, content=content[:cut])

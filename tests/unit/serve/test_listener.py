@@ -33,7 +33,7 @@ def fine(request: Any) -> Any:
 def listening(limits: Limits, router: Callable[[Any], Any] = fine) -> Iterator[int]:
     """The front on a free port, over a router that answers everything."""
     upstream = httpx.AsyncClient(transport=httpx.MockTransport(router))
-    settings = front.Settings("http://t", "http://d", 256, True, "inner", None, limits)
+    settings = front.FrontSettings("http://t", "http://d", 256, True, "inner", None, limits)
     config = uvicorn.Config(
         front.application(settings, upstream), http=protocol(limits), ws="none", log_level="error"
     )
@@ -319,7 +319,7 @@ def test_the_inner_address_has_no_limits_of_clients(monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(uvicorn, "Server", Server)
     limits = Limits(connections=1, request_seconds=0.2)
-    settings = front.Settings("http://t", "http://d", 256, True, "inner", None, limits)
+    settings = front.FrontSettings("http://t", "http://d", 256, True, "inner", None, limits)
     with socket.create_server(("127.0.0.1", 0)) as one, ExitStack() as open_ones:
         serving = listener.serve(
             front.application(settings),
@@ -365,7 +365,7 @@ def test_what_takes_long_to_answer_is_not_cut_off() -> None:
         await asyncio.sleep(1)
         return httpx.Response(200, json={"fine": True})
 
-    settings = front.Settings("http://t", "http://d", 256, True, "inner", None, limits)
+    settings = front.FrontSettings("http://t", "http://d", 256, True, "inner", None, limits)
     upstream = httpx.AsyncClient(transport=httpx.MockTransport(slowly))
     config = uvicorn.Config(
         front.application(settings, upstream), http=protocol(limits), ws="none", log_level="error"

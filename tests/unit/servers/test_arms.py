@@ -9,7 +9,14 @@ import pytest
 from chat_stub import Stub, serving
 
 from mixquant import Recipe
-from mixquant.servers.arms import DEFAULTS, Arm, ArmError, chosen_arms, served_models, served_name
+from mixquant.servers.arms import (
+    DEFAULTS,
+    ArmError,
+    ServedArm,
+    chosen_arms,
+    served_models,
+    served_name,
+)
 
 RECIPE = Recipe(format="int8", min_prefill_tokens=7)
 
@@ -17,9 +24,9 @@ RECIPE = Recipe(format="int8", min_prefill_tokens=7)
 def test_the_default_arms_differ_in_their_recipes_alone() -> None:
     bf16, quantized, mixquant = chosen_arms(RECIPE, vllm_args="--max-model-len 100 --x 'a b'")
     shared = ("--max-model-len", "100", "--x", "a b")
-    assert bf16 == Arm("bf16", None, shared)
-    assert quantized == Arm("quantized", replace(RECIPE, everywhere=True), shared)
-    assert mixquant == Arm("mixquant", RECIPE, shared)
+    assert bf16 == ServedArm("bf16", None, shared)
+    assert quantized == ServedArm("quantized", replace(RECIPE, everywhere=True), shared)
+    assert mixquant == ServedArm("mixquant", RECIPE, shared)
 
 
 def test_chosen_arms_stand_in_their_usual_order() -> None:
@@ -30,13 +37,13 @@ def test_chosen_arms_stand_in_their_usual_order() -> None:
         "--seed 1",
     )
     assert [arm.name for arm in arms] == [*DEFAULTS, "other", "mine"]
-    assert arms[1] == Arm("quantized", url="http://one:8000")
+    assert arms[1] == ServedArm("quantized", url="http://one:8000")
     assert arms[3].url == "https://two/x"
-    assert arms[4] == Arm("mine", arguments=("--seed", "1", "--quantization", "fp8"))
+    assert arms[4] == ServedArm("mine", arguments=("--seed", "1", "--quantization", "fp8"))
 
 
 def test_addresses_alone_start_nothing() -> None:
-    assert chosen_arms(RECIPE, urls=["a=http://x"]) == (Arm("a", url="http://x"),)
+    assert chosen_arms(RECIPE, urls=["a=http://x"]) == (ServedArm("a", url="http://x"),)
 
 
 @pytest.mark.parametrize(

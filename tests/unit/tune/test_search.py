@@ -13,7 +13,7 @@ from mixquant.core.recipe import FormatName
 from mixquant.tune.choice import Choice
 from mixquant.tune.cost import CostModel
 from mixquant.tune.run import cheapest_within
-from mixquant.tune.search import Point, Predictor, by_bits, by_time, thinned
+from mixquant.tune.search import FrontierPoint, Predictor, by_bits, by_time, thinned
 from mixquant.tune.targets import NOMINAL, Target
 from mixquant.tune.units import Unit, Units
 
@@ -116,9 +116,9 @@ def test_one_of_two_formats_of_one_rate() -> None:
     assert first.choice.formats == tuple(("fp8", "int8")[one] for one in added.argmin(axis=1))
 
 
-def points(*predicted: float) -> list[Point]:
+def points(*predicted: float) -> list[FrontierPoint]:
     nothing = Choice((), "6", 0, 1)
-    return [Point(nothing, 1 + n / 100, 4.5, kl) for n, kl in enumerate(predicted)]
+    return [FrontierPoint(nothing, 1 + n / 100, 4.5, kl) for n, kl in enumerate(predicted)]
 
 
 @given(st.integers(0, 10**6), st.floats(0.001, 3), st.floats(0.2, 5))

@@ -9,7 +9,7 @@ import numpy as np
 from mixquant.core.phase import PhasePlan, Range
 from mixquant.engines.vllm.attention.bf16_rows import Bf16Rows
 from mixquant.engines.vllm.attention.fp8 import Run, Shape
-from mixquant.engines.vllm.attention.rows import Piece
+from mixquant.engines.vllm.attention.rows import AttentionPiece
 from mixquant.engines.vllm.linear.route import Route
 
 
@@ -40,7 +40,7 @@ class PassState:
     batch: Batch | None = None
     route: Route | None = None
     plain: dict[int, bool] = field(default_factory=dict)
-    pieces: dict[Shape, list[Piece]] = field(default_factory=dict)
+    pieces: dict[Shape, list[AttentionPiece]] = field(default_factory=dict)
     runs: dict[Shape, list[Run]] = field(default_factory=dict)
     bf16_rows: dict[tuple[Shape, int], Bf16Rows | None] = field(default_factory=dict)
 

@@ -20,7 +20,7 @@ from mixquant.evaluate.benchmarks.settings import MiddleCutter, PromptTokens, Se
 from mixquant.evaluate.tasks import OPTIONS, Item, PromptLimits, Task, TaskError
 from mixquant.evaluate.tasks.registry import TASKS
 from mixquant.evaluate.tasks.registry import task as find_task
-from mixquant.servers.arms import Arm, served_models, served_name
+from mixquant.servers.arms import ServedArm, served_models, served_name
 
 
 class EvaluationError(MixquantError, ValueError):
@@ -42,7 +42,7 @@ class Options:
 
     model: str
     benchmarks: Sequence[str]
-    arms: Sequence[Arm]
+    arms: Sequence[ServedArm]
     out: Path
     data: Mapping[str, Path] = field(default_factory=dict)  # by benchmark
     settings: Mapping[str, Any] = field(
@@ -120,7 +120,7 @@ def context_of(options: Options) -> int | None:
     return min((tokens for tokens in known if tokens is not None), default=None)
 
 
-def on_cpu(arm: Arm, context: int | None) -> Arm:
+def on_cpu(arm: ServedArm, context: int | None) -> ServedArm:
     """The arm for a machine without a GPU: it reads each prompt in one chunk.
 
     vLLM's runner on CPUs (0.32) ends with "CPU Generator does not use offset" when a request with a
@@ -146,7 +146,7 @@ def _max_model_len(arguments: Sequence[str]) -> int | None:
     return None
 
 
-def name_at(arm: Arm, options: Options) -> str:
+def name_at(arm: ServedArm, options: Options) -> str:
     """What an arm's server calls the model: the first of the names that it has.
 
     Raises:
@@ -217,7 +217,9 @@ def some_items(items: Sequence[Item], limit: int | None, *, in_turns: bool) -> S
     return [item for item in items if item.id in kept]
 
 
-def work_of(benchmark: Benchmark, arm: Arm, options: Options, context: int | None) -> BenchmarkRun:
+def work_of(
+    benchmark: Benchmark, arm: ServedArm, options: Options, context: int | None
+) -> BenchmarkRun:
     settings = benchmark.settings.to_dict()
     configuration = {
         "model": options.model,

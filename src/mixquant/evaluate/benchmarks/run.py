@@ -31,7 +31,7 @@ from mixquant.evaluate.benchmarks.scoring import Answered, differences_of, recov
 from mixquant.evaluate.benchmarks.tool_parser import with_tool_parser
 from mixquant.evaluate.tasks import Task
 from mixquant.evaluate.tasks.registry import PROTOCOLS
-from mixquant.servers.arms import Arm, ArmError, running, served_models
+from mixquant.servers.arms import ArmError, ServedArm, running, served_models
 
 
 class Progress(Protocol):
@@ -119,7 +119,7 @@ def _with_tool_parsers(options: Options, tasks: Sequence[Task], progress: Progre
 
 
 def _run_arm(
-    arm: Arm,
+    arm: ServedArm,
     work: Sequence[BenchmarkRun],
     options: Options,
     context: int | None,
@@ -143,7 +143,7 @@ def _run_arm(
 
 
 async def _ask(
-    arm: Arm,
+    arm: ServedArm,
     url: str,
     name: str,
     work: Sequence[BenchmarkRun],

@@ -9,15 +9,15 @@ from itertools import zip_longest
 from mixquant.checkpoints.models import Checkpoint
 from mixquant.evaluate.tasks import TaskError
 from mixquant.serve.parsers import is_known, parser_for
-from mixquant.servers.arms import Arm
+from mixquant.servers.arms import ServedArm
 
 _PARSER = "--tool-call-parser"
 _CHOICE = "--enable-auto-tool-choice"
 
 
 def with_tool_parser(
-    arm: Arm, checkpoint: Checkpoint, benchmark: str, note: Callable[[str], None]
-) -> Arm:
+    arm: ServedArm, checkpoint: Checkpoint, benchmark: str, note: Callable[[str], None]
+) -> ServedArm:
     """The arm with a parser of tool calls: the one that its arguments name, or the one that fits.
 
     Without a parser, vLLM refuses requests with tools, or passes calls on as text, minutes after

@@ -13,7 +13,7 @@ from pydantic import Field
 from mixquant.evaluate.tasks import Answer, Chat, Cut, Item, Task, TaskError, Verdict
 from mixquant.evaluate.tasks.extraction import strip_thinking
 from mixquant.evaluate.tasks.judging import judged
-from mixquant.evaluate.tasks.records import Record, file_from_hub, read_records, unique
+from mixquant.evaluate.tasks.records import DataRecord, file_from_hub, read_records, unique
 
 _REPOSITORY = "ArtificialAnalysis/AA-LCR"
 _QUESTIONS = "AA-LCR_Dataset.csv"
@@ -46,7 +46,7 @@ CANDIDATE ANSWER TO ASSESS: {candidate}
 Reply only with CORRECT or INCORRECT."""
 
 
-class _Question(Record):
+class _Question(DataRecord):
     question_id: str = Field(min_length=1)
     question: str = Field(min_length=1)
     answer: str = Field(min_length=1)

@@ -32,7 +32,7 @@ from mixquant.evaluate.tasks import (
 from mixquant.evaluate.tasks import bfcl_backend as backend
 from mixquant.evaluate.tasks.extraction import strip_thinking
 from mixquant.evaluate.tasks.isolation import IsolationError, isolated, isolated_now
-from mixquant.evaluate.tasks.records import Record, read_records, unique
+from mixquant.evaluate.tasks.records import DataRecord, read_records, unique
 
 PACKAGE = "bfcl-eval==2026.3.23"
 
@@ -61,7 +61,7 @@ _MORE_FUNCTIONS = "I have updated some more functions you can choose from. What 
 _SECONDS = 30.0  # of a whole conversation in the backends
 
 
-class _Question(Record):
+class _Question(DataRecord):
     id: str = Field(min_length=1)
     question: list[list[dict[str, Any]]] = Field(min_length=1)
     function: list[dict[str, Any]] = Field(default_factory=list)
@@ -70,7 +70,7 @@ class _Question(Record):
     missed_function: dict[str, list[str]] = Field(default_factory=dict)
 
 
-class _PossibleAnswer(Record):
+class _PossibleAnswer(DataRecord):
     id: str
     ground_truth: list[Any]
 

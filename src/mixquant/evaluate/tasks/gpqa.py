@@ -10,7 +10,7 @@ from pydantic import Field
 
 from mixquant.evaluate.tasks import Answer, Chat, Cut, Item, Task, Verdict
 from mixquant.evaluate.tasks.extraction import chosen_letter, strip_thinking
-from mixquant.evaluate.tasks.records import Record, read_records, records_from_hub, unique
+from mixquant.evaluate.tasks.records import DataRecord, read_records, records_from_hub, unique
 
 # As in OpenAI's simple-evals.
 _PROMPT = (
@@ -20,7 +20,7 @@ _PROMPT = (
 )
 
 
-class _Question(Record):
+class _Question(DataRecord):
     id: str = Field(min_length=1, validation_alias="Record ID")
     question: str = Field(min_length=1, validation_alias="Question")
     right: str = Field(min_length=1, validation_alias="Correct Answer")

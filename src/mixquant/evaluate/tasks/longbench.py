@@ -11,7 +11,7 @@ from pydantic import Field
 
 from mixquant.evaluate.tasks import Answer, Chat, Cut, Item, Task, TaskError, Verdict
 from mixquant.evaluate.tasks.extraction import chosen_letter, strip_thinking
-from mixquant.evaluate.tasks.records import Record, read_records, records_from_hub, unique
+from mixquant.evaluate.tasks.records import DataRecord, read_records, records_from_hub, unique
 
 # The authors' prompts: 0shot.txt, 0shot_rag.txt, 0shot_no_context.txt.
 _QUESTION = """\
@@ -33,12 +33,12 @@ _READ_COT = "Please read the following text and answer the questions below."
 _MOST_LIKELY = "What is the single, most likely answer choice? "
 
 
-class _Chunk(Record):
+class _Chunk(DataRecord):
     c_idx: int  # place in the document
     content: str
 
 
-class Question(Record):
+class LongBenchQuestion(DataRecord):
     id: str = Field(min_length=1, validation_alias="_id")
     length: Literal["short", "medium", "long"]
     difficulty: Literal["easy", "hard", ""] = ""
@@ -81,9 +81,9 @@ class LongBenchV2(Task):
 
     def load(self, data: Path | None, cut: Cut) -> list[Item]:
         if data is None:
-            records = records_from_hub("zai-org/LongBench-v2", "train", Question)
+            records = records_from_hub("zai-org/LongBench-v2", "train", LongBenchQuestion)
         else:
-            records = read_records(data, Question)
+            records = read_records(data, LongBenchQuestion)
         unique([record.id for record in records], data)
         return [
             Item(
@@ -96,7 +96,7 @@ class LongBenchV2(Task):
             for record in records
         ]
 
-    def _prompt(self, record: Question, cut: Cut) -> str:
+    def _prompt(self, record: LongBenchQuestion, cut: Cut) -> str:
         if self._no_context:
             return self.filled(_QUESTION + _MOST_LIKELY + _FORMAT, record, "", cut)
         if self._retrieved:
@@ -105,7 +105,7 @@ class LongBenchV2(Task):
         read = _READ_COT if self.cot else _READ
         return self.filled(read + _TEXT + _QUESTION + _FORMAT, record, record.context, cut)
 
-    def _chunks(self, record: Question) -> str:
+    def _chunks(self, record: LongBenchQuestion) -> str:
         if not record.retrieved_context:
             raise TaskError(
                 f"question {record.id}: field 'retrieved_context': --retrieved needs the pieces in the "
@@ -117,7 +117,7 @@ class LongBenchV2(Task):
             for number, chunk in enumerate(sorted(best, key=lambda chunk: chunk.c_idx), 1)
         )
 
-    def filled(self, template: str, record: Question, document: str, cut: Cut) -> str:
+    def filled(self, template: str, record: LongBenchQuestion, document: str, cut: Cut) -> str:
         """The prompt; the document is cut."""
         return in_place(template, record, cut(document.strip()) if document else "")
 
@@ -135,7 +135,7 @@ class LongBenchV2(Task):
         )
 
 
-def in_place(template: str, record: Question, document: str) -> str:
+def in_place(template: str, record: LongBenchQuestion, document: str) -> str:
     """A template with everything in its place."""
     parts = {
         "DOC": document,

@@ -12,7 +12,7 @@ from pydantic import Field, model_validator
 from mixquant.evaluate.tasks import Answer, Chat, Cut, Item, Task, Verdict
 from mixquant.evaluate.tasks.extraction import strip_thinking
 from mixquant.evaluate.tasks.judging import judged
-from mixquant.evaluate.tasks.records import Record, file_from_hub, read_records, unique
+from mixquant.evaluate.tasks.records import DataRecord, file_from_hub, read_records, unique
 
 # The authors' src/generation/run_generation.py, whole history, sessions as JSON, answer in steps.
 _PROMPT = (
@@ -68,12 +68,12 @@ _TASKS = {
 }
 
 
-class Turn(Record):
+class Turn(DataRecord):
     role: Literal["user", "assistant"]
     content: str
 
 
-class Question(Record):
+class LongMemEvalQuestion(DataRecord):
     question_id: str = Field(min_length=1)
     question_type: Literal[
         "single-session-user",
@@ -90,7 +90,7 @@ class Question(Record):
     haystack_sessions: list[list[Turn]]
 
     @model_validator(mode="after")
-    def _dated(self) -> Question:
+    def _dated(self) -> LongMemEvalQuestion:
         if len(self.haystack_dates) != len(self.haystack_sessions):
             raise ValueError(
                 f"{len(self.haystack_sessions)} haystack_sessions, "
@@ -109,7 +109,7 @@ class LongMemEval(Task):
     def load(self, data: Path | None, cut: Cut) -> list[Item]:
         if data is None:
             data = file_from_hub("xiaowu0162/longmemeval-cleaned", "longmemeval_s_cleaned.json")
-        records = read_records(data, Question)
+        records = read_records(data, LongMemEvalQuestion)
         unique([record.question_id for record in records], data)
         return [
             Item(
@@ -125,7 +125,7 @@ class LongMemEval(Task):
             for record in records
         ]
 
-    def prompt(self, record: Question, cut: Cut) -> str:
+    def prompt(self, record: LongMemEvalQuestion, cut: Cut) -> str:
         """The prompt of a question; the history is cut."""
         return _PROMPT.format(
             history=cut(history(record, _as_json)),
@@ -145,7 +145,7 @@ class LongMemEval(Task):
         return await self.verdict(prompt, judge)
 
 
-def history(record: Question, write: Callable[[Sequence[Turn]], str]) -> str:
+def history(record: LongMemEvalQuestion, write: Callable[[Sequence[Turn]], str]) -> str:
     """All sessions by date.
 
     Args:

@@ -16,7 +16,7 @@ from mixquant.evaluate.tasks import Answer, Chat, Cut, Item, Task, Verdict
 from mixquant.evaluate.tasks.equivalence import concludes, equivalent
 from mixquant.evaluate.tasks.extraction import last_boxed, strip_thinking
 from mixquant.evaluate.tasks.isolation import IsolationError, isolated
-from mixquant.evaluate.tasks.records import Record, read_records, records_from_hub, unique
+from mixquant.evaluate.tasks.records import DataRecord, read_records, records_from_hub, unique
 
 _STEPS = "{problem}\nPlease reason step by step, and put your final answer within \\boxed{{}}."
 _AIME = (
@@ -25,7 +25,7 @@ _AIME = (
 )
 
 
-class _Problem(Record):
+class _Problem(DataRecord):
     id: str | None = Field(None, validation_alias=AliasChoices("unique_id", "id", "ID"))
     problem: str = Field(min_length=1, validation_alias=AliasChoices("problem", "Problem"))
     answer: str = Field(min_length=1, validation_alias=AliasChoices("answer", "Answer"))

@@ -68,7 +68,9 @@ class LongBenchV2(longbench.LongBenchV2):
             "special_tokens": True,
         }
 
-    def filled(self, template: str, record: longbench.Question, document: str, cut: Cut) -> str:
+    def filled(
+        self, template: str, record: longbench.LongBenchQuestion, document: str, cut: Cut
+    ) -> str:
         return cut(longbench.in_place(template, record, document.strip()))
 
     def letter(self, answer: Answer) -> str | None:
@@ -98,7 +100,7 @@ class LongMemEval(longmemeval.LongMemEval):
         "special_tokens": True,
     }
 
-    def prompt(self, record: longmemeval.Question, cut: Cut) -> str:
+    def prompt(self, record: longmemeval.LongMemEvalQuestion, cut: Cut) -> str:
         return cut(
             _DIRECT.format(
                 history=longmemeval.history(record, _as_text),

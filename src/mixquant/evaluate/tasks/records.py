@@ -15,13 +15,13 @@ from mixquant.evaluate.tasks import TaskError
 from mixquant.files.reading import ReadingError, parse_json
 
 
-class Record(BaseModel):
+class DataRecord(BaseModel):
     """One record of a data file. Fields that a benchmark does not need are ignored."""
 
     model_config = ConfigDict(extra="ignore", frozen=True, coerce_numbers_to_str=True)
 
 
-R = TypeVar("R", bound=Record)
+R = TypeVar("R", bound=DataRecord)
 
 
 def read_records(path: Path, schema: type[R]) -> list[R]:

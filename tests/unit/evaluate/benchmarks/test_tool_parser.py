@@ -14,7 +14,7 @@ from mixquant.evaluate.benchmarks.tool_parser import with_tool_parser
 from mixquant.evaluate.tasks import TaskError
 from mixquant.evaluate.tasks.registry import TASKS, task
 from mixquant.serve import parsers
-from mixquant.servers.arms import Arm, chosen_arms
+from mixquant.servers.arms import ServedArm, chosen_arms
 
 HERMES = "{% for m in messages %}<|im_start|>{{ m }}<tool_call>{% endfor %}"
 
@@ -32,7 +32,7 @@ def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def decided(model: Path, *arguments: str) -> tuple[tuple[str, ...], list[str]]:
     notes: list[str] = []
-    arm = Arm("bf16", arguments=arguments)
+    arm = ServedArm("bf16", arguments=arguments)
     changed = with_tool_parser(arm, find(str(model)), "bfcl-v4", notes.append)
     return changed.arguments, notes
 

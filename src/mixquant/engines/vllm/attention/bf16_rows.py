@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mixquant.engines.vllm.attention.fp8 import integers
-from mixquant.engines.vllm.attention.rows import Piece
+from mixquant.engines.vllm.attention.rows import AttentionPiece
 
 
 @dataclass
@@ -23,9 +23,9 @@ class Bf16Rows:
     metadata: Any
 
 
-def bf16_rows_of(batch: Any, pieces: list[Piece], metadata: Any) -> Bf16Rows | None:
+def bf16_rows_of(batch: Any, pieces: list[AttentionPiece], metadata: Any) -> Bf16Rows | None:
     """The rows that are in no piece, as sequences of consecutive rows with metadata of their own."""
-    taken = {piece.sequence: [] for piece in pieces}  # type: dict[int, list[Piece]]
+    taken = {piece.sequence: [] for piece in pieces}  # type: dict[int, list[AttentionPiece]]
     for piece in pieces:
         taken[piece.sequence].append(piece)
     rows: list[int] = []

@@ -44,7 +44,7 @@ from mixquant.engines.vllm.attention.rows import (
     MAX_KEYS,
     PRECISE_KEYS,
     UNIT,
-    Piece,
+    AttentionPiece,
     segments_of,
 )
 
@@ -83,7 +83,7 @@ class Launch:
 class Run:
     """Pieces that share their launches, and what the kernels have to know of them."""
 
-    def __init__(self, pieces: tuple[Piece, ...], device: torch.device) -> None:
+    def __init__(self, pieces: tuple[AttentionPiece, ...], device: torch.device) -> None:
         self.start, self.stop = pieces[0].start, pieces[-1].stop
         self.has_context = any(piece.context for piece in pieces)
         rows = [piece.rows for piece in pieces]

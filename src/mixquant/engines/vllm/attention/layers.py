@@ -19,7 +19,13 @@ from mixquant.core.phase import PhasePlan, plan_in_force
 from mixquant.engines.vllm import versions
 from mixquant.engines.vllm.attention.bf16_rows import Bf16Rows, bf16_rows_of
 from mixquant.engines.vllm.attention.fp8 import Run, Shape, Workspace, attend
-from mixquant.engines.vllm.attention.rows import PRECISE_KEYS, Piece, pieces_of, runs_of, worth
+from mixquant.engines.vllm.attention.rows import (
+    PRECISE_KEYS,
+    AttentionPiece,
+    pieces_of,
+    runs_of,
+    worth,
+)
 from mixquant.engines.vllm.context import Batch, state_of
 from mixquant.engines.vllm.log import logger
 
@@ -89,7 +95,7 @@ class PrefillAttention:
             return True
         return worth(rows, keys, self.shape.heads, self.shape.kv_heads, self.shape.size)
 
-    def _pieces(self, plan: PhasePlan, batch: Batch) -> list[Piece]:
+    def _pieces(self, plan: PhasePlan, batch: Batch) -> list[AttentionPiece]:
         kept = state_of(plan).pieces
         if self.shape not in kept:
             kept[self.shape] = pieces_of(plan, batch, self._worth)
@@ -133,7 +139,7 @@ class PrefillAttention:
         keys, values = page.split(of.size, 3)
         table = torch.tensor([[0, 1]], dtype=torch.int32, device=device)
         query = torch.zeros(1, of.heads, of.size, dtype=torch.bfloat16, device=device)
-        run = Run((Piece(0, 0, 1, PRECISE_KEYS + 1),), device)
+        run = Run((AttentionPiece(0, 0, 1, PRECISE_KEYS + 1),), device)
         own = (keys[0, :1], values[0, :1])
         attend(of, run, query, *own, (keys, values), table, torch.empty_like(query))
 

@@ -26,7 +26,7 @@ MAX_KEYS = 32768
 
 
 @dataclass(frozen=True)
-class Piece:
+class AttentionPiece:
     """Consecutive rows of one sequence, whose attention is FP8."""
 
     sequence: int
@@ -53,7 +53,9 @@ class Piece:
         return self.context < max(self.rows, PRECISE_KEYS)
 
 
-def pieces_of(plan: PhasePlan, batch: Any, worth: Callable[[int, int], bool]) -> list[Piece]:
+def pieces_of(
+    plan: PhasePlan, batch: Any, worth: Callable[[int, int], bool]
+) -> list[AttentionPiece]:
     """The rows of a pass whose attention is FP8: quantized ones, where that is worth it.
 
     A prompt's first chunk has no keys before it, and so no codes. All of it attends in BF16 here, the
@@ -81,7 +83,7 @@ def pieces_of(plan: PhasePlan, batch: Any, worth: Callable[[int, int], bool]) ->
                 continue
             if first == 0:
                 low, high = row, row + count
-            pieces.append(Piece(sequence, low, high, first + high - row))
+            pieces.append(AttentionPiece(sequence, low, high, first + high - row))
             if first == 0:
                 break
         row += count
@@ -89,15 +91,15 @@ def pieces_of(plan: PhasePlan, batch: Any, worth: Callable[[int, int], bool]) ->
 
 
 def runs_of(
-    pieces: list[Piece], batch: Any, max_rows: int = MAX_ROWS, max_keys: int = MAX_KEYS
-) -> list[tuple[Piece, ...]]:
+    pieces: list[AttentionPiece], batch: Any, max_rows: int = MAX_ROWS, max_keys: int = MAX_KEYS
+) -> list[tuple[AttentionPiece, ...]]:
     """The pieces of a pass, in order, as runs of consecutive rows of one kind, each for one launch.
 
     Rows between two pieces (the precise tail of a sequence, the precise head of the next) count to them
     then: they are computed with the others, and again as they should be.
     """
     ends = np.cumsum(batch.row_counts).tolist()
-    runs: list[list[Piece]] = []
+    runs: list[list[AttentionPiece]] = []
     for whole in pieces:
         for piece in _cut(whole, max_rows):
             if runs and runs[-1][-1].sequence == piece.sequence - 1:
@@ -113,7 +115,7 @@ def runs_of(
     return [tuple(run) for run in runs]
 
 
-def _cut(piece: Piece, max_rows: int) -> list[Piece]:
+def _cut(piece: AttentionPiece, max_rows: int) -> list[AttentionPiece]:
     return [
         replace(piece, start=start, stop=stop, keys=piece.keys - (piece.stop - stop))
         for start in range(piece.start, piece.stop, max_rows)
@@ -131,7 +133,7 @@ class Segment:
     stride: int = 1  # between the units of keys whose codes follow each other
 
 
-def segments_of(piece: Piece) -> tuple[Segment, Segment]:
+def segments_of(piece: AttentionPiece) -> tuple[Segment, Segment]:
     """The keys with codes: of a piece's context less the precise keys, and of its own rows.
 
     Either may be empty.
@@ -158,7 +160,7 @@ def worth(rows: int, keys: int, heads: int, kv_heads: int, size: int) -> bool:
     BF16 key, which is not looked up in pages. Encoding takes time for each key and each row, and
     launches take time. The numbers are an H100's: `benchmarks/attention_crossover.py`.
     """
-    piece = Piece(0, 0, rows, keys)
+    piece = AttentionPiece(0, 0, rows, keys)
     own = rows * rows / 2
     if piece.context < PRECISE_KEYS:
         return own > 5e10 / (heads * size)

@@ -30,7 +30,7 @@ from mixquant.engines.vllm.attention import rows as attention_rows
 from mixquant.engines.vllm.attention.rows import (
     PRECISE_KEYS,
     UNIT,
-    Piece,
+    AttentionPiece,
     segments_of,
     stride_of,
 )
@@ -190,7 +190,7 @@ def test_a_chunk_behind_little_context_attends_to_itself_in_bf16(case: str) -> N
 @given(st.integers(1, 400), st.integers(1, 300), st.integers(0, 99))
 def test_means_and_segments_leave_attention_as_it_is(keys: int, rows: int, seed: int) -> None:
     scores, values = doubles(3, keys, seed=seed), doubles(keys, 8, seed=seed + 1)
-    piece = Piece(0, 0, min(rows, keys), keys)
+    piece = AttentionPiece(0, 0, min(rows, keys), keys)
     segments = segments_of(piece)
     ends = [
         (0, min(piece.context, PRECISE_KEYS)),
@@ -213,7 +213,7 @@ def test_means_and_segments_leave_attention_as_it_is(keys: int, rows: int, seed:
 @given(st.integers(1, 300_000), st.integers(1, 9000))
 def test_segments_cover_the_keys(keys: int, rows: int) -> None:
     rows = min(rows, keys)
-    piece = Piece(0, 0, rows, keys)
+    piece = AttentionPiece(0, 0, rows, keys)
     context, chunk = segments_of(piece)
     # All rows see the whole context.
     assert context.count == max(0, keys - rows - PRECISE_KEYS) and context.first == PRECISE_KEYS
