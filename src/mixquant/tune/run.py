@@ -21,6 +21,7 @@ from mixquant.tune import measure
 from mixquant.tune.budget import Budget
 from mixquant.tune.choice import BlockScale, Choice
 from mixquant.tune.cost import CostModel
+from mixquant.tune.decide import MEASURED, cheapest_within, rank, ratios_of, recovered
 from mixquant.tune.search import FrontierPoint, Predictor, by_bits, by_time
 from mixquant.tune.sensitivity import draw, edges, variants_of
 from mixquant.tune.targets import Target
@@ -32,8 +33,6 @@ TAILS = (1, 16, 32, 64, 128, 256)
 DRAWS = 64  # more texts help more than more draws
 ROWS_WITH_GRADIENTS = 4096  # in one pass
 QUANTIZED = "quantized"  # the arm that quantizes both phases
-MEASURED = 8  # candidates, on each kind of texts; more only if none of them is within the budget
-CLOSE = 0.005  # in time next to plain: a smaller saving is not worth another measurement
 
 Progress = Callable[[str, float], None]
 Say = Callable[[str], None]
@@ -316,7 +315,7 @@ class Tuner:
             limit = self.budget.limit(lost[of])
             assert limit is not None
             # Before anything is measured on these texts: plain's ratio, or those of the other texts.
-            ratios = _ratios(frontier, measured["searched"]) or {0: first_ratio}
+            ratios = ratios_of(frontier, measured["searched"]) or {0: first_ratio}
             start = 0.62 + 0.19 * place
 
             def look(index: int, of: str = of, start: float = start) -> float:
@@ -364,7 +363,7 @@ class Tuner:
                     bits=cost.bits(choice),
                     searched=searched,
                     held_out=held_out,
-                    recovered=_recovered(held_out, lost["held_out"]),
+                    recovered=recovered(held_out, lost["held_out"]),
                     **found,
                 )
             )
@@ -413,7 +412,7 @@ class Tuner:
                 Predicted(time=point.time, bits=point.bits, kl=point.predicted)
                 for point in frontier
             ),
-            rank=_rank([(one.predicted, one.searched) for one in tried]),
+            rank=rank([(one.predicted, one.searched) for one in tried]),
         )
         return Tuned(self._recipe(chosen.choice, units), results)
 
@@ -437,66 +436,3 @@ def _files(folder: Path) -> list[list[object]]:
 
 
 _TEXTS = {"searched": "texts searched on", "held_out": "texts held out"}
-
-
-def cheapest_within(
-    frontier: Sequence[FrontierPoint],
-    limit: float,
-    ratios: Mapping[int, float],
-    measured: Callable[[int], float],
-) -> int:
-    """The number of the cheapest point that is measured within a limit.
-
-    Measured and predicted divergences differ by a ratio that changes slowly along the frontier. So this
-    measures the cheapest point that the nearest measured ratio puts within the limit. It stops once a
-    point is measured within the limit and the next one to measure is that point or saves less than
-    `CLOSE`.
-
-    Args:
-        frontier: descending in predicted divergence; the last is 0.
-        limit: the largest divergence, in nats per answer token.
-        ratios: measured over predicted by point, to begin with; from other texts.
-        measured: measures a point.
-    """
-    known: dict[int, float] = {}
-
-    def ratio(index: int) -> float:
-        of = known or ratios
-        return of[min(of, key=lambda one: abs(one - index))] if of else 1.0
-
-    def within(index: int) -> bool:
-        return ratio(index) * frontier[index].predicted <= limit
-
-    while True:
-        index = next(filter(within, range(len(frontier))), len(frontier) - 1)
-        enough = min(filter(within, known), default=None)
-        if enough is not None and (
-            len(known) >= MEASURED or frontier[enough].time - frontier[index].time < CLOSE
-        ):
-            return enough
-        divergence = measured(index)
-        predicted = frontier[index].predicted
-        if not predicted:
-            return index  # nothing is quantized
-        known[index] = divergence / predicted
-
-
-def _ratios(frontier: Sequence[FrontierPoint], measured: Mapping[int, float]) -> dict[int, float]:
-    return {
-        index: value / frontier[index].predicted
-        for index, value in measured.items()
-        if frontier[index].predicted
-    }
-
-
-def _recovered(kl: float | None, quantized: float) -> float | None:
-    return None if kl is None or quantized <= 0 else 1 - kl / quantized
-
-
-def _rank(pairs: Sequence[tuple[float | None, float | None]]) -> float | None:
-    """Spearman's correlation of the pairs that have both."""
-    both = np.array([pair for pair in pairs if None not in pair], dtype=np.float64)
-    if len(both) < 3:
-        return None
-    ranks = both.argsort(axis=0).argsort(axis=0)
-    return float(np.asarray(np.corrcoef(ranks.T))[0, 1])

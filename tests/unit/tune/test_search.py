@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from mixquant.core.recipe import FormatName
 from mixquant.tune.choice import Choice
 from mixquant.tune.cost import CostModel
-from mixquant.tune.run import cheapest_within
 from mixquant.tune.search import FrontierPoint, Predictor, by_bits, by_time, thinned
 from mixquant.tune.targets import NOMINAL, Target
 from mixquant.tune.units import Unit, Units
@@ -116,35 +115,10 @@ def test_one_of_two_formats_of_one_rate() -> None:
     assert first.choice.formats == tuple(("fp8", "int8")[one] for one in added.argmin(axis=1))
 
 
-def points(*predicted: float) -> list[FrontierPoint]:
-    nothing = Choice((), "6", 0, 1)
-    return [FrontierPoint(nothing, 1 + n / 100, 4.5, kl) for n, kl in enumerate(predicted)]
-
-
-@given(st.integers(0, 10**6), st.floats(0.001, 3), st.floats(0.2, 5))
-def test_the_point_taken_is_within_the_limit(seed: int, limit: float, ratio: float) -> None:
-    """Whatever measured divergences are, and the cheapest of them if they fall with the cost."""
-    random = np.random.default_rng(seed)
-    frontier = points(*np.geomspace(2, 0.001, 60), 0.0)
-    true = np.array([point.predicted for point in frontier])
-    true[:-1] *= ratio * np.exp(0.4 * np.sin(np.arange(60) / random.uniform(5, 30)))
-    asked: list[int] = []
-
-    def measure(index: int) -> float:
-        asked.append(index)
-        return float(true[index])
-
-    taken = cheapest_within(frontier, limit, {0: 1.0}, measure)
-    assert true[taken] <= limit
-    assert len(asked) == len(set(asked))
-
-
-def test_a_budget_that_nothing_quantized_meets() -> None:
-    frontier = points(2.0, 1.0, 0.0)
-    assert cheapest_within(frontier, 1e-6, {}, lambda index: frontier[index].predicted) == 2
-
-
 def test_thinned() -> None:
-    many = points(*np.linspace(1, 0, 5000))
+    nothing = Choice((), "6", 0, 1)
+    many = [
+        FrontierPoint(nothing, 1 + n / 100, 4.5, kl) for n, kl in enumerate(np.linspace(1, 0, 5000))
+    ]
     few = thinned(many)
     assert len(few) == 200 and few[0] == many[0] and few[-1] == many[-1]
