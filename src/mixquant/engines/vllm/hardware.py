@@ -29,6 +29,15 @@ def native_in_vllm() -> tuple[frozenset[str], str]:
     return cuda_formats(divmod(level, 10)), current_platform.get_device_name()
 
 
+def why_unsupported() -> str | None:
+    """Why the plugin cannot serve on vLLM's platform here, or None if it can."""
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cuda() or current_platform.is_cpu():
+        return None
+    return f"mixquant serves on NVIDIA GPUs and CPUs, not on {current_platform.device_name}"
+
+
 def is_gpu() -> bool:
     """Whether vLLM runs on an NVIDIA GPU here."""
     from vllm.platforms import current_platform

@@ -147,7 +147,6 @@ def _check_recipe(vllm_config: Any, recipe: Recipe) -> None:
 def check(vllm_config: Any) -> None:
     """Refuses what cannot work. Raises UnsupportedVersion or SettingsError."""
     import vllm
-    from vllm.platforms import current_platform
 
     versions.require(vllm.__version__)
     if not isinstance(vllm_config.additional_config, dict):
@@ -159,10 +158,8 @@ def check(vllm_config: Any) -> None:
             f"additional_config has the key {misplaced!r} but no key 'mixquant'; put the recipe under "
             'that key: {"mixquant": {...}}'
         )
-    if not (current_platform.is_cuda() or current_platform.is_cpu()):
-        raise SettingsError(
-            f"mixquant serves on NVIDIA GPUs and CPUs, not on {current_platform.device_name}"
-        )
+    if (unsupported := hardware.why_unsupported()) is not None:
+        raise SettingsError(unsupported)
     if getattr(vllm_config.model_config, "quantization_config", None) is not None:
         raise SettingsError(
             "--quantization-config is for vLLM's own quantization; give mixquant its recipe in "

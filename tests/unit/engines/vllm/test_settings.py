@@ -382,6 +382,20 @@ def test_engines_that_are_refused(changes: dict[str, Any], named: str) -> None:
     assert named in said(caught.value)
 
 
+def test_platforms_that_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    import vllm.platforms
+
+    for cpu, cuda in ((True, False), (False, True), (False, False)):
+        platform = SimpleNamespace(
+            is_cpu=lambda cpu=cpu: cpu, is_cuda=lambda cuda=cuda: cuda, device_name="tpu"
+        )
+        monkeypatch.setattr(vllm.platforms, "current_platform", platform)
+        if cpu or cuda:
+            settings.check(config_like())
+        else:
+            assert "not on tpu" in refusal(config_like(), by=settings.check)
+
+
 def test_older_configurations_lack_some_fields() -> None:
     config = config_like()
     del config.model_config.quantization_config
