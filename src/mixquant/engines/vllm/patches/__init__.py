@@ -65,7 +65,8 @@ LEDGER = (
         ),
         does="Notes the sequences of each pass: positions, rows, prompt lengths. Has model runner V2 "
         "capture quantized CUDA graphs beside its own, and run a pass without a graph where none serves "
-        "it. Gives each pass room on Python's stack. Refuses a reload of weights in the kernels' format.",
+        "it. Gives each pass room on Python's stack. Refuses a reload of weights in the kernels' "
+        "format.",
         why="A layer is given rows. Nothing tells it which sequence a row belongs to, or where its "
         "prompt ends. And vLLM captures each size once, for all passes.",
         guard="Versions are refused outside the supported range. A pass whose rows are not the ones "
