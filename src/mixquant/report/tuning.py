@@ -87,7 +87,7 @@ def _notes(tuning: Tuning) -> tuple[str, ...]:
     if not ratios:
         return ()
     said = (
-        "Sensitivities are of first order. Measured divergences are "
+        "The search estimates effects to first order. Measured divergences are "
         f"{number(min(ratios))} to {number(max(ratios))} times the predicted ones"
     )
     if tuning.rank is not None:

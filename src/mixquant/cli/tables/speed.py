@@ -36,8 +36,8 @@ _SHARES = (("quantized", "quant"), ("cached", "cached"))
 def tables(found: Sequence[Measurement]) -> list[Table]:
     """A table for each workload that was measured.
 
-    Beside each median stands how many times as fast as the reference it is, and after times to
-    first token the lowest and the highest. Where an arm quantized nothing, no ratio stands.
+    A median is followed by its speed relative to the reference, and a time to first token by its
+    range. An arm that quantized nothing has no ratio.
     """
     names = list(dict.fromkeys(figure.workload for figure in found))
     return [_table(workload, found) for workload in names]
