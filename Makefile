@@ -10,10 +10,10 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 DOCS := .venv-docs
 PYTEST := $(BIN)/python -m pytest --durations=20
 # Unit tests are independent of each other, and each file's stay in one process: one more than there
-# are cores, because some tests only wait. The others start processes that use every core, so they
-# take turns.
+# are cores, because some tests only wait. The others start engines, which load for a good part of the
+# time, so two files of them run side by side.
 UNIT := $(PYTEST) tests/unit --numprocesses 3 --dist loadfile
-REAL := $(PYTEST) tests/engines tests/servers tests/gpu
+REAL := $(PYTEST) tests/engines tests/servers tests/gpu --numprocesses 2 --dist loadfile
 # Tests start many processes, each of which would compile our sources anew.
 unexport PYTHONDONTWRITEBYTECODE
 
