@@ -51,10 +51,10 @@ def tokens_of(
 
     Units of so many take turns by the stride; what is left at the end stays there.
     """
-    places = torch.arange(count, device=cache.device)
+    numbers = torch.arange(count, device=cache.device)
     units = count // unit
-    moved = places // unit * stride % max(units, 1) * unit + places % unit
-    positions = first + torch.where(places < unit * units, moved, places)
+    moved = numbers // unit * stride % max(units, 1) * unit + numbers % unit
+    positions = first + torch.where(numbers < unit * units, moved, numbers)
     size = cache.shape[1]
     return cache[pages[row][positions // size].long(), positions % size]
 
@@ -74,12 +74,12 @@ def encode_queries(
     lse = torch.empty(x.shape[1], len(x), device=x.device)
     for row, start, count, until in sequences.tolist():
         assert count <= most_rows
-        its = slice(start, start + count)
+        own = slice(start, start + count)
         before = min(until - count, precise_keys)
-        scores = scores_of(x[its], tokens_of(keys, pages, row, 0, before), scale)
-        weights[its] = 0
-        weights[its, :, :before] = scores.softmax(-1).transpose(0, 1)
-        lse[:, its] = scores.logsumexp(-1)
+        scores = scores_of(x[own], tokens_of(keys, pages, row, 0, before), scale)
+        weights[own] = 0
+        weights[own, :, :before] = scores.softmax(-1).transpose(0, 1)
+        lse[:, own] = scores.logsumexp(-1)
     return weights, lse
 
 
@@ -100,11 +100,11 @@ def encode_cache(
 ) -> Tensor:
     lost = []
     for (row, first, count, offset, stride), total in zip(segments.tolist(), sums, strict=True):
-        its = slice(offset, offset + count)
-        k[its] = coded(rotated(tokens_of(keys, pages, row, first, count, stride, unit)))
+        own = slice(offset, offset + count)
+        k[own] = coded(rotated(tokens_of(keys, pages, row, first, count, stride, unit)))
         found = tokens_of(values, pages, row, first, count, stride, unit).float()
-        v[its] = coded(found - total.sum(0) / max(count, 1))
-        lost.append((found - v[its].float()).sum(0))
+        v[own] = coded(found - total.sum(0) / max(count, 1))
+        lost.append((found - v[own].float()).sum(0))
     return torch.stack(lost)
 
 
@@ -125,19 +125,19 @@ def merge(
     back = (lost / segments[:, 2, None, None].clamp_min(1)).repeat_interleave(groups, 1)
     for number, (row, start, count, until) in enumerate(sequences.tolist()):
         assert count <= most_rows
-        its = slice(start, start + count)
+        own = slice(start, start + count)
         before = min(until - count, weights.shape[-1])
         v = grouped(tokens_of(values, pages, row, 0, before), groups)
-        parts = [torch.einsum("qhk,khd->hqd", weights[its, :, :before].float(), v)]
-        sums = [first_lse[:, its]]
+        parts = [torch.einsum("qhk,khd->hqd", weights[own, :, :before].float(), v)]
+        sums = [first_lse[:, own]]
         for part in range(len(partial)):
             segment = back[part * len(sequences) + number][:, None]
-            seen = lse[part, :, its, None] > -torch.inf
-            found = partial[part, its].float().transpose(0, 1) + segment
+            seen = lse[part, :, own, None] > -torch.inf
+            found = partial[part, own].float().transpose(0, 1) + segment
             parts.append(torch.where(seen, found, 0))
-            sums.append(lse[part, :, its])
+            sums.append(lse[part, :, own])
         shares = torch.stack(sums).softmax(0)[..., None]
-        out[its] = (shares * torch.stack(parts)).sum(0).transpose(0, 1).to(out.dtype)
+        out[own] = (shares * torch.stack(parts)).sum(0).transpose(0, 1).to(out.dtype)
 
 
 def grouped(x: Tensor, groups: int) -> Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import re
 import shlex
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -42,7 +41,6 @@ if TYPE_CHECKING:
     from mixquant.results import Fidelity
 
 DEFAULT_FIDELITY_TEXTS = 4
-ARM_NAME = re.compile(r"\w[\w.-]*")
 
 
 class EngineName(StrEnum):
@@ -238,6 +236,7 @@ def _others(
     if engine is not EngineName.vllm:
         raise InputError("--arm needs --engine vllm")
     from mixquant.evaluate.fidelity.answers_vllm import DECIDED, OF_ARMS, VLLM
+    from mixquant.servers.arms import ARM_NAME
 
     shared = _arguments("--vllm-args", vllm_args, DECIDED)
     decided = [option for option in DECIDED if option not in OF_ARMS]

@@ -26,7 +26,8 @@ DEFAULTS = ("bf16", "quantized", "mixquant")
 _ADDRESS = ("--config", "--host", "--model", "--port", "--served-model-name", "--uds")
 _PRECISION = ("--additional-config", "--quantization", "-q")
 
-_NAME = re.compile(r"\w[\w.-]*")  # names files, too
+ARM_NAME = re.compile(r"\w[\w.-]*")
+"""What an arm may be called: files are named after it, too."""
 
 
 class ArmError(MixquantError, ValueError):
@@ -189,7 +190,7 @@ def _from_url(text: str) -> ServedArm:
 
 
 def _checked(name: str, text: str) -> str:
-    if not _NAME.fullmatch(name):
+    if not ARM_NAME.fullmatch(name):
         raise ArmError(f"{text!r}: an arm's name is letters, digits, '-', '_' and '.'")
     return name
 
