@@ -123,10 +123,13 @@ def described(results: Results) -> list[tuple[str, str]]:
             for arm in results.arms
         ]
     arms = sorted(results.arms, key=lambda arm: arm.name != BASELINE)
-    return [(arm.name, words) for arm in arms if (words := _described(arm, arm.recipe))]
+    recipes = [arm.recipe for arm in arms if arm.recipe is not None]
+    attention = {recipe.get("prefill_attention", "auto") for recipe in recipes}
+    differs = len(attention) > 1 or len(recipes) == 1
+    return [(arm.name, words) for arm in arms if (words := _described(arm, arm.recipe, differs))]
 
 
-def _described(arm: Arm, recipe: Mapping[str, Any] | None) -> str:
+def _described(arm: Arm, recipe: Mapping[str, Any] | None, attention_differs: bool = True) -> str:
     if arm.name == BASELINE:
         return "the model as it is, nothing quantized"
     if recipe is None:
@@ -148,7 +151,11 @@ def _described(arm: Arm, recipe: Mapping[str, Any] | None) -> str:
     if (tail := recipe.get("precise_tail", 1)) > 1:
         said += f"; the last {tail} tokens are precise"
     attention = recipe.get("prefill_attention", "auto")
-    return said if attention == "auto" else f"{said}; prefill attends {_in_format(attention)}"
+    return (
+        said
+        if attention == "auto" or not attention_differs
+        else f"{said}; prefill attends {_in_format(attention)}"
+    )
 
 
 def _in_formats(formats: Mapping[str, Any]) -> str:

@@ -102,8 +102,8 @@ def _panel(
     slower = sum(is_loss(r.ratio) for r in every)
     lowest, highest = (f(every, key=lambda r: r.ratio) for f in (min, max))
     said = (
-        "Each cell is a kind of turn: new prompt tokens behind cached ones. Its number says how many "
-        f"times as fast as BF16 {arm} gives the first token. Below 1 (red, bold) {arm} is slower."
+        "Each cell is a kind of turn: new prompt tokens behind cached ones. Its number is BF16's time "
+        f"to the first token divided by {arm}'s. Below 1 (red, bold) {arm} is slower."
     )
     if slower:
         said += f" That is so in {slower} of {len(every)} cells."

@@ -288,11 +288,25 @@ class TestNames:
                 {"format": {"default": "fp8"}, "everywhere": True, "prefill_attention": "auto"},
                 "prefill and decode in FP8",
             ),
+            (
+                {"format": {"default": "nvfp4"}, "prefill_model": "a/b", "precise_tail": 64},
+                "prefill in NVFP4, decode in BF16; the copy's weights are of b; the last 64 tokens are "
+                "precise",
+            ),
         ],
     )
     def test_descriptions_are_short(self, recipe: dict[str, Any], said: str) -> None:
         ((_, words),) = described(bench(arms=(Arm(name="mine", recipe=recipe),)))
         assert words == said
+
+    @pytest.mark.parametrize(("other", "named"), [("bf16", False), ("fp8", True)])
+    def test_attention_is_named_where_it_differs(self, other: str, named: bool) -> None:
+        recipes = [
+            {"format": {"default": "fp8"}, "prefill_attention": one} for one in ("bf16", other)
+        ]
+        arms = tuple(Arm(name=f"mine-{n}", recipe=recipe) for n, recipe in enumerate(recipes))
+        words = [words for _, words in described(bench(arms=arms))]
+        assert [("attends" in one) for one in words] == [named, named]
 
     def test_the_arm_attention_quantizes_nothing(self) -> None:
         found = results.read(RESULTS / "compare_cpu_epyc.json")
