@@ -77,6 +77,12 @@ MUTATIONS = {
         ("engines/vllm/patches/test_runners.py",),
         ENGINE,
     ),
+    "no room on the stack": Mutation(
+        "engines/vllm/patches/runners.py",
+        "return with_room(executing, self, *args, **kwargs)",
+        "return executing(self, *args, **kwargs)",
+        ("engines/vllm/patches/test_runners.py",),
+    ),
     "the warm-up is counted": Mutation(
         "bench/run.py",
         "        load.send(url, name, point.run(0), point.concurrency)\n"

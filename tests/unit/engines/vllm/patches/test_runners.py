@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,6 +35,7 @@ from mixquant.engines.vllm.first_prompts import KEY
 from mixquant.engines.vllm.linear.route import StaticRoute
 from mixquant.engines.vllm.loading.online import CannotReload
 from mixquant.engines.vllm.patches import runners as passes
+from mixquant.engines.vllm.stack import with_room
 
 
 class Model(torch.nn.Module):
@@ -244,6 +246,20 @@ def test_the_plan_is_in_force_in_the_forward_pass_alone(
     runner.model.run(22)  # by somebody else, not the runner
     assert [runner.drafter.last, runner.model.last] == [None, None]
     assert counted(method) == ([16, 2, 0, 1], {"quantized": 1})
+
+
+def test_a_pass_has_room_on_the_stack(
+    make: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runner = make()
+    below: list[Any] = []
+
+    def forward(step: Step) -> None:
+        below.extend(frame.f_code for frame, _ in traceback.walk_stack(None))
+
+    monkeypatch.setattr(runner, "forward", forward)
+    runner.execute_model(Step([(0, 10, 10)]))
+    assert with_room.__code__ in below
 
 
 def test_the_rule_holds_in_a_run(make: Callable[..., Any], method: PhaseQuantizationConfig) -> None:
