@@ -193,6 +193,8 @@ def tune(
     for file in (out_file, json_file):
         if file is not None:
             check_writable(file)
+    if json_file is not None and json_file.resolve() == out_file.resolve():
+        raise InputError(f"--out and --json both name {out_file}: give two files")
     checkpoint = find(model, say)
     wait_briefly()
 

@@ -50,7 +50,7 @@ def cheapest_within(
         divergence = measured(index)
         predicted = frontier[index].predicted
         if not predicted:
-            return index  # nothing is quantized
+            return index  # the last: nothing that reaches the answers is quantized
         known[index] = divergence / predicted
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from mixquant._version import __version__
 from mixquant.checkpoints.models import Checkpoint
 from mixquant.checkpoints.second_checkpoint import check_fits, opened
 from mixquant.core.recipe import Recipe
+from mixquant.evaluate.fidelity.cost import BITS
 from mixquant.evaluate.fidelity.passages import Passages
 from mixquant.results import Arm, Environment, Predicted, Tried, Tuning
 from mixquant.tune import measure
@@ -110,7 +112,8 @@ class Tuner:
 
         Raises:
             ModelError, PrepareError: the model cannot be loaded, or not prepared.
-            WorkError: the folder cannot be used, or the prefill_model does not have all projections.
+            WorkError: the folder cannot be used, the prefill_model does not have all projections, or no
+                recipe has so few bits.
         """
         self.progress("loading", 0.0)
         units = self._in_bf16(lambda model: units_of(model, self.target.formats))
@@ -122,6 +125,7 @@ class Tuner:
         self._check_complete(units)
         cost = CostModel(units, self.target, self.cost_tokens)
         plain = Choice((self.target.plain,) * len(units), "6", 0, 1)
+        self._check_bits(cost, plain)
         self.progress("quantizing both phases, for comparison", 0.02)
         lost = {
             of: self._kl(plain, units, of, everywhere=True, stored=False)
@@ -173,6 +177,18 @@ class Tuner:
             raise WorkError(
                 f"{self.prefill_model} leaves {left[0]} in BF16 (layers so left: {len(left)}); quantize "
                 "it without --ignore, and let tune choose what stays BF16"
+            )
+
+    def _check_bits(self, cost: CostModel, plain: Choice) -> None:
+        """Before anything is measured: the frontier begins with the fewest bits."""
+        if self.budget.kind != "bits":
+            return
+        smallest = min(self.target.formats, key=BITS.__getitem__)
+        fewest = cost.bits(replace(plain, formats=(smallest,) * len(plain.formats)))
+        if fewest > self.budget.value:
+            raise WorkError(
+                f"no recipe has {self.budget.value:g} bits or fewer: the fewest are "
+                f"{math.ceil(fewest * 100) / 100:.2f}, with every layer in {smallest}"
             )
 
     def _recipe(self, choice: Choice, units: Units, stored: bool = True) -> Recipe:
@@ -301,13 +317,7 @@ class Tuner:
         """The point of the frontier to take, and what was measured: by kind of texts, by point."""
         measured: dict[str, dict[int, float]] = {"searched": {}, "held_out": {}}
         if self.budget.kind == "bits":
-            within = [i for i, point in enumerate(frontier) if point.bits <= self.budget.value]
-            if not within:
-                raise WorkError(
-                    f"no recipe has {self.budget.value:g} bits or fewer: the fewest are "
-                    f"{frontier[0].bits:.2f}, with every layer in {self.target.plain}"
-                )
-            taken = within[-1]
+            taken = max(i for i, point in enumerate(frontier) if point.bits <= self.budget.value)
             for of in measured:
                 measured[of][taken] = self._kl(frontier[taken].choice, units, of)
             return frontier[taken], measured

@@ -55,6 +55,10 @@ class Work:
             numbers = folder / "numbers.json"
             if numbers.exists():
                 self._numbers = parse_json(numbers.read_text(encoding="utf-8"))
+        except (FileExistsError, NotADirectoryError):
+            raise WorkError(
+                f"cannot write {folder}: a file is in its place; name a directory with --work"
+            ) from None
         except OSError as error:
             raise WorkError(f"cannot write {folder}: {error.strerror or error}") from None
         except (UnicodeDecodeError, ReadingError) as error:
@@ -82,8 +86,9 @@ class Work:
             return made
         try:
             read: np.ndarray = np.load(file, allow_pickle=False)
-        except (OSError, ValueError) as error:
-            raise WorkError(f"cannot read {file}: {error}; remove it") from None
+        except (OSError, ValueError, EOFError) as error:
+            reason = error.strerror if isinstance(error, OSError) else "it is damaged"
+            raise WorkError(f"cannot read {file}: {reason or error}; remove it") from None
         return read
 
     def _write(self, name: str, content: bytes) -> None:

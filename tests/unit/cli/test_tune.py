@@ -81,6 +81,7 @@ def test_a_recipe_and_its_report(
         (["--held-out", __file__], "give both --text and --held-out"),
         (["--text", __file__, "--held-out", __file__, "--texts", "4"], "leave it out with --text"),
         (["--out", "nowhere/x.json"], "cannot write nowhere/x.json"),
+        (["--out", "x.json", "--json", "./x.json"], "--out and --json both name x.json"),
         (["--length", "1000"], "exceed the context"),
         (["--check-length", "1000"], "exceed the context"),
         (["--rates", "nowhere.json"], "cannot read rates from nowhere.json"),

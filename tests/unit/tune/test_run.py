@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ from mixquant.tune import measure, sensitivity
 from mixquant.tune import run as running
 from mixquant.tune.budget import Budget
 from mixquant.tune.choice import Choice
+from mixquant.tune.cost import CostModel
 from mixquant.tune.run import Texts, Tuned, Tuner
 from mixquant.tune.search import Predictor
 from mixquant.tune.sensitivity import draw, edges, variants_of
@@ -364,17 +366,38 @@ def test_damaged_work(tmp_path: Path) -> None:
     work = Work(tmp_path / "work", {"model": "m"})
     assert work.number("a", lambda: 7.0) == 0.5
     assert work.array("b", lambda: np.arange(9)).tolist() == [0, 1, 2]
-    (tmp_path / "work" / "b.npy").write_bytes(b"half")
-    with pytest.raises(WorkError, match="remove it"):
-        work.array("b", lambda: np.arange(3))
+    whole = (tmp_path / "work" / "b.npy").read_bytes()
+    for damaged in (b"half", b"", whole[:-1]):
+        (tmp_path / "work" / "b.npy").write_bytes(damaged)
+        with pytest.raises(WorkError, match=r"b\.npy: it is damaged; remove it"):
+            work.array("b", lambda: np.arange(3))
     (tmp_path / "work" / "numbers.json").write_text("{")
     with pytest.raises(WorkError, match="remove it"):
         Work(tmp_path / "work", {"model": "m"})
 
 
-def test_too_few_bits(checkpoint: Checkpoint, work: Path) -> None:
+def test_a_file_in_the_place_of_the_work(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for folder in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(WorkError, match="a file is in its place; name a directory"):
+            Work(folder, {"model": "m"})
+
+
+def test_too_few_bits(
+    checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Refused before anything is measured."""
+    monkeypatch.setattr(measure, "kl", None)
     with pytest.raises(WorkError, match=r"no recipe has 4 bits or fewer: the fewest are 4\.50"):
-        tuner(checkpoint, work, Budget("bits", 4.0)).run()
+        tuner(checkpoint, tmp_path / "work", Budget("bits", 4.0)).run()
+    # The number in the message is one that a second try can take.
+    units = SimpleNamespace(chosen=(SimpleNamespace(work=1),) * 3, fixed=1)
+    cost = CostModel(units, BLACKWELL, 2048)  # type: ignore[arg-type]
+    plain = Choice(("nvfp4",) * 3, "6", 0, 1)
+    exact = cost.bits(plain)  # 7.375
+    with pytest.raises(WorkError, match=r"the fewest are 7\.38, with every layer in nvfp4"):
+        tuner(checkpoint, tmp_path / "work", Budget("bits", exact - 1e-9))._check_bits(cost, plain)
+    tuner(checkpoint, tmp_path / "work", Budget("bits", exact))._check_bits(cost, plain)
 
 
 @pytest.mark.parametrize("name", ["hopper", pytest.param("cpu", marks=pytest.mark.slow)])
