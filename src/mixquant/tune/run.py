@@ -16,6 +16,7 @@ from mixquant._version import __version__
 from mixquant.checkpoints.models import Checkpoint
 from mixquant.checkpoints.second_checkpoint import check_fits, opened
 from mixquant.core.recipe import Recipe
+from mixquant.engines.transformers.layout import EXPERTS
 from mixquant.evaluate.fidelity.cost import BITS
 from mixquant.evaluate.fidelity.passages import Passages
 from mixquant.results import Arm, Environment, Predicted, Tried, Tuning
@@ -116,7 +117,9 @@ class Tuner:
                 recipe has so few bits.
         """
         self.progress("loading", 0.0)
-        units = self._in_bf16(lambda model: units_of(model, self.target.formats))
+        units, mixture = self._in_bf16(
+            lambda model: (units_of(model, self.target.formats), _is_mixture(model))
+        )
         if not len(units):
             formats = " or ".join(self.target.formats)
             raise WorkError(
@@ -126,6 +129,11 @@ class Tuner:
         cost = CostModel(units, self.target, self.cost_tokens)
         plain = Choice((self.target.plain,) * len(units), "6", 0, 1)
         self._check_bits(cost, plain)
+        if mixture:
+            self.say(
+                f"Experts are measured in BF16 and left out of time and bits. vLLM on a GPU takes "
+                f"{self.target.plain} for them, unless the recipe's 'ignore' has '*.experts*'"
+            )
         self.progress("quantizing both phases, for comparison", 0.02)
         lost = {
             of: self._kl(plain, units, of, everywhere=True, stored=False)
@@ -425,6 +433,10 @@ class Tuner:
             rank=rank([(one.predicted, one.searched) for one in tried]),
         )
         return Tuned(self._recipe(chosen.choice, units), results)
+
+
+def _is_mixture(model: Any) -> bool:
+    return any(EXPERTS.search(name) for name, _ in model.named_modules())
 
 
 def _digest(texts: Texts) -> str:

@@ -15,7 +15,7 @@ import tiny_models
 import torch
 
 from mixquant.checkpoints.errors import CheckpointError
-from mixquant.checkpoints.models import Checkpoint
+from mixquant.checkpoints.models import Checkpoint, find
 from mixquant.core.recipe import FormatName, Recipe
 from mixquant.evaluate.fidelity import answers_transformers
 from mixquant.evaluate.fidelity.passages import Passages
@@ -398,6 +398,28 @@ def test_too_few_bits(
     with pytest.raises(WorkError, match=r"the fewest are 7\.38, with every layer in nvfp4"):
         tuner(checkpoint, tmp_path / "work", Budget("bits", exact - 1e-9))._check_bits(cost, plain)
     tuner(checkpoint, tmp_path / "work", Budget("bits", exact))._check_bits(cost, plain)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "is_mixture"), [("llama", False), ("gemma4_moe", True), ("qwen3_moe", True)]
+)
+def test_experts_are_named_as_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, architecture: str, is_mixture: bool
+) -> None:
+    def stop(*args: Any, **kwargs: Any) -> None:
+        raise KeyboardInterrupt
+
+    tiny_models.build(architecture).save_pretrained(tmp_path / "model")
+    monkeypatch.setattr(measure, "kl", stop)
+    said: list[str] = []
+    with pytest.raises(KeyboardInterrupt):
+        tuner(
+            find(str(tmp_path / "model")),
+            tmp_path / "work",
+            Budget("recovered", 0.9),
+            say=said.append,
+        ).run()
+    assert [line.startswith("Experts are measured in BF16") for line in said] == [True] * is_mixture
 
 
 @pytest.mark.parametrize("name", ["hopper", pytest.param("cpu", marks=pytest.mark.slow)])

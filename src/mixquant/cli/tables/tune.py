@@ -75,7 +75,7 @@ def _caption(result: Tuning) -> str:
         one.searched / one.predicted for one in result.tried if one.predicted and one.searched
     ]
     if ratios:
-        said = f"Measured over predicted: {min(ratios):.2f} to {max(ratios):.2f}"
+        said = f"Measured over predicted: {min(ratios):.2g} to {max(ratios):.2g}"
         if result.rank is not None:
             said += f"; rank correlation {result.rank:.2f}"
         notes.append(f"{said}.")
