@@ -224,20 +224,25 @@ def tune(
         Texts(tuple(some), cut(some, tokenizer, [tokens], answer_tokens)[0])
         for some, tokens in ((to_search, length), (to_decide, checked))
     )
-    with progress_bar() as progress:
-        tuned = Tuner(
-            checkpoint,
-            aim,
-            budget,
-            searched,
-            decide,
-            cost_length,
-            work or out_file.with_suffix(".work"),
-            prefill_model=prefill_model,
-            command=context.obj,
-            progress=progress,
-            say=say,
-        ).run()
+    folder = work or out_file.with_suffix(".work")
+    try:
+        with progress_bar() as progress:
+            tuned = Tuner(
+                checkpoint,
+                aim,
+                budget,
+                searched,
+                decide,
+                cost_length,
+                folder,
+                prefill_model=prefill_model,
+                command=context.obj,
+                progress=progress,
+                say=say,
+            ).run()
+    except KeyboardInterrupt:
+        say(f"Stopped. The work done is in {folder}; the same command continues from there.")
+        raise
     with ExitStack() as then:
         if checked < cost_length:
             then.callback(

@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -270,7 +271,10 @@ class Tuner:
         batches = [range(first, min(first + at_once, count)) for first in range(0, count, at_once)]
         model: list[Any] = []
 
-        def compute(batch: range) -> np.ndarray:
+        def compute(batch: range, number: int) -> np.ndarray:
+            def done(share: float) -> None:
+                self.progress("sensitivities", 0.1 + 0.5 * (number + share) / len(batches))
+
             if not model:
                 model.append(measure.load_model(self.checkpoint))
             some = Passages(
@@ -287,13 +291,14 @@ class Tuner:
                 samples,
                 seed=batch.start,
                 prefill_model=self.prefill_model,
+                done=done,
             )
 
         drawn = []
         for number, batch in enumerate(batches):
             self.progress("sensitivities", 0.1 + 0.5 * number / len(batches))
             name = f"draws-{block_scale.replace('/', '-')}-{batch.start}-{batch.stop}-{samples}"
-            drawn.append(self.work.array(name, lambda batch=batch: compute(batch)))  # type: ignore[misc]
+            drawn.append(self.work.array(name, partial(compute, batch, number)))
         model.clear()
         measure.free()
         draws = np.concatenate(drawn)
@@ -337,7 +342,7 @@ class Tuner:
             start = 0.62 + 0.19 * place
 
             def look(index: int, of: str = of, start: float = start) -> float:
-                share = len(measured[of]) / MEASURED
+                share = min(len(measured[of]) / MEASURED, 1)
                 self.progress(f"measuring candidates, {_TEXTS[of]}", start + 0.19 * share)
                 measured[of][index] = self._kl(frontier[index].choice, units, of)
                 return measured[of][index]

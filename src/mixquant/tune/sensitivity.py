@@ -14,7 +14,7 @@ and says how far the predictions were off.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -50,6 +50,7 @@ def draw(
     samples: int,
     seed: int,
     prefill_model: str | None = None,
+    done: Callable[[float], None] = lambda share: None,
 ) -> np.ndarray:
     """The products g . e of some texts, which are read in one batch.
 
@@ -59,6 +60,7 @@ def draw(
         samples: how many answers are drawn for each text.
         seed: of the drawing.
         prefill_model: the checkpoint that weights are taken from in the format that it has them in.
+        done: is told after each answer what share of them is drawn, 0 to 1.
 
     Returns:
         ``[texts * samples, units, variants, groups]`` FP32, scaled so that the predicted divergence, in
@@ -115,6 +117,7 @@ def draw(
             for sample in range(samples):
                 drawn = torch.multinomial(chances, 1, generator=generator).to(device)
                 log_p.gather(-1, drawn).sum().backward(retain_graph=sample + 1 < samples)
+                done((sample + 1) / samples)
     finally:
         for hook in hooks:
             hook.remove()

@@ -106,6 +106,25 @@ def test_before_anything_is_loaded(
     assert not list(tmp_path.iterdir())
 
 
+def test_a_run_that_is_stopped_says_where_its_work_is(
+    capsys: pytest.CaptureFixture[str],
+    tiny: str,
+    texts: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def stop(*args: object, **kwargs: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("mixquant.tune.run.draw", stop)
+    recipe, work = tmp_path / "r.json", tmp_path / "r.work"
+    command = ["tune", tiny, "--target", "hopper", *texts, "--length", "32", "--out", str(recipe)]
+    assert cli.main([*command, "--answer-tokens", "8"]) == 130
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"Stopped. The work done is in {work}; the same command continues from there." in said
+    assert work.is_dir() and not recipe.exists()
+
+
 def test_a_prefill_model(
     capsys: pytest.CaptureFixture[str], tiny: str, texts: list[str], tmp_path: Path
 ) -> None:

@@ -164,8 +164,16 @@ def test_draws_are_derivatives(checkpoint: Checkpoint, monkeypatch: pytest.Monke
 )
 def test_a_budget_is_kept(checkpoint: Checkpoint, work: Path, budget: Budget) -> None:
     said: list[str] = []
-    tuned = tuner(checkpoint, work, budget, say=said.append).run()
+    shares: list[float] = []
+    tuned = tuner(
+        checkpoint,
+        work,
+        budget,
+        say=said.append,
+        progress=lambda doing, share: shares.append(share),
+    ).run()
     results = tuned.results
+    assert shares == sorted(shares) and shares[0] >= 0 and shares[-1] < 1
     one = next(one for one in results.tried if one.arm == "tuned")
     lost = next(one for one in results.tried if one.arm == "quantized")
     assert one.held_out is not None and one.recovered is not None and lost.held_out is not None
