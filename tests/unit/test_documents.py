@@ -325,6 +325,24 @@ def test_results_are_in_marked_tables() -> None:
         assert block.language != "table" or block.printed_by, f"line {block.line}"
 
 
+def test_what_the_results_say_of_formats_by_layer() -> None:
+    page = " ".join((DOCS / "results" / "index.md").read_text(encoding="utf-8").split())
+    recipes = []
+    for name in ("", "_1024", "_gptq", "_gptq_955", "_gptq_4k"):
+        file = REPOSITORY / "benchmarks" / "results" / f"tune_smollm2{name}.json"
+        arms = json.loads(file.read_text(encoding="utf-8"))["arms"]
+        recipes.append(Recipe.from_dict(next(a["recipe"] for a in arms if a["name"] == "tuned")))
+
+    def in_fp8(projection: str) -> list[int]:
+        layers = [f"model.layers.{n}.{projection}" for n in range(30)]
+        return [sum(one.format_of(layer) == "fp8" for layer in layers) for one in recipes]
+
+    keys, values = in_fp8("self_attn.k_proj"), in_fp8("self_attn.v_proj")
+    assert f"the keys of {min(keys)} to {max(keys)} of 30 layers" in page
+    assert f"the values of {min(values)} to {max(values)} have FP8, and one `down_proj`" in page
+    assert sum(in_fp8("mlp.down_proj")) == 1 and not any(in_fp8("self_attn.o_proj"))
+
+
 @pytest.mark.parametrize("name", ["reference/commands.md", "develop/patches.md"])
 def test_pages_made_from_the_code_are_current(name: str) -> None:
     script = runpy.run_path(str(REPOSITORY / "scripts" / "reference_pages.py"))
