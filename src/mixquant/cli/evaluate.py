@@ -162,7 +162,7 @@ def evaluate(
             min=0.0,
             callback=temperature_option,
             help="Sampling temperature; 0 takes the likeliest token.",
-            show_default="0.6",
+            show_default="0.6; needle: 0",
         ),
     ] = None,
     top_p: Annotated[
@@ -173,7 +173,7 @@ def evaluate(
             max=1.0,
             callback=finite,
             help="Sample from the likeliest tokens that hold this share of the probability.",
-            show_default="0.95",
+            show_default="0.95; needle: 1",
         ),
     ] = None,
     top_k: Annotated[
@@ -183,7 +183,7 @@ def evaluate(
             min=-1,
             max=MAX_COUNT,
             help="Sample from this many of the likeliest tokens; -1 samples from all.",
-            show_default="20",
+            show_default="20; needle: -1",
         ),
     ] = None,
     max_tokens: Annotated[
@@ -200,7 +200,7 @@ def evaluate(
         typer.Option(
             "--thinking/--no-thinking",
             help="Let models that can reason do so before they answer.",
-            show_default="thinking",
+            show_default="thinking, but not for needle",
         ),
     ] = None,
     max_context: Annotated[
