@@ -244,6 +244,12 @@ def tune(
         say(f"Stopped. The work done is in {folder}; the same command continues from there.")
         raise
     with ExitStack() as then:
+        if tuned.recipe.block_scale != "6":
+            then.callback(
+                say,
+                f"The recipe was measured with block scales {tuned.recipe.block_scale} for weights and "
+                "rows. vLLM on a GPU scales rows by 6, so the recipe may be further from BF16 there",
+            )
         if checked < cost_length:
             then.callback(
                 say,

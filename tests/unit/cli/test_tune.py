@@ -63,6 +63,7 @@ def test_a_recipe_and_its_report(
     assert tuned.recovered is not None and tuned.recovered >= 0.9
     assert tuned.time is not None and tuned.time > 1
     written = Recipe.load(recipe)
+    assert ("vLLM on a GPU scales rows by 6" in said) == (written.block_scale == "4/6")
     assert written.to_dict() == next(arm.recipe for arm in found.arms if arm.name == "tuned")
 
     assert cli.main(["fidelity", tiny, "--recipe", str(recipe), *texts[:2], *short]) == 0
