@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -205,7 +206,10 @@ def test_layers_multiplied_what_was_planned(engines: dict[str, Any], name: str) 
 @pytest.mark.parametrize("name", NAMES)
 def test_answers_are_near_bf16_and_not_the_same(engines: dict[str, Any], name: str) -> None:
     plain, ours = engines[f"{name}, plain"]["together"], engines[f"{name}, ours"]["together"]
-    differences = [divergence(plain, request, ours, request) for request in range(len(LENGTHS))]
+    differences = [
+        divergence(plain, request, ours, request, apart=math.inf) for request in range(len(LENGTHS))
+    ]
     assert any(differences)
-    # Random weights of this size amplify what a router or a recurrent state makes of small errors.
+    # Random weights of this size amplify what a router or a recurrent state makes of small errors. So one
+    # request in four may end far away.
     assert sorted(differences)[len(LENGTHS) // 2] < 1.0

@@ -124,13 +124,25 @@ def assert_rows_follow_the_rule(engine: dict[str, Any], minimum: int, head: int,
     assert sum(len(one["quantized"]) for one in passes) > 0
 
 
-def divergence(run: dict[str, Any], request: int, other: dict[str, Any], its: int) -> float:
+def divergence(
+    run: dict[str, Any],
+    request: int,
+    other: dict[str, Any],
+    its: int,
+    *,
+    apart: float | None = None,
+) -> float:
     """KL divergence (nats) between two requests' distributions of the first token.
 
     Over the tokens that both list among their likeliest; what is left of either counts as one.
+
+    Args:
+        apart: the result where fewer than ten tokens are in both lists; None: the test fails.
     """
     p, q = run["logprobs"][request][0], other["logprobs"][its][0]
     both = p.keys() & q.keys()
+    if len(both) < 10 and apart is not None:
+        return apart
     assert len(both) >= 10, "the two distributions have hardly a token in common"
     kl = sum(math.exp(p[token]) * (p[token] - q[token]) for token in both)
     rest = [max(1e-9, 1 - sum(math.exp(x[token]) for token in both)) for x in (p, q)]
