@@ -148,6 +148,12 @@ MUTATIONS = {
         "return False",
         ("engines/vllm/attention/test_fp8.py", "engines/vllm/attention/test_layers.py"),
     ),
+    "the mean of the values is left out in FP8": Mutation(
+        "engines/vllm/attention/fp8.py",
+        "sums = kernels.value_sums(values, table, run.segments)",
+        "sums = kernels.value_sums(values, table, run.segments).zero_()",
+        ("engines/vllm/attention/test_fp8.py",),
+    ),
     "generated tokens attend in FP8": Mutation(
         "engines/vllm/attention/rows.py",
         "min(stop, row + count, row + prompt - first)",
