@@ -103,7 +103,7 @@ def _panel(
     lowest, highest = (f(every, key=lambda r: r.ratio) for f in (min, max))
     said = (
         "Each cell is a kind of turn: new prompt tokens behind cached ones. Its number is BF16's time "
-        f"to the first token divided by {arm}'s. Below 1 (red, bold) {arm} is slower."
+        f"to the first token divided by that of {arm}. Below 1 (red, bold) {arm} is slower."
     )
     if slower:
         said += f" That is so in {slower} of {len(every)} cells."

@@ -56,7 +56,8 @@ def test_words(document: Document) -> None:
     )
     (panel,) = section.panels
     assert (
-        "Below 1 (red, bold) mixquant is slower. That is so in 7 of 16 cells. In brackets: mixquant "
+        "BF16's time to the first token divided by that of mixquant. Below 1 (red, bold) mixquant is "
+        "slower. That is so in 7 of 16 cells. In brackets: mixquant "
         "quantized nothing there." in panel.meaning
     )
     (note,) = section.notes
