@@ -20,7 +20,7 @@ from typing import Any
 
 from openai import OpenAI
 
-MOST_CHARACTERS = 20_000  # of one tool result
+MAX_CHARACTERS = 20_000  # of one tool result
 
 TOOLS: list[Any] = [
     {
@@ -72,7 +72,7 @@ def call(folder: Path, name: str, arguments: str) -> str:
     try:
         if name not in tools:
             raise ValueError(f"there is no tool {name!r}; there are {', '.join(tools)}")
-        return tools[name](folder, **json.loads(arguments))[:MOST_CHARACTERS]
+        return tools[name](folder, **json.loads(arguments))[:MAX_CHARACTERS]
     except (OSError, TypeError, ValueError, NotImplementedError) as error:
         return f"error: {error}"
 

@@ -17,7 +17,7 @@ TOO_DEEP = 100  # levels; the routers accept 127
 # In one request; a prompt of a million token ids fits. Without a limit, 16 MiB of empty lists take
 # a minute and a gigabyte, and block everything else for seconds.
 MAX_VALUES = 1_200_000
-MOST_LEFT_OUT, LONGEST_PATH = 100, 200  # parameters that an answer can name; characters of each
+MAX_LEFT_OUT, MAX_PATH = 100, 200  # parameters that an answer can name; characters of each
 _STRING_OR_VALUE = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"?|[\[{,]', re.DOTALL)
 
 
@@ -205,7 +205,7 @@ class Accepted:
         body: what was kept of it.
         content: the same as JSON text in UTF-8.
         left_out: paths of parameters that were not kept, such as ``tools.function.extra``; the first
-            `MOST_LEFT_OUT` with at most `LONGEST_PATH` characters.
+            `MAX_LEFT_OUT` with at most `MAX_PATH` characters.
     """
 
     body: dict[str, Any]
@@ -265,7 +265,7 @@ def _kept(value: Any, known: Known, where: str, left_out: dict[str, None], depth
         path = f"{where}.{name}" if where else name
         if name in known:
             kept[name] = _kept(one, known[name], path, left_out, depth + 1)
-        elif len(left_out) < MOST_LEFT_OUT and len(path) <= LONGEST_PATH:
+        elif len(left_out) < MAX_LEFT_OUT and len(path) <= MAX_PATH:
             left_out[path] = None
     return kept
 
