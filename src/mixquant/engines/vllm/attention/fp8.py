@@ -11,9 +11,9 @@ V's mean and what coding lost of it.
 
 *Context and chunk apart, the context in another order.* V's mean may change along a prompt, and then
 the sum drifts for as long as the mean stays the same. The order of keys that all rows see does not
-matter. So the keys before a chunk are taken in an order in which any few in a row come from all over
-them, less their own mean, and the chunk's own keys, less theirs, apart. The logarithms of the
-softmax's sums join the two.
+matter. So the keys before a chunk are read in an order in which any few in a row come from all over
+them, and their mean is subtracted. The chunk's own keys are multiplied apart, and their own mean is
+subtracted. The logarithms of the softmax's sums join the two results.
 
 *The chunk's own keys in BF16, where there are more of them than before.* The first rows of a chunk see
 few of its keys, whose mean is not that of all. With much context this does not show. Otherwise the chunk
