@@ -1,6 +1,7 @@
 """How far FP8 attention is from attention in FP32, as serving calls it, on made-up and on real Q, K, V.
 
     python benchmarks/attention_error.py [--keys 4096,32768,131072] [--model smollm2] [--json FILE]
+    python benchmarks/attention_error.py --following [--keys 4096,32768] [--json FILE]
     python benchmarks/attention_error.py --show FILE
 
 A chunk of a prompt attends to itself and to the keys before it, which lie in the pages of a cache. On
@@ -85,6 +86,22 @@ SINKS = {f"mean 1, sink {nats} nats above": nats for nats in (8, 11, 14)}
 CASES = [*MEANS, *SINKS, "mean 1, scores nearly equal", "mean 1, outliers in Q and K"]
 
 
+def in_the_second_part(keys: int) -> Tensor:
+    return torch.arange(keys) >= 0.55 * keys
+
+
+def in_three_of_ten(keys: int) -> Tensor:
+    return torch.rand(keys) < 0.3
+
+
+# Keys that all queries attend to more than to others, and how many nats more. Their values have the mean
+# 1, those of the others -1: what is attended to is not what the mean over all keys is of.
+FOLLOWING = {
+    "attended to: the second part of the keys": (in_the_second_part, 6.0),
+    "attended to: 3 of 10 keys": (in_three_of_ten, 3.0),
+}
+
+
 def made_up(
     case: str,
     sequences: list[tuple[int, int]],
@@ -96,7 +113,7 @@ def made_up(
     """Random Q, K and V.
 
     Args:
-        case: one of `CASES`.
+        case: one of `CASES` or of `FOLLOWING`.
         sequences: how many rows, and keys, of each.
         sink: the key that is one, in cases that have one.
     """
@@ -113,6 +130,15 @@ def made_up(
             k -= (k @ direction)[..., None] * direction
             k[sink] = SINKS[case] / 2 * direction
             v[sink] *= 0.02  # as of real ones
+        if case in FOLLOWING:
+            chosen, nats = FOLLOWING[case]
+            those = chosen(keys)[:, None, None]
+            direction = torch.nn.functional.normalize(torch.randn(size), dim=0)
+            for x in (q, k):
+                x -= (x @ direction)[..., None] * direction
+            q += size**0.5 * direction
+            k += nats * those * direction
+            v = torch.randn(keys, kv_heads, size) + torch.where(those, 1.0, -1.0)
         if case.endswith("nearly equal"):
             q *= 0.1
         if case.endswith("outliers in Q and K"):
@@ -279,6 +305,11 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=128, help="queries at the end of the keys")
     parser.add_argument("--sizes", default="128", help="of a head")
     parser.add_argument(
+        "--following",
+        action="store_true",
+        help="the cases in which attention follows V, in place of the others",
+    )
+    parser.add_argument(
         "--model", help="also a real model's, such as smollm2: a chunk of the last quarter"
     )
     parser.add_argument("--tokens", default="6144", help="which the model reads")
@@ -304,7 +335,7 @@ def main() -> None:
     with emulated() if not ON_HOPPER else with_sums(fp8_attention.flash_attention):
         for size in map(int, options.sizes.split(",")):
             for keys in map(int, options.keys.split(",")):
-                for case in CASES:
+                for case in FOLLOWING if options.following else CASES:
                     record(case, made_up(case, [(min(options.rows, keys), keys)], *heads, size))
         for tokens in map(int, options.tokens.split(",")) if options.model else ():
             for number, layer in enumerate(layers_of(options.model, tokens)):
