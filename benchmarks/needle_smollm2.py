@@ -85,22 +85,34 @@ def answers(model: Any, tokenizer: Any, items: Sequence[Item]) -> list[str]:
     return said
 
 
-def table(found: dict[str, Any]) -> str:
-    """Scores by arm and group, over the items that every arm has answered, with their number."""
+def tables(found: dict[str, Any]) -> str:
+    """Scores by arm and kind of needle, and by arm and length.
+
+    They count the items that every arm has answered.
+    """
     rows = found["rows"]
     answered: dict[str, set[str]] = {}
     for one in rows:
         answered.setdefault(one["arm"], set()).add(one["item"])
     shared = set.intersection(*answered.values()) if answered else set()
     rows = [one for one in rows if one["item"] in shared]
-    groups = list(dict.fromkeys(one["group"] for one in rows))
-    lines = [f"| arm | {' | '.join(groups)} | all |", "| --- " * (2 + len(groups)) + "|"]
+    return "\n\n".join(table(rows, by) for by in ("kind", "length"))
+
+
+def table(rows: Sequence[dict[str, Any]], by: str) -> str:
+    """Mean scores by arm and `kind` or `length`, with how many items each has."""
+    place = {"length": 0, "kind": 1}[by]
+
+    def part(row: dict[str, Any]) -> str:
+        return str(row["group"].split(" ")[place])
+
+    parts = list(dict.fromkeys(map(part, rows)))
+    lines = [f"| arm, by {by} | {' | '.join(parts)} | all |", "| --- " * (2 + len(parts)) + "|"]
     for arm in dict.fromkeys(one["arm"] for one in rows):
         own = [one for one in rows if one["arm"] == arm]
-        cells = []
-        for group in (*groups, None):
-            scores = [one["score"] for one in own if group in (one["group"], None)]
-            cells.append(f"{sum(scores) / len(scores):.0%} of {len(scores)}" if scores else "-")
+        scores = [[one["score"] for one in own if part(one) == name] for name in parts]
+        scores.append([one["score"] for one in own])
+        cells = [f"{sum(some) / len(some):.0%} of {len(some)}" for some in scores]
         lines.append(f"| {arm} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -116,10 +128,10 @@ def main() -> None:
     )
     parser.add_argument("--only", default="", help="arms, separated by commas")
     parser.add_argument("--json", type=Path, help="where the results go")
-    parser.add_argument("--show", type=Path, metavar="FILE", help="print a --json file's table")
+    parser.add_argument("--show", type=Path, metavar="FILE", help="print a --json file's tables")
     options = parser.parse_args()
     if options.show:
-        print(table(json.loads(options.show.read_text())))
+        print(tables(json.loads(options.show.read_text())))
         return
     logging.disable_progress_bar()
     checkpoint = find("smollm2")
@@ -158,7 +170,7 @@ def main() -> None:
                 options.json.write_text(json.dumps(found, indent=1) + "\n")
         del model
         free()
-    print(table({"rows": rows}))
+    print(tables({"rows": rows}))
 
 
 if __name__ == "__main__":

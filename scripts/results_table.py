@@ -1,6 +1,6 @@
 """Prints a results file as a Markdown table, as docs/results/index.md shows it.
 
-    python scripts/results_table.py benchmarks/results/compare_cpu.json
+    python scripts/results_table.py benchmarks/results/compare_cpu_amx.json
 
 For files of `mixquant compare`, `mixquant fidelity`, `mixquant tune` and `benchmarks/linear_cpu.py`. The
 other benchmarks print their own with ``--show FILE``.
