@@ -210,6 +210,6 @@ def test_answers_are_near_bf16_and_not_the_same(engines: dict[str, Any], name: s
         divergence(plain, request, ours, request, apart=math.inf) for request in range(len(LENGTHS))
     ]
     assert any(differences)
-    # Random weights of this size amplify what a router or a recurrent state makes of small errors. So one
-    # request in four may end far away.
+    # Random weights of this size amplify what a router or a recurrent state makes of small errors.
+    # So one request in four may end far away.
     assert sorted(differences)[len(LENGTHS) // 2] < 1.0
