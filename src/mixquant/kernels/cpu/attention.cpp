@@ -98,15 +98,19 @@ void rotate(float* x, int size) {
       }
 }
 
-// Codes of a rotated row, -127 to 127; returns their scale, and the sum of the codes.
+// Codes of a rotated row, -127 to 127; returns their scale, and the sum of the codes. The scale of a row
+// with NaN or infinity in it is NaN.
 float encode(const bf16* x, int size, int8_t* codes, int32_t* sum) {
   alignas(64) float y[MAX_SIZE];
   for (int i = 0; i < size; i += 16) _mm512_store_ps(y + i, wide(x + i));
   rotate(y, size);
-  __m512 largest = _mm512_setzero_ps();
-  for (int i = 0; i < size; i += 16)
-    largest = _mm512_max_ps(largest, _mm512_abs_ps(_mm512_load_ps(y + i)));
-  const float amax = _mm512_reduce_max_ps(largest);
+  __m512 largest = _mm512_setzero_ps(), zero = largest;  // 0 times a NaN or an infinity is NaN
+  for (int i = 0; i < size; i += 16) {
+    const __m512 values = _mm512_load_ps(y + i);
+    largest = _mm512_max_ps(largest, _mm512_abs_ps(values));
+    zero = _mm512_fmadd_ps(values, _mm512_setzero_ps(), zero);
+  }
+  const float amax = _mm512_reduce_max_ps(largest) + _mm512_reduce_add_ps(zero);
   const float scale = amax < 1e-30f ? 1.f : amax / 127.f;
   const __m512 inverse = _mm512_set1_ps(1.f / scale);
   __m512i total = _mm512_setzero_si512();
@@ -157,6 +161,7 @@ void pack(Packed<INT8> to, bool is_first, const bf16* k, int64_t k_row, const bf
           int count) {
   constexpr int N = Packed<INT8>::N;
   const int size = to.size, columns = size / N;
+  float nan = 0.f;  // NaN where a key is: codes cannot be
   alignas(64) int32_t rows[16][MAX_SIZE / 2];
   for (int group = 0; group < BLOCK / 16; ++group) {
     std::memset(rows, 0, sizeof rows);
@@ -167,6 +172,7 @@ void pack(Packed<INT8> to, bool is_first, const bf16* k, int64_t k_row, const bf
         int32_t sum;
         auto* codes = reinterpret_cast<int8_t*>(rows[i]);
         to.key_scales()[key] = there ? encode(k + key * k_row, size, codes, &sum) : 0.f;
+        nan += 0.f * to.key_scales()[key];
         for (int j = 0; j < columns; ++j) rows[i][j] ^= 0x80808080;  // plus 128: unsigned
       } else if (there) {
         std::memcpy(rows[i], k + key * k_row, size * sizeof(bf16));
@@ -187,7 +193,7 @@ void pack(Packed<INT8> to, bool is_first, const bf16* k, int64_t k_row, const bf
     __m512 mean = _mm512_setzero_ps(), inverse = mean;
     if constexpr (INT8) {
       for (int key = 0; key < count; ++key) mean = _mm512_add_ps(mean, wide(v + key * v_row + c));
-      mean = _mm512_mul_ps(mean, _mm512_set1_ps(1.f / std::max(count, 1)));
+      mean = _mm512_fmadd_ps(mean, _mm512_set1_ps(1.f / std::max(count, 1)), _mm512_set1_ps(nan));
       __m512 largest = _mm512_set1_ps(1e-30f);
       for (int key = 0; key < count; ++key) {
         const __m512 centred = _mm512_sub_ps(wide(v + key * v_row + c), mean);
@@ -447,7 +453,7 @@ void attend_rows(Workspace<INT8>& w, const bf16* q, int64_t q_row, int rows, uin
         }
         const int row = first + r;
         const float top = _mm512_reduce_max_ps(largest[r]);
-        if (top <= MASKED) {  // it sees nothing of this block
+        if (sees <= 0) {
           std::memset(tile.p[r], 0, sizeof tile.p[r]);
           keep[r] = 1.f;
           take[r] = tile.weight[r] = 0.f;

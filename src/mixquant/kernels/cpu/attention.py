@@ -65,6 +65,7 @@ def attend(
         padding: for each sequence, how many keys at its start nobody sees.
         scale: of the scores, above 0.
         precision: of the products. Softmax and sums are FP32; ``int8`` sums up within 128 keys exactly.
+            A NaN comes through: rows that see one have NaN, and so may rows shortly before it.
         out: ``[B, H, R, D]`` BF16; its other rows stay as they are.
 
     Raises:

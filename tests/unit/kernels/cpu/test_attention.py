@@ -188,6 +188,29 @@ def test_zeros_and_equal_keys(precision: Any) -> None:
 
 
 @needs_vnni
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("size", [64, 96])
+@pytest.mark.parametrize("at", [0, 5, 15, 16, 60, 143, 144, 259])
+@pytest.mark.parametrize("where", ["q", "k", "v"])
+def test_a_nan_comes_through(precision: Any, size: int, at: int, where: str) -> None:
+    # Hidden in codes, it would be an answer that looks like any other.
+    inputs: dict[str, Any] = {
+        name: random(1, 2, 260, size, seed) for seed, name in enumerate("qkv")
+    }
+    wanted = exact(**inputs)
+    inputs[where][0, 0, at, 3] = torch.nan
+    out = run(**inputs, precision=precision)
+    assert distance(wanted[:, 1], out[:, 1]) < ERROR[precision]  # the other head
+    lost = out[0, 0].isnan().any(-1)
+    assert lost[at]
+    if where == "q":
+        assert lost.sum() == 1
+    else:
+        assert lost[at:].all()
+        assert not lost[: max(at - BLOCK - 16, 0)].any()
+
+
+@needs_vnni
 @given(
     st.integers(0, 2**31),
     st.sampled_from([32, 64, 96, 256]),
