@@ -131,15 +131,24 @@ def _library() -> Path:
     made_of = (_SOURCE.read_text(), compiler, *options, *libraries, torch.__version__)
     key = hashlib.sha256("\n".join(made_of).encode()).hexdigest()[:16]
     root = os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root()
-    library = Path(root) / "mixquant_attention" / f"{key}.so"
-    if library.exists():
-        return library
-    library.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{library}.lock"):
-        if not library.exists():  # another process may have made it meanwhile
-            logger.info("mixquant: compiling attention for this processor, once (%s)", library)
-            unfinished = library.with_suffix(".unfinished")
+    folder = Path(root) / "mixquant_attention"
+    if (kept := _kept(folder, key)) is not None:
+        return kept
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / f"{key}.lock"):
+        kept = _kept(folder, key)  # another process may have made it meanwhile
+        if kept is None:
+            logger.info("mixquant: compiling attention for this processor, once (%s)", folder)
+            unfinished = folder / f"{key}.unfinished"
             command = [compiler, *options, str(_SOURCE), "-o", str(unfinished), *libraries]
             subprocess.run(command, check=True, capture_output=True, text=True)
-            unfinished.rename(library)
-    return library
+            kept = unfinished.rename(folder / f"{key}-{unfinished.stat().st_size}.so")
+    return kept
+
+
+def _kept(folder: Path, key: str) -> Path | None:
+    """The library that was made before. Its size is in its name: to load half a file is a crash."""
+    whole = (
+        file for file in folder.glob(f"{key}-*.so") if file.stem == f"{key}-{file.stat().st_size}"
+    )
+    return next(whole, None)

@@ -377,6 +377,25 @@ print("made" if attention._library().exists() else "")
 
 
 @needs_vnni
+def test_half_a_library_is_made_anew(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    compiler = tmp_path / "compiler"
+    compiler.write_text(
+        '#!/bin/sh\necho made >> "$0.calls"\nwhile [ "$1" != -o ]; do shift; done\n'
+        'echo a library > "$2"\n'
+    )
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "kept"))
+    library = attention._library()
+    assert attention._library() == library
+    assert library.read_text() == "a library\n"
+    library.write_text("a lib")
+    assert attention._library() == library
+    assert library.read_text() == "a library\n"
+    assert (tmp_path / "compiler.calls").read_text() == "made\n" * 2
+
+
+@needs_vnni
 @pytest.mark.slow
 def test_two_processes_make_one_library(tmp_path: Path) -> None:
     environment = {**os.environ, "TORCH_EXTENSIONS_DIR": str(tmp_path)}
