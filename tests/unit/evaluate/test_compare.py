@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from sample_results import comparison
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from mixquant.cli.tables.compare import reading
+from mixquant.evaluate.compare import run
 from mixquant.evaluate.compare.run import TIMED_STEPS, _write
 from mixquant.evaluate.compare.timed_arm import TimedArm
 
@@ -103,3 +105,25 @@ def test_the_table_in_one_sentence() -> None:
     assert f"{mixquant.kl_mean:.4f}" in sentence
     alone = result.model_copy(update={"arms": (mixquant,)})
     assert reading(alone) is None
+
+
+@pytest.mark.parametrize(
+    ("bf16", "fp32", "chosen"),
+    [
+        ((9.0, 1.0), (2.0, 2.0), torch.bfloat16),
+        ((1.0, 9.0), (2.0, 9.0), torch.bfloat16),
+        ((3.0, 3.0), (9.0, 2.0), torch.float32),
+    ],
+)
+def test_one_slow_round_does_not_choose_the_type_of_the_reference(
+    monkeypatch: pytest.MonkeyPatch, bf16: Any, fp32: Any, chosen: torch.dtype
+) -> None:
+    rounds = {torch.bfloat16: iter(bf16), torch.float32: iter(fp32)}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(run, "load_model", lambda _, dtype: SimpleNamespace(dtype=dtype))
+    monkeypatch.setattr(TimedArm, "warm_up", lambda arm, tokens: None)
+    monkeypatch.setattr(TimedArm, "read", lambda arm, _: (next(rounds[arm.model.dtype]), None))
+    checkpoint: Any = None
+    model, seconds = run._baseline(checkpoint, PROMPT, lambda doing, share: None)
+    assert model.dtype == chosen
+    assert seconds == {"bfloat16": min(bf16), "float32": min(fp32)}
