@@ -12,6 +12,8 @@ from sample_results import comparison
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from mixquant.cli.tables.compare import reading
+from mixquant.core.recipe import Recipe
+from mixquant.engines.transformers import PrepareError
 from mixquant.evaluate.compare import run
 from mixquant.evaluate.compare.run import TIMED_STEPS, _write
 from mixquant.evaluate.compare.timed_arm import TimedArm
@@ -127,3 +129,16 @@ def test_one_slow_round_does_not_choose_the_type_of_the_reference(
     model, seconds = run._baseline(checkpoint, PROMPT, lambda doing, share: None)
     assert model.dtype == chosen
     assert seconds == {"bfloat16": min(bf16), "float32": min(fp32)}
+
+
+def test_an_arm_that_does_not_run_here_is_refused_before_the_conversation(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(run, "_baseline", lambda *_: (None, {}))
+    monkeypatch.setattr(run, "load_model", lambda *_: None)
+    monkeypatch.setattr(run, "prepare", lambda *_: None)
+    monkeypatch.setattr(run, "attends_faster_in_bf16", lambda _: False)
+    checkpoint: Any = SimpleNamespace(context=None)
+    workload: Any = SimpleNamespace(prompt_tokens=1, turns=1, prompt=lambda _: PROMPT)
+    with pytest.raises(PrepareError, match="ask for one of bf16, quantized, mixquant"):
+        run.compare(checkpoint, workload, Recipe(), arms=("attention",))

@@ -21,7 +21,7 @@ from torch import Tensor
 from mixquant.checkpoints.errors import ModelError
 from mixquant.checkpoints.models import Checkpoint, load_model
 from mixquant.core.recipe import Recipe
-from mixquant.engines.transformers import prepare, summary
+from mixquant.engines.transformers import PrepareError, prepare, summary
 from mixquant.engines.transformers.attention import attends_faster_in_bf16
 from mixquant.evaluate.compare.timed_arm import TimedArm, type_name
 from mixquant.evaluate.compare.workload import Workload
@@ -67,7 +67,7 @@ def compare(
 
     Raises:
         ModelError: the model cannot be loaded, or its context is too short for the workload.
-        PrepareError, RecipeError: the model cannot be prepared so.
+        PrepareError, RecipeError: the model cannot be prepared so, or none of the arms runs here.
     """
     needed = workload.prompt_tokens + workload.turns * max_new_tokens
     if checkpoint.context is not None and needed > checkpoint.context:
@@ -95,6 +95,12 @@ def compare(
             for name in ("mixquant", "quantized", "attention")
             if name in arms and (name != "attention" or attends_faster_in_bf16(prepared))
         ]
+        if not any(arm.name in arms for arm in running):
+            others = ", ".join(name for name in ARMS if name not in arms)
+            raise PrepareError(
+                "the arm attention runs only on CPUs where mixquant's attention is faster than "
+                f"PyTorch's in BF16, too, and not on this machine; ask for one of {others}"
+            )
         for number, arm in enumerate(running[1:]):
             progress("Compiling and warming up", 0.2 + 0.03 * number)
             arm.warm_up(opening)
