@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from sample_results import comparison
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from mixquant.cli.tables.compare import reading
+from mixquant.cli.tables.compare import reading, table
 from mixquant.core.recipe import Recipe
 from mixquant.engines.transformers import PrepareError
 from mixquant.evaluate.compare import run
@@ -107,6 +108,17 @@ def test_the_table_in_one_sentence() -> None:
     assert f"{mixquant.kl_mean:.4f}" in sentence
     alone = result.model_copy(update={"arms": (mixquant,)})
     assert reading(alone) is None
+
+
+def test_no_digit_of_a_slow_machine_is_cut_off_at_80_columns() -> None:
+    result = comparison()
+    slow = {"prefill_tokens_per_s": 54.2, "ttft_s": 31.26, "tpot_s": 1.5246, "extra_bytes": 2**30}
+    arms = tuple(arm.model_copy(update=slow) for arm in result.arms)
+    console = Console(width=80)
+    with console.capture() as captured:
+        console.print(table(result.model_copy(update={"arms": arms})))
+    assert "…" not in captured.get()
+    assert captured.get().count(" 1525 ") == captured.get().count(" 1024 ") == len(arms)
 
 
 @pytest.mark.parametrize(

@@ -52,10 +52,10 @@ def table(result: Comparison) -> Table:
             f"{arm.prefill_tokens_per_s:.0f}",
             "-" if gain is None else f"{gain:.2f}x",
             f"{arm.ttft_s:.2f}",
-            "-" if arm.tpot_s is None else f"{arm.tpot_s * 1e3:.1f}",
+            "-" if arm.tpot_s is None else _tenths(arm.tpot_s * 1e3),
             f"{arm.kl_mean:.4f}",
             f"{arm.top1_agreement:.1%}",
-            f"{arm.extra_bytes / 2**20:.1f}",
+            _tenths(arm.extra_bytes / 2**20),
         )
     return table
 
@@ -90,6 +90,11 @@ def answers(result: Comparison) -> Table:
     for arm in result.arms:
         table.add_row(arm.name, arm.text)
     return table
+
+
+def _tenths(value: float) -> str:
+    """Tenths only below 1,000, so that a terminal of 80 columns cuts no digit off."""
+    return f"{value:.1f}" if value < 999.95 else f"{value:.0f}"
 
 
 def _baseline(result: Comparison) -> str:
