@@ -41,7 +41,12 @@ def compare(
     format: FormatOption = None,
     arms: Annotated[
         str,
-        typer.Option("--arms", metavar="NAMES", help="Arms to report, separated by commas."),
+        typer.Option(
+            "--arms",
+            metavar="NAMES",
+            help="Arms to report, separated by commas. attention (BF16 products, our attention) runs "
+            "only on CPUs where that is faster.",
+        ),
     ] = "bf16,attention,quantized,mixquant",
     prompt_file: Annotated[
         Path | None,
