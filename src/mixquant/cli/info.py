@@ -44,7 +44,7 @@ def info() -> None:
     attends = "compiled" if reason is None else f"not: {reason}"
     facts.add_row("attention kernel (CPU)", attends)
     facts.add_row("CPU capability", torch.backends.cpu.get_cpu_capability())
-    facts.add_row("VNNI", _yes(torch.cpu, "_is_vnni_supported"))
+    facts.add_row("AVX-512 VNNI", _yes(torch.cpu, "_is_vnni_supported"))
     facts.add_row("AMX", _yes(torch.cpu, "_is_amx_tile_supported"))
     facts.add_row("threads", str(torch.get_num_threads()))
     for device in devices[1:]:
