@@ -111,7 +111,8 @@ float encode(const bf16* x, int size, int8_t* codes, int32_t* sum) {
     zero = _mm512_fmadd_ps(values, _mm512_setzero_ps(), zero);
   }
   const float amax = _mm512_reduce_max_ps(largest) + _mm512_reduce_add_ps(zero);
-  const float scale = amax < 1e-30f ? 1.f : amax / 127.f;
+  // Less is zero: times a smaller scale, a masked score would no longer be far below the others.
+  const float scale = amax < 1e-20f ? 1.f : amax / 127.f;
   const __m512 inverse = _mm512_set1_ps(1.f / scale);
   __m512i total = _mm512_setzero_si512();
   for (int i = 0; i < size; i += 16) {

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -190,6 +190,16 @@ def test_zeros_and_equal_keys(precision: Any) -> None:
 @needs_vnni
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("size", [64, 96])
+@pytest.mark.parametrize("small", [1e-10, 1e-19, 1e-21, 1e-25, 1e-28, 1e-35, 0.0])
+def test_small_queries_see_no_key_behind_them(precision: Any, size: int, small: float) -> None:
+    q = (random(1, 2, 200, size, 0).float() * small).bfloat16()
+    k, v = (random(1, 1, 200, size, seed) for seed in (1, 2))
+    assert distance(exact(q, k, v), run(q, k, v, precision)) < ERROR[precision]
+
+
+@needs_vnni
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("size", [64, 96])
 @pytest.mark.parametrize("at", [0, 5, 15, 16, 60, 143, 144, 259])
 @pytest.mark.parametrize("where", ["q", "k", "v"])
 def test_a_nan_comes_through(precision: Any, size: int, at: int, where: str) -> None:
@@ -217,6 +227,8 @@ def test_a_nan_comes_through(precision: Any, size: int, at: int, where: str) -> 
     st.integers(1, 300),
     st.floats(0, 30),
 )
+@example(0, 32, 1, 7.6e-29)
+@example(0, 64, 100, 1e-25)
 @settings(deadline=None, max_examples=25)
 def test_values_without_spread_come_back_as_they_are(
     seed: int, size: int, count: int, spread: float
