@@ -203,6 +203,7 @@ def tune(
 
     from mixquant.cli.tables.tune import tables
     from mixquant.evaluate.fidelity.passages import check_lengths, cut, documentation
+    from mixquant.files.alone import alone_in
     from mixquant.results import to_json
     from mixquant.tune.run import Texts, Tuner
     from mixquant.tune.targets import target as target_of
@@ -227,7 +228,7 @@ def tune(
     folder = work or out_file.with_suffix(".work")
     try:
         with progress_bar() as progress:
-            tuned = Tuner(
+            tuner = Tuner(
                 checkpoint,
                 aim,
                 budget,
@@ -239,7 +240,9 @@ def tune(
                 command=context.obj,
                 progress=progress,
                 say=say,
-            ).run()
+            )
+            with alone_in(folder, "--work"):
+                tuned = tuner.run()
     except KeyboardInterrupt:
         say(f"Stopped. The work done is in {folder}; the same command continues from there.")
         raise

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from mixquant.errors import MixquantError
+from mixquant.files.alone import LOCK
 from mixquant.files.reading import ReadingError, parse_json
 
 
@@ -43,11 +44,11 @@ class Work:
                 found = parse_json(about.read_text(encoding="utf-8"))
                 if found != wanted:
                     raise WorkError(
-                        f"{folder} holds other work ({_different(found, wanted)} differs); "
-                        "remove it, or name another folder with --work"
+                        f"{folder} holds the work of another run, which differs in "
+                        f"{_different(found, wanted)}; remove it, or name another folder with --work"
                     )
             else:
-                if any(folder.iterdir()):
+                if any(one.name != LOCK for one in folder.iterdir()):
                     raise WorkError(
                         f"{folder} holds other files; name an empty or new folder with --work"
                     )

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from mixquant import cli, results
 from mixquant.core.recipe import Recipe
+from mixquant.files.alone import alone_in
 
 
 @pytest.fixture(scope="module")
@@ -124,6 +125,17 @@ def test_a_run_that_is_stopped_says_where_its_work_is(
     said = " ".join(capsys.readouterr().err.split())
     assert f"Stopped. The work done is in {work}; the same command continues from there." in said
     assert work.is_dir() and not recipe.exists()
+
+
+def test_a_second_run_in_the_same_folder_is_refused(
+    capsys: pytest.CaptureFixture[str], tiny: str, texts: list[str], tmp_path: Path
+) -> None:
+    work = tmp_path / "r.work"
+    command = ["tune", tiny, "--target", "hopper", *texts, "--length", "32", "--answer-tokens", "8"]
+    command += ["--out", str(tmp_path / "r.json")]
+    with alone_in(work, "--work"):
+        assert f"another process writes to {work}: wait for it" in refusal(capsys, *command)
+    assert cli.main(command) == 0  # its lock is no other file
 
 
 def test_a_prefill_model(

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -17,7 +16,6 @@ from mixquant.evaluate.benchmarks.answer_file import Entry
 from mixquant.evaluate.benchmarks.chat import Endpoint
 from mixquant.evaluate.benchmarks.plan import (
     Benchmark,
-    EvaluationError,
     Options,
     chosen_tasks,
     context_of,
@@ -31,6 +29,7 @@ from mixquant.evaluate.benchmarks.scoring import Answered, differences_of, recov
 from mixquant.evaluate.benchmarks.tool_parser import with_tool_parser
 from mixquant.evaluate.tasks import Task
 from mixquant.evaluate.tasks.registry import PROTOCOLS
+from mixquant.files.alone import alone_in
 from mixquant.servers.arms import ArmError, ServedArm, running, served_models
 
 
@@ -57,7 +56,8 @@ def evaluate(options: Options, progress: Progress) -> tuple[results.Evaluation, 
         The results; and what failed in the end, a line for each benchmark and arm.
 
     Raises:
-        EvaluationError, ArmError, TaskError, AnswerFileError, ModelError: the options cannot be used.
+        EvaluationError, ArmError, TaskError, AnswerFileError, ModelError, FolderError: the options
+            cannot be used.
         ServerError, RunError: a server did not start, or is gone. What is finished is kept.
     """
     tasks = chosen_tasks(options)
@@ -66,7 +66,7 @@ def evaluate(options: Options, progress: Progress) -> tuple[results.Evaluation, 
         if ours:
             progress.note(f"{options.protocol} says nothing of {', '.join(ours)}: asked as usual")
     options = _with_tool_parsers(options, tasks, progress)
-    with _alone_in(options.out):
+    with alone_in(options.out, "--out"):
         context = context_of(options)
         if not torch.cuda.is_available():
             options = replace(options, arms=[on_cpu(arm, context) for arm in options.arms])
@@ -174,27 +174,6 @@ async def _ask(
             await stack.enter_async_context(judge)
         progress.doing(f"{arm.name}: {work[0].task.name}")
         await run(work, endpoint, judge, concurrency=options.concurrency, tell=tell)
-
-
-@contextlib.contextmanager
-def _alone_in(out: Path) -> Iterator[None]:
-    """Keeps other processes from writing the same files. A killed process releases them, too."""
-    import filelock
-
-    lock = filelock.FileLock(out / ".lock")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        lock.acquire(blocking=False)
-    except filelock.Timeout:
-        raise EvaluationError(
-            f"another process writes to {out}: wait for it, or give another --out"
-        ) from None
-    except OSError as error:
-        raise EvaluationError(f"cannot write to {out}: {error.strerror or error}") from None
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def _results(
