@@ -98,8 +98,20 @@ class Work:
         os.replace(temporary, self._folder / name)
 
 
+_SAID = {
+    "mixquant": "mixquant's version",
+    "model": "the model",
+    "config": "the model",
+    "weights": "the model's weights",
+    "formats": "the target",
+    "plain": "the target",
+    "texts": "the texts searched on",
+    "prefill_model": "the prefill model",
+}
+
+
 def _different(found: object, wanted: Mapping[str, object]) -> str:
     if not isinstance(found, dict):
         return "about.json"
     names = [name for name in {**wanted, **found} if found.get(name) != wanted.get(name)]
-    return ", ".join(names)
+    return " and ".join(dict.fromkeys(_SAID.get(name, name) for name in names))

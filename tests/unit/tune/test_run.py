@@ -251,7 +251,9 @@ def counted(monkeypatch: pytest.MonkeyPatch, calls: int) -> list[str]:
 
 def test_other_work_is_refused(checkpoint: Checkpoint, tmp_path: Path) -> None:
     tuner(checkpoint, tmp_path / "work", Budget("kl", 0.1))
-    with pytest.raises(WorkError, match=r"holds other work \(texts differs\); remove it"):
+    with pytest.raises(
+        WorkError, match="another run, which differs in the texts searched on; remove it"
+    ):
         tuner(checkpoint, tmp_path / "work", Budget("kl", 0.1), searched=texts(3))
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "letter.txt").write_text("Dear")
@@ -363,7 +365,7 @@ def test_prefill_models_that_do_not_fit(
         begin(str(other))
     assert not (tmp_path / "new").exists()
     begin(None, "work")
-    with pytest.raises(WorkError, match="prefill_model differs"):
+    with pytest.raises(WorkError, match="which differs in the prefill model;"):
         begin(second, "work")
 
 
