@@ -301,7 +301,7 @@ def measure(arm: str, options: argparse.Namespace) -> None:
                     if new > 1024 and number % 3:
                         continue
                     turn(prefix, new)
-                    count = 1 if new >= 4096 else 3 if new > 1024 else 2
+                    count = 1 if new >= 4096 else 3 if new > 1024 else 2 if new > 512 else 6
                     of_new += [1e3 * turn(prefix, new) for _ in range(count)]
             for new, of_new in values.items():
                 record("ttft", new, 1, of_new, "ms", "turns", cached)
