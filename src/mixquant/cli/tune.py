@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import ExitStack
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -21,7 +21,9 @@ from mixquant.cli.console import (
 from mixquant.cli.options import JsonFile, Model, finite, wait_briefly
 from mixquant.cli.progress import progress_bar
 
-DEFAULT_TUNING_TEXTS = 8
+# The most whose texts are long enough. All are even, so that topics searched on with one number are
+# not held out with another.
+DEFAULT_TEXTS = (24, 16, 8)
 
 
 class TargetName(StrEnum):
@@ -150,7 +152,7 @@ def tune(
             min=2,
             metavar="N",
             help="Number of built-in texts. Half of them are held out.",
-            show_default=str(DEFAULT_TUNING_TEXTS),
+            show_default=f"{DEFAULT_TEXTS[0]}, fewer if prompts are long",
         ),
     ] = None,
     out_file: Annotated[
@@ -202,7 +204,7 @@ def tune(
     from transformers.utils import logging
 
     from mixquant.cli.tables.tune import tables
-    from mixquant.evaluate.fidelity.passages import check_lengths, cut, documentation
+    from mixquant.evaluate.fidelity.passages import check_lengths, cut
     from mixquant.files.alone import alone_in
     from mixquant.results import to_json
     from mixquant.tune.run import Texts, Tuner
@@ -217,10 +219,12 @@ def tune(
         aim = with_rates(aim, rates)
     checked = check_length or length
     check_lengths(checkpoint, [length, checked], answer_tokens)
-    if not to_search:
-        every = list(documentation(texts or DEFAULT_TUNING_TEXTS).items())
-        to_search, to_decide = dict(every[::2]), dict(every[1::2])
     tokenizer = load_tokenizer(checkpoint)
+    if not to_search:
+        to_search, to_decide = (
+            dict(list(_built_in(texts, tokenizer, tokens + answer_tokens).items())[half::2])
+            for half, tokens in enumerate((length, checked))
+        )
     searched, decide = (
         Texts(tuple(some), cut(some, tokenizer, [tokens], answer_tokens)[0])
         for some, tokens in ((to_search, length), (to_decide, checked))
@@ -266,3 +270,15 @@ def tune(
         then.callback(say, f"Recipe written to {out_file.absolute()}")
         then.callback(write_results, out_file, tuned.recipe.to_json() + "\n")
         out.print(*tables(tuned.results), sep="")
+
+
+def _built_in(number: int | None, tokenizer: Any, least: int) -> dict[str, str]:
+    """So many built-in texts; None: the most of `DEFAULT_TEXTS` that have at least so many tokens."""
+    from mixquant.evaluate.fidelity.passages import documentation
+
+    texts: dict[str, str] = {}
+    for one in DEFAULT_TEXTS if number is None else (number,):
+        texts = documentation(one)
+        if all(len(tokenizer(text)["input_ids"]) >= least for text in texts.values()):
+            break
+    return texts

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
+from pydoc_data.topics import topics
 
 import pytest
 import second_checkpoints
@@ -13,7 +14,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from mixquant import cli, results
+from mixquant.cli.tune import DEFAULT_TEXTS, _built_in
 from mixquant.core.recipe import Recipe
+from mixquant.evaluate.fidelity.passages import documentation
 from mixquant.files.alone import alone_in
 
 
@@ -125,6 +128,31 @@ def test_a_run_that_is_stopped_says_where_its_work_is(
     said = " ".join(capsys.readouterr().err.split())
     assert f"Stopped. The work done is in {work}; the same command continues from there." in said
     assert work.is_dir() and not recipe.exists()
+
+
+def test_built_in_texts_are_as_many_as_are_long_enough() -> None:
+    def words(text: str) -> dict[str, list[str]]:
+        return {"input_ids": text.split()}
+
+    shortest = {
+        n: min(len(text.split()) for text in documentation(n).values()) for n in (24, 16, 8)
+    }
+    assert shortest[24] < shortest[16] < shortest[8]
+    for number, least in shortest.items():
+        assert len(_built_in(None, words, least)) == number
+    assert len(_built_in(None, words, 10**9)) == 8  # `cut` says what is too short
+    assert len(_built_in(5, words, 10**9)) == 5
+
+
+def test_topics_searched_on_with_one_number_are_not_held_out_with_another() -> None:
+    halves = [
+        ["\n".join(list(documentation(number).values())[half::2]) for number in DEFAULT_TEXTS]
+        for half in (0, 1)
+    ]
+    for topic in topics.values():
+        if sum(topic.strip() in other for other in topics.values()) > 1:
+            continue  # "if" is also "else"
+        assert {sum(topic in text for text in half) for half in halves} == {0, len(DEFAULT_TEXTS)}
 
 
 def test_a_second_run_in_the_same_folder_is_refused(
