@@ -99,7 +99,7 @@ def test_an_answer_ends_with_an_ending_token() -> None:
 
 
 def test_the_table_in_one_sentence() -> None:
-    result = comparison()
+    result = comparison().model_copy(update={"native": True})
     sentence = reading(result)
     assert sentence is not None
     bf16, mixquant = (next(a for a in result.arms if a.name == n) for n in ("bf16", "mixquant"))
@@ -108,6 +108,18 @@ def test_the_table_in_one_sentence() -> None:
     assert f"{mixquant.kl_mean:.4f}" in sentence
     alone = result.model_copy(update={"arms": (mixquant,)})
     assert reading(alone) is None
+
+
+def test_an_emulation_shows_no_speed() -> None:
+    result = comparison().model_copy(update={"native": False, "threads": 1})
+    sentence = reading(result)
+    assert sentence is not None and sentence.startswith("mixquant diverges from bf16 by ")
+    console = Console(width=80)
+    with console.capture() as captured:
+        console.print(table(result))
+    printed = " ".join(captured.get().split())
+    assert printed.count("x ") == 1 and "1.00x" in printed  # of bf16 itself
+    assert ", 1 thread." in printed
 
 
 def test_no_digit_of_a_slow_machine_is_cut_off_at_80_columns() -> None:

@@ -20,7 +20,8 @@ def table(result: Comparison) -> Table:
         title_justify="left",
         caption=f"{result.workload}: {turns} prompt tokens, "
         f"{sum(result.answer_tokens_per_turn)} answer tokens, on {result.device_name}, "
-        f"{result.threads} threads. TTFT: sum over the turns; a turn is the median of "
+        f"{result.threads} thread{'s' if result.threads != 1 else ''}. TTFT: sum over the turns; a turn "
+        "is the median of "
         f"{result.prefill_rounds}. KL (per token) and top-1: from the bf16 arm, "
         "teacher-forced on its answers."
         + _baseline(result)
@@ -44,7 +45,7 @@ def table(result: Comparison) -> Table:
     baseline = next((arm for arm in result.arms if arm.name == "bf16"), None)
     for arm in result.arms:
         gain = None
-        if baseline and not _quantized_nothing(arm):
+        if baseline and _shows_speed(result, arm):
             gain = arm.prefill_tokens_per_s / baseline.prefill_tokens_per_s
         table.add_row(
             arm.name,
@@ -66,15 +67,17 @@ def reading(result: Comparison) -> str | None:
     bf16, mixquant, quantized = map(arms.get, ("bf16", "mixquant", "quantized"))
     if bf16 is None or mixquant is None or _quantized_nothing(mixquant):
         return None
+    divergence = f"diverges from bf16 by {mixquant.kl_mean:.4f} nats a token"
+    if quantized is not None:
+        divergence += f", where quantizing both phases costs {quantized.kl_mean:.4f}"
+    if not _shows_speed(result, mixquant):
+        return f"mixquant {divergence}."
     gain = mixquant.prefill_tokens_per_s / bf16.prefill_tokens_per_s
     parts = [f"mixquant reads prompts {gain:.2f} times as fast as bf16"]
     if bf16.tpot_s and mixquant.tpot_s:
         parts.append(
             f"takes {mixquant.tpot_s / bf16.tpot_s:.2f} times as long for a token of an answer"
         )
-    divergence = f"diverges from bf16 by {mixquant.kl_mean:.4f} nats a token"
-    if quantized is not None:
-        divergence += f", where quantizing both phases costs {quantized.kl_mean:.4f}"
     return f"{', '.join(parts)} and {divergence}."
 
 
@@ -112,6 +115,13 @@ def _attention(result: Comparison) -> str:
             " The arm attention quantizes nothing: BF16 products, and BF16 attention in our kernel."
         )
     return said
+
+
+def _shows_speed(result: Comparison, arm: ComparedArm) -> bool:
+    """Whether an arm's times are those of its products, and not of their emulation, or of BF16's."""
+    if arm.name in ("bf16", "attention"):
+        return True
+    return result.native and not _quantized_nothing(arm)
 
 
 def _quantized_nothing(arm: ComparedArm) -> bool:
