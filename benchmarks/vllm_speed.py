@@ -64,6 +64,10 @@ ARMS: dict[str, dict[str, Any]] = {
     "FP8 everywhere and FP8 attention": mixquant(everywhere=True),
     "bf16 with graphs": {"max_cudagraph_capture_size": 4096},
     "fp8 with graphs": {"quantization": "fp8", "max_cudagraph_capture_size": 4096},
+    # Of the KV cache, in tokens; vLLM's are of 16. It handles each one in Python when a turn begins.
+    "bf16, blocks of 64": {"block_size": 64},
+    "mixquant, blocks of 64": {**mixquant(), "block_size": 64},
+    "mixquant, blocks of 128": {**mixquant(), "block_size": 128},
 }
 NEW = (128, 256, 512, 1024, 2048, 4096, 8192)  # tokens of a turn
 ROUNDS = 3  # in which engines measure in turns what a host's CPU bounds
