@@ -132,13 +132,8 @@ def test_other_numbers_are_committed_results() -> None:
         float(row[2].strip("*")) for row in tables_after("Results")[1] if "first token" in row[0]
     ]
     assert f"{min(gains):.2f} to {max(gains):.2f} times" in readme
-    decode = [
-        speed_up(name, "mixquant", "tpot", 128, sequences)
-        for name in (WHOLE_PROMPTS, "attention_speed_h200.json")
-        for sequences in (1, 32)
-    ]
-    slower = [round(100 * (1 / one - 1)) for one in decode]
-    assert f"it was {min(slower)} to {max(slower)} % slower" in readme
+    decode = [speed_up(WHOLE_PROMPTS, "mixquant", "tpot", 128, sequences) for sequences in (1, 32)]
+    assert f"it was up to {round(100 * (1 / min(decode) - 1))} % slower" in readme
     precise, _ = graphs.sizes([512], LEAST_ON_GPU, 8192)
     assert (
         f"Up to {max(precise)} new tokens are read in BF16 on a GPU ({LEAST_WITHOUT_GRAPHS - 1:,} "

@@ -82,20 +82,35 @@ class TestVerdict:
     def test_committed_results(self) -> None:
         said = {
             name: _section(results.read(RESULTS / f"{name}.json")).verdict
-            for name in ("h200", "compare_cpu", "compare_nvfp4", "disaggregated_h200")
+            for name in ("h200", "compare_cpu_amx", "compare_nvfp4", "disaggregated_h200")
         }
         assert said["h200"].startswith(
             "Prefill of qwen3-8b with mixquant is 1.10 to 1.39 times as fast as BF16 at 2,048 to "
             "131,072 prompt tokens on NVIDIA H200. Decode is about as fast as BF16 at batch sizes "
         )
         assert "fp8: prefill 1.11 to 1.56 times and decode 1.19 to 1.41 times" in said["h200"]
-        assert said["compare_cpu"].startswith(
-            "Prefill of smollm2 with mixquant is slower than BF16 at 3,201 prompt tokens in 3 turns "
-            "on a CPU (AVX512, 2 threads): 0.90 times as fast. Decode is about as fast as BF16"
+        assert said["compare_cpu_amx"].startswith(
+            "Prefill of smollm2 with mixquant is 1.36 times as fast as BF16 at 3,187 prompt tokens in 3 "
+            "turns on a CPU (AVX512, 2 threads). Decode is about as fast as BF16"
         )
         assert said["compare_nvfp4"].startswith("NVFP4 is emulated on a CPU")
         assert "times as fast" not in said["compare_nvfp4"]
         assert "no arm bf16 to compare with" in said["disaggregated_h200"]
+
+    def test_a_comparison_in_which_mixquant_is_slower(self) -> None:
+        file = results.read(RESULTS / "compare_cpu_amx.json")
+        assert isinstance(file, results.Comparison)
+        bf16, quantized, mixquant = file.arms
+        times = {
+            "prefill_tokens_per_s": 0.9 * bf16.prefill_tokens_per_s,
+            "ttft_s": bf16.ttft_s / 0.9,
+        }
+        slower = mixquant.model_copy(update=times)
+        said = _section(file.model_copy(update={"arms": (bf16, quantized, slower)})).verdict
+        assert said.startswith(
+            "Prefill of smollm2 with mixquant is slower than BF16 at 3,187 prompt tokens in 3 turns "
+            "on a CPU (AVX512, 2 threads): 0.90 times as fast. Decode is about as fast as BF16"
+        )
 
     def test_scores_and_distances(self) -> None:
         scores = _section(sample_results.evaluation()).verdict
