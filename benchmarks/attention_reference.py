@@ -64,7 +64,7 @@ def encode_queries(
     keys: Tensor,
     pages: Tensor,
     sequences: Tensor,
-    most_rows: int,
+    max_rows: int,
     scale: float,
     out: Tensor,
     precise_keys: int,
@@ -73,7 +73,7 @@ def encode_queries(
     weights = torch.empty(*x.shape[:2], precise_keys, device=x.device)
     lse = torch.empty(x.shape[1], len(x), device=x.device)
     for row, start, count, until in sequences.tolist():
-        assert count <= most_rows
+        assert count <= max_rows
         own = slice(start, start + count)
         before = min(until - count, precise_keys)
         scores = scores_of(x[own], tokens_of(keys, pages, row, 0, before), scale)
@@ -112,7 +112,7 @@ def merge(
     values: Tensor,
     pages: Tensor,
     sequences: Tensor,
-    most_rows: int,
+    max_rows: int,
     weights: Tensor,
     first_lse: Tensor,
     segments: Tensor,
@@ -124,7 +124,7 @@ def merge(
     groups = weights.shape[1] // values.shape[2]
     back = (lost / segments[:, 2, None, None].clamp_min(1)).repeat_interleave(groups, 1)
     for number, (row, start, count, until) in enumerate(sequences.tolist()):
-        assert count <= most_rows
+        assert count <= max_rows
         own = slice(start, start + count)
         before = min(until - count, weights.shape[-1])
         v = grouped(tokens_of(values, pages, row, 0, before), groups)

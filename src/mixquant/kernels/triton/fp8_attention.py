@@ -353,7 +353,7 @@ def encode_queries(
     keys: Tensor,
     pages: Tensor,
     sequences: Tensor,
-    most_rows: int,
+    max_rows: int,
     scale: float,
     out: Tensor,
     precise_keys: int,
@@ -369,7 +369,7 @@ def encode_queries(
         pages: ``[sequences of the pass, pages of each]`` int32, the block table.
         sequences: ``[sequences, 4]`` int32: the row of the block table, the first row in ``x``, how many
             rows, and how many keys up to the last of them.
-        most_rows: of a sequence.
+        max_rows: of a sequence.
         scale: what scores are multiplied with.
         out: E4M3 of the shape of ``x``, contiguous.
         precise_keys: how many first keys: a power of two from 16 on.
@@ -386,7 +386,7 @@ def encode_queries(
     launch(
         encode_queries_kernel,
         # Programs beside each other read and write beside each other.
-        (heads, -(-most_rows // (_TOKENS * _TIMES)), len(sequences)),
+        (heads, -(-max_rows // (_TOKENS * _TIMES)), len(sequences)),
         (x, keys, pages, sequences, out, weights, lse),
         (scale, tokens, *numbers),
         {
@@ -472,7 +472,7 @@ def merge(
     values: Tensor,
     pages: Tensor,
     sequences: Tensor,
-    most_rows: int,
+    max_rows: int,
     weights: Tensor,
     first_lse: Tensor,
     segments: Tensor,
@@ -484,7 +484,7 @@ def merge(
     """Joins the attention to a prompt's first keys and to the segments of each part.
 
     Args:
-        values, pages, sequences, most_rows: as for `encode_queries` and `encode_cache`.
+        values, pages, sequences, max_rows: as for `encode_queries` and `encode_cache`.
         weights, first_lse: what `encode_queries` returned.
         segments: of each part, those of all sequences.
         lost: what `encode_cache` returned.
@@ -500,7 +500,7 @@ def merge(
     numbers = (heads, values.shape[2], values.shape[1], pages.stride(0), *strides)
     launch(
         merge_kernel,
-        (heads, -(-most_rows // _TOKENS), len(sequences)),
+        (heads, -(-max_rows // _TOKENS), len(sequences)),
         (values, pages, sequences, weights, first_lse, segments, lost, partial, lse, out),
         (tokens, parts, *numbers),
         {"SIZE": size, "TOKENS": _TOKENS, "PRECISE": precise_keys},

@@ -102,10 +102,10 @@ def test_pieces_are_the_quantized_rows_that_are_worth_it(
 @settings(deadline=None)
 @given(batches(), thresholds, st.integers(1, 8), st.integers(0, 120))
 def test_runs_are_pieces_of_sequences_that_follow_each_other(
-    batch: Batch, numbers: Thresholds, most_rows: int, most: int
+    batch: Batch, numbers: Thresholds, max_rows: int, most: int
 ) -> None:
     pieces = pieces_of(plan_of(batch, numbers), batch, lambda rows, keys: keys > 5)
-    runs = runs_of(pieces, batch, most_rows, most)
+    runs = runs_of(pieces, batch, max_rows, most)
     ends = np.cumsum(batch.row_counts)
     of_pieces = {
         row: (p.sequence, p.keys - p.stop) for p in pieces for row in range(p.start, p.stop)
@@ -117,7 +117,7 @@ def test_runs_are_pieces_of_sequences_that_follow_each_other(
             assert piece.stop == following.start == ends[piece.sequence]
             assert following.sequence == piece.sequence + 1
         for piece in run:
-            assert len(run) > 1 or piece.stop - piece.start <= most_rows
+            assert len(run) > 1 or piece.stop - piece.start <= max_rows
             for row in range(piece.start, piece.stop):
                 # Positions are as they were; others' rows stand between pieces.
                 if of_pieces.get(row, (piece.sequence,))[0] == piece.sequence:
