@@ -328,7 +328,7 @@ def test_results_are_in_marked_tables() -> None:
 def test_what_the_results_say_of_formats_by_layer() -> None:
     page = " ".join((DOCS / "results" / "index.md").read_text(encoding="utf-8").split())
     recipes = []
-    for name in ("", "_1024", "_gptq", "_gptq_955", "_gptq_4k"):
+    for name in ("", "_24", "_1024", "_gptq", "_gptq_955", "_gptq_4k", "_gptq_2048"):
         file = REPOSITORY / "benchmarks" / "results" / f"tune_smollm2{name}.json"
         arms = json.loads(file.read_text(encoding="utf-8"))["arms"]
         recipes.append(Recipe.from_dict(next(a["recipe"] for a in arms if a["name"] == "tuned")))
@@ -340,7 +340,8 @@ def test_what_the_results_say_of_formats_by_layer() -> None:
     keys, values = in_fp8("self_attn.k_proj"), in_fp8("self_attn.v_proj")
     assert f"the keys of {min(keys)} to {max(keys)} of 30 layers" in page
     assert f"the values of {min(values)} to {max(values)} have FP8, and one `down_proj`" in page
-    assert sum(in_fp8("mlp.down_proj")) == 1 and not any(in_fp8("self_attn.o_proj"))
+    assert sum(in_fp8("mlp.down_proj")) == sum(in_fp8("mlp.up_proj")) == 1
+    assert not any(in_fp8("self_attn.o_proj"))
 
 
 @pytest.mark.parametrize("name", ["reference/commands.md", "develop/patches.md"])
