@@ -77,6 +77,7 @@ def finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Command:
         own = {
             "evaluate": ["--benchmark", "gsm8k", "--out", str(temporary)],
             "bench": ["--engine", "transformers", "--lengths", "512"],
+            "tune": ["--work", str(temporary)],
         }
         return cli.main([name, "m", *own.get(name, []), *options])
 
