@@ -12,7 +12,7 @@ LOCK = ".lock"
 """The file in the folder that the process locks."""
 
 
-class FolderError(MixquantError, OSError):
+class FolderError(MixquantError, ValueError):
     """A folder that cannot be written to now. The message is one line."""
 
 
