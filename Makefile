@@ -24,7 +24,7 @@ unexport PYTHONDONTWRITEBYTECODE
 
 demo: $(VENV)/.ready
 	@mkdir -p build/demo
-	$(BIN)/mixquant compare smollm2 --max-new-tokens 16 --json build/demo/compare.json --report build/demo/report.html
+	$(BIN)/mixquant compare smollm2 --max-new-tokens 12 --json build/demo/compare.json --report build/demo/report.html
 
 # mypy is one thread and some tests only wait, so they share the cores.
 check: style
