@@ -205,7 +205,7 @@ def tune(
 
     from mixquant.cli.tables.tune import tables
     from mixquant.evaluate.fidelity.passages import check_lengths, cut
-    from mixquant.files.alone import alone_in
+    from mixquant.files.folders import alone_in
     from mixquant.results import to_json
     from mixquant.tune.run import Texts, Tuner
     from mixquant.tune.targets import target as target_of

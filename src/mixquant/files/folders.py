@@ -1,4 +1,4 @@
-"""A folder that one process at a time writes to."""
+"""Folders for results: made, and written to by one process at a time."""
 
 from __future__ import annotations
 
@@ -16,6 +16,25 @@ class FolderError(MixquantError, ValueError):
     """A folder that cannot be written to now. The message is one line."""
 
 
+def make_folder(folder: Path, option: str) -> None:
+    """Makes a folder if it is not there.
+
+    Args:
+        option: of the command line, which names the folder.
+
+    Raises:
+        FolderError: it cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise FolderError(
+            f"cannot write to {folder}: a file is in its place; name a directory with {option}"
+        ) from None
+    except OSError as error:
+        raise FolderError(f"cannot write to {folder}: {error.strerror or error}") from None
+
+
 @contextlib.contextmanager
 def alone_in(folder: Path, option: str) -> Iterator[None]:
     """Keeps other processes out of a folder, which is made if it is not there.
@@ -30,17 +49,13 @@ def alone_in(folder: Path, option: str) -> Iterator[None]:
     """
     import filelock
 
+    make_folder(folder, option)
     lock = filelock.FileLock(folder / LOCK)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         lock.acquire(blocking=False)
     except filelock.Timeout:
         raise FolderError(
             f"another process writes to {folder}: wait for it, or give another {option}"
-        ) from None
-    except (FileExistsError, NotADirectoryError):
-        raise FolderError(
-            f"cannot write to {folder}: a file is in its place; name a directory with {option}"
         ) from None
     except OSError as error:
         raise FolderError(f"cannot write to {folder}: {error.strerror or error}") from None

@@ -73,6 +73,7 @@ class Tuner:
 
     Raises:
         CheckpointError: the prefill_model cannot be read, or is of another model.
+        FolderError: the folder cannot be made.
         WorkError: the folder cannot be used, the texts are not other ones, or the prefill_model has
             another format.
     """

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from mixquant.errors import MixquantError
-from mixquant.files.alone import LOCK
+from mixquant.files.folders import LOCK, make_folder
 from mixquant.files.reading import ReadingError, parse_json
 
 
@@ -32,13 +32,14 @@ class Work:
             what: the work depends on, as JSON types.
 
         Raises:
-            WorkError: the folder cannot be written, or holds other work.
+            FolderError: the folder cannot be made.
+            WorkError: it cannot be written to, or holds other work.
         """
         self._folder = folder
         self._numbers: dict[str, float] = {}
         wanted = json.loads(json.dumps(what))
+        make_folder(folder, "--work")
         try:
-            folder.mkdir(parents=True, exist_ok=True)
             about = folder / "about.json"
             if about.exists():
                 found = parse_json(about.read_text(encoding="utf-8"))
@@ -56,10 +57,6 @@ class Work:
             numbers = folder / "numbers.json"
             if numbers.exists():
                 self._numbers = parse_json(numbers.read_text(encoding="utf-8"))
-        except (FileExistsError, NotADirectoryError):
-            raise WorkError(
-                f"cannot write {folder}: a file is in its place; name a directory with --work"
-            ) from None
         except OSError as error:
             raise WorkError(f"cannot write {folder}: {error.strerror or error}") from None
         except (UnicodeDecodeError, ReadingError) as error:

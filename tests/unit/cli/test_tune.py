@@ -17,7 +17,7 @@ from mixquant import cli, results
 from mixquant.cli.tune import DEFAULT_TEXTS, _built_in
 from mixquant.core.recipe import Recipe
 from mixquant.evaluate.fidelity.passages import documentation
-from mixquant.files.alone import alone_in
+from mixquant.files.folders import alone_in
 
 
 @pytest.fixture(scope="module")

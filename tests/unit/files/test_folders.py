@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from mixquant.files.alone import FolderError, alone_in
+from mixquant.files.folders import FolderError, alone_in
 
 HOLDS = """
 import sys
 from pathlib import Path
-from mixquant.files.alone import alone_in
+from mixquant.files.folders import alone_in
 
 with alone_in(Path(sys.argv[1]), "--out"):
     print("in", flush=True)

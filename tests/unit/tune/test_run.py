@@ -20,6 +20,7 @@ from mixquant.core.recipe import FormatName, Recipe
 from mixquant.evaluate.fidelity import answers_transformers
 from mixquant.evaluate.fidelity.passages import Passages
 from mixquant.evaluate.fidelity.run import figures
+from mixquant.files.folders import FolderError
 from mixquant.tune import measure, sensitivity
 from mixquant.tune import run as running
 from mixquant.tune.budget import Budget
@@ -389,7 +390,9 @@ def test_damaged_work(tmp_path: Path) -> None:
 def test_a_file_in_the_place_of_the_work(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     for folder in (tmp_path / "file", tmp_path / "file" / "below"):
-        with pytest.raises(WorkError, match="a file is in its place; name a directory"):
+        with pytest.raises(
+            FolderError, match="a file is in its place; name a directory with --work"
+        ):
             Work(folder, {"model": "m"})
 
 

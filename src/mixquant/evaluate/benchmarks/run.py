@@ -29,7 +29,7 @@ from mixquant.evaluate.benchmarks.scoring import Answered, differences_of, recov
 from mixquant.evaluate.benchmarks.tool_parser import with_tool_parser
 from mixquant.evaluate.tasks import Task
 from mixquant.evaluate.tasks.registry import PROTOCOLS
-from mixquant.files.alone import alone_in
+from mixquant.files.folders import alone_in
 from mixquant.servers.arms import ArmError, ServedArm, running, served_models
 
 
